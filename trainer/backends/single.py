@@ -1,0 +1,56 @@
+"""One device: the reference. Other backends derive from it and change only what differs."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from trainer.dist import World
+
+
+class Single:
+    """How a model is wired to its ranks.
+
+    The loop calls `prepare` once; then for every optimizer step, `backward` for every micro-batch inside
+    `accumulate`, and `step`. Losses are sums divided by the global count, so gradients of all ranks add up.
+    """
+
+    name = "single"
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.module: nn.Module
+        self.optimizer: torch.optim.Optimizer
+
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """Takes the model, on its device, and its optimizer; returns what the loop calls for a forward."""
+        self.module, self.optimizer = module, optimizer
+        return module
+
+    def accumulate(self, last: bool) -> AbstractContextManager[object]:
+        """Wraps forward and backward of one micro-batch; `last` of its step or not."""
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self, learning_rate: float, max_grad_norm: float) -> torch.Tensor:
+        """Clips, steps, clears. Returns the global gradient norm before clipping, still on the device."""
+        limit = max_grad_norm if max_grad_norm > 0 else torch.inf
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def full_weights(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """The whole fp32 weights of `module`, a part of the prepared one, on the CPU of rank 0; empty elsewhere."""
+        if not self.world.is_main:
+            return {}
+        return {name: value.detach().cpu() for name, value in module.state_dict().items()}
+
+    def close(self) -> None:
+        """Lets go of what the ranks share."""

@@ -1,0 +1,102 @@
+"""Command-line parsing: dataclass fields in, a validated Config out; every mistake is one UserError.
+
+jsonargparse turns the dataclasses of `trainer.config` into options with their docstrings as help. What is added here:
+recipes, the precedence of the four sources, bare boolean flags (`--bf16`), and the nearest valid name in errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from trainer.config import GROUPS, Config, UserError, read_yaml, recipe_path, unknown
+
+
+def make_parser(prog: str, groups: tuple[type, ...], **kwargs: Any) -> ArgumentParser:
+    """A parser whose options are the fields of `groups`, flat, each group under its own heading."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=prog, exit_on_error=False, default_env=False, **kwargs)
+    for group in groups:
+        parser.add_class_arguments(group, None, fail_untyped=True)
+    return parser
+
+
+def parse(parser: ArgumentParser, argv: list[str], **settings: Any) -> dict[str, Any]:
+    """The options that `argv` names, typed. Raises UserError for an unknown option or a value of the wrong type."""
+    options = {name: action for action in parser._actions for name in action.option_strings}
+    argv = [_dashes(arg) for arg in argv]
+    for arg in argv:
+        name = arg.partition("=")[0]
+        if arg.startswith("--") and name not in options:
+            raise UserError(unknown("option", name, [o for o in options if o.startswith("--")]))
+    try:
+        return parser.parse_args(_spell_out_flags(argv, options), **settings).as_dict()
+    except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
+        raise UserError(_plain(error)) from None
+
+
+def _plain(error: Exception) -> str:
+    """A parser's error on one line, in the words of the command line."""
+    return re.sub(r'Parser key "(\w+)":', r"field \1:", " ".join(str(error).split())).replace("typing.", "")
+
+
+def _dashes(arg: str) -> str:
+    """--learning-rate is --learning_rate."""
+    if not arg.startswith("--"):
+        return arg
+    name, equals, value = arg[2:].partition("=")
+    return "--" + name.replace("-", "_") + equals + value
+
+
+def _spell_out_flags(argv: list[str], options: dict[str, argparse.Action]) -> list[str]:
+    """`--bf16` alone means `--bf16 true`, as in transformers."""
+    spelled = []
+    for arg, following in zip(argv, [*argv[1:], "--"], strict=True):
+        spelled.append(arg)
+        if arg in options and getattr(options[arg], "_typehint", None) is bool and following.startswith("--"):
+            spelled.append("true")
+    return spelled
+
+
+def train_parser() -> ArgumentParser:
+    parser = make_parser(
+        "crossrank train",
+        GROUPS,
+        usage="crossrank train [--recipe NAME] [--config FILE.yaml] [--field value ...]",
+        description="Fine-tune a cross-encoder on sentence pairs. Precedence: a field's default < recipe < config "
+        "file < command line.",
+    )
+    parser.add_argument("--recipe", help="named settings shipped with crossrank, such as demo or allnli-100k")
+    parser.add_argument("--config", help="YAML file of fields, such as the config.yaml of an earlier run")
+    return parser
+
+
+def parse_train(argv: list[str]) -> Config:
+    """The Config of `crossrank train ARGV`. Raises UserError; SystemExit(0) after --help."""
+    parser = train_parser()
+    given = parse(parser, argv, defaults=False)
+    recipe, config = given.pop("recipe", None), given.pop("config", None)
+    values: dict[str, Any] = {}
+    if recipe is not None:
+        values |= {"run_name": recipe} | _typed_yaml(recipe_path(recipe), parser)
+    if config is not None:
+        values |= _typed_yaml(Path(config), parser)
+    return Config(**values | given)
+
+
+def _typed_yaml(path: Path, parser: ArgumentParser) -> dict[str, Any]:
+    values = read_yaml(path)
+    try:
+        return parser.parse_object(values, defaults=False).as_dict()
+    except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
+        raise UserError(f"{path}: {_plain(error)}") from None
+
+
+def given_fields(values: dict[str, Any], group: type) -> dict[str, Any]:
+    """The part of parsed `values` that belongs to the dataclass `group`."""
+    return {field.name: values[field.name] for field in dataclasses.fields(group) if field.name in values}

@@ -1,0 +1,297 @@
+"""Every setting of a run: frozen dataclasses, recipes, config files, the command line's fields.
+
+Precedence: a field's default < recipe < config file < command line. Fields are flat and carry the names that
+transformers' TrainingArguments and run_glue.py made standard, so a model card's hyperparameter list can be pasted
+into a config file. Nothing here imports torch: a login node can validate a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class UserError(ValueError):
+    """A mistake in the user's input; its message names the place and the fix, and is printed without a traceback."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Model"""
+
+    model_name_or_path: str = "distilbert/distilroberta-base"
+    """Encoder to start from: a hub name, a local folder, or `builtin` (a tiny BERT made from scratch)."""
+    model_revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` takes only the architecture and the tokenizer, and draws the weights from `seed`."""
+    max_length: int | None = None
+    """Longest pair in tokens, longest text cut first; None = the tokenizer's own limit."""
+    dropout: float | None = None
+    """Every dropout probability of the model; None = the model's own."""
+    attn_implementation: str | None = None
+    """Attention kernel of transformers (sdpa, eager, flash_attention_2 ...); None = crossrank's own where it knows
+    the family, whose dropout masks do not depend on the number of ranks."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository brings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Data"""
+
+    dataset_name: str | None = None
+    """Hub name, a folder of `save_to_disk`, or `builtin`; only a name in reports where *_file fields are given."""
+    dataset_config_name: str | None = None
+    """Configuration of the hub data set, such as `pair-class`."""
+    dataset_revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    train_file: str | None = None
+    """Training pairs: parquet, csv, tsv, jsonl (each also .gz), SNLI's or MultiNLI's own txt, jsonl or tsv, or a
+    `save_to_disk` folder. Where any *_file is given, nothing comes from the hub."""
+    validation_file: str | None = None
+    """Pairs of the dev split."""
+    test_file: str | None = None
+    """Pairs of the test split."""
+    premise_column: str | None = None
+    """None = `premise`, else `sentence1`."""
+    hypothesis_column: str | None = None
+    """None = `hypothesis`, else `sentence2`."""
+    label_column: str | None = None
+    """None = `label`, else `gold_label`."""
+    label_names: list[str] | None = None
+    """Class names, in the order of the integer labels; None = from the data."""
+    max_train_samples: int | None = None
+    """Use the first N pairs of the training split."""
+    max_eval_samples: int | None = None
+    """Use the first N pairs of the dev split."""
+    max_test_samples: int | None = None
+    """Use the first N pairs of the test split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """Batch"""
+
+    per_device_train_batch_size: int = 64
+    """Largest number of pairs in one forward of one rank."""
+    per_device_eval_batch_size: int = 64
+    """Pairs in one forward of evaluation and prediction."""
+    gradient_accumulation_steps: int = 1
+    """Forwards of a rank before an optimizer step."""
+    train_batch_size: int | None = None
+    """Pairs in one optimizer step, over all ranks. When given, gradient_accumulation_steps is derived, and the run is
+    the same on any number of ranks; None = per_device_train_batch_size * gradient_accumulation_steps * ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimisationConfig:
+    """Optimisation"""
+
+    learning_rate: float = 5e-5
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; never on biases and norms."""
+    adam_beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: float = 0.999
+    """Decay of AdamW's second moment."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm to this; 0 = do not clip."""
+    num_train_epochs: float = 1.0
+    """Passes over the training data."""
+    max_steps: int = -1
+    """Optimizer steps; overrides num_train_epochs when positive."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """Course of the learning rate after warmup."""
+    warmup_ratio: float = 0.0
+    """Share of all steps over which the learning rate rises from 0."""
+    warmup_steps: int = 0
+    """The same in steps; overrides warmup_ratio when positive."""
+    label_smoothing_factor: float = 0.0
+    """Probability mass spread evenly over all classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Run"""
+
+    output_dir: str | None = None
+    """Run folder; None = runs/<run_name>-<date>-<time>. A folder that holds a run is never overwritten."""
+    run_name: str | None = None
+    """Name in reports; None = the recipe's name."""
+    seed: int = 42
+    """Seed of weights, dropout and (without data_seed) of the data's order."""
+    data_seed: int | None = None
+    """Seed of the data's order alone."""
+    bf16: bool = False
+    """Forward in bfloat16 autocast; weights, gradients' sums and optimizer stay in fp32."""
+    tf32: bool = False
+    """Allow TF32 in fp32 matrix products on CUDA."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, about a third more time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Parallel"""
+
+    backend: Literal["auto", "single", "ddp"] = "auto"
+    """How ranks are wired; auto = single on one rank, ddp on several."""
+    ddp_timeout: int = 1800
+    """Seconds until a collective that not every rank reached is an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Evaluation"""
+
+    eval_strategy: Literal["no", "steps", "epoch"] = "steps"
+    """When to evaluate on the dev split while training; the final evaluation on dev and test is always done."""
+    eval_steps: int = 500
+    """Steps between evaluations."""
+    eval_on_start: bool = False
+    """Evaluate before the first step."""
+    metric_for_best_model: str = "f1_macro"
+    """accuracy, f1_macro, f1_micro, f1_weighted or loss, on the dev split."""
+    load_best_model_at_end: bool = False
+    """Keep the weights of the best evaluation, not of the last step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Logging"""
+
+    logging_steps: int = 100
+    """Steps between log lines; the loss is the mean over them."""
+
+
+GROUPS: tuple[type, ...] = (
+    ModelConfig,
+    DataConfig,
+    BatchConfig,
+    OptimisationConfig,
+    RunConfig,
+    ParallelConfig,
+    EvaluationConfig,
+    LoggingConfig,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(
+    LoggingConfig,
+    EvaluationConfig,
+    ParallelConfig,
+    RunConfig,
+    OptimisationConfig,
+    BatchConfig,
+    DataConfig,
+    ModelConfig,
+):
+    """All fields of a training run, validated. Raises UserError naming the field."""
+
+    def __post_init__(self) -> None:
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name} must be positive, got {value}")
+        for name in NOT_NEGATIVE:
+            value = getattr(self, name)
+            if value < 0 or not math.isfinite(value):
+                raise UserError(f"{name} must be a finite number of at least 0, got {value}")
+        for name in PROBABILITIES:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise UserError(f"{name} must be at least 0 and below 1, got {value}")
+        if self.metric_for_best_model not in METRICS:
+            raise UserError(unknown("metric_for_best_model", self.metric_for_best_model, METRICS))
+        if self.load_best_model_at_end and self.eval_strategy == "no":
+            raise UserError("load_best_model_at_end needs eval_strategy steps or epoch")
+        if self.dataset_name is None and self.train_file is None:
+            raise UserError("no data: give --train_file FILE, --dataset_name NAME, or a --recipe that names a data set")
+        if self.label_names is not None and len(set(self.label_names)) != len(self.label_names):
+            raise UserError(f"label_names holds a name twice: {self.label_names}")
+
+
+METRICS = ("accuracy", "f1_macro", "f1_micro", "f1_weighted", "loss")
+POSITIVE = (
+    "max_length",
+    "max_train_samples",
+    "max_eval_samples",
+    "max_test_samples",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "train_batch_size",
+    "adam_epsilon",
+    "num_train_epochs",
+    "ddp_timeout",
+    "eval_steps",
+    "logging_steps",
+)
+NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "seed")
+PROBABILITIES = ("dropout", "adam_beta1", "adam_beta2", "warmup_ratio", "label_smoothing_factor")
+
+
+def unknown(kind: str, name: str, valid: Any) -> str:
+    """Error text for a name that does not exist: with the nearest valid one, or all of them."""
+    near = difflib.get_close_matches(name, list(valid), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(sorted(valid))}"
+    return f"unknown {kind} {name!r}; {hint}"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The fields that a recipe or config file sets, names checked. Raises UserError naming the file."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read config file {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold `field: value` lines, found a {type(values).__name__}")
+    fields = {field.name for field in dataclasses.fields(Config)}
+    for name in values:
+        if name not in fields:
+            raise UserError(f"{path}: {unknown('field', str(name), fields)}")
+    return values
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe that is shipped with the package. Raises UserError for an unknown name."""
+    valid = [path.stem for path in RECIPES.glob("*.yaml")]
+    if name not in valid:
+        raise UserError(unknown("recipe", name, valid))
+    return RECIPES / f"{name}.yaml"
+
+
+def write_yaml(config: Config, path: Path) -> None:
+    """Writes the resolved config in a form that --config reads back."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def global_batch_size(config: BatchConfig, world_size: int) -> int:
+    """Pairs in one optimizer step over all ranks."""
+    per_forward = config.per_device_train_batch_size * world_size
+    return config.train_batch_size or per_forward * config.gradient_accumulation_steps
+
+
+def num_forwards(config: BatchConfig, num_pairs: int, world_size: int) -> int:
+    """Forwards of each rank in an optimizer step of `num_pairs`: the fewest that respect the per-device size."""
+    return math.ceil(num_pairs / (config.per_device_train_batch_size * world_size))
+
+
+def total_steps(config: OptimisationConfig, num_samples: int, batch_size: int) -> int:
+    """Optimizer steps of the whole run; the short last batch of an epoch counts as one."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return max(1, math.ceil(config.num_train_epochs * math.ceil(num_samples / batch_size)))

@@ -1,0 +1,282 @@
+"""Sentence pairs from any source, checked row by row, as plain arrays.
+
+Sources: local files, `save_to_disk` folders, the hub, and the embedded data set. A row without a consensus label
+(SNLI's `-`, the hub's -1) is dropped and counted; any other bad row is an error that names its place. Rows count from
+0, header excluded, and a pair keeps the row it had in its source.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from trainer import builtin
+from trainer.config import DataConfig, UserError, unknown
+
+Role = Literal["train", "dev", "test"]
+SPLITS: dict[Role, tuple[str, ...]] = {
+    "train": ("train",),
+    "dev": ("validation", "dev", "validation_matched"),
+    "test": ("test", "validation_mismatched"),
+}
+NLI = ("entailment", "neutral", "contradiction")
+NO_CONSENSUS = "-"
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of one split. All sequences have the same length n; `label` holds class numbers."""
+
+    name: str
+    premise: list[str]
+    hypothesis: list[str]
+    label: np.ndarray
+    row: np.ndarray
+    source: list[str] | None
+    label_names: tuple[str, ...]
+    num_dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.premise)
+
+
+def load_splits(config: DataConfig) -> dict[Role, Pairs]:
+    """The train split and what there is of dev and test, with one set of classes. Raises UserError."""
+    train = load_pairs(config, "train", config.label_names)
+    if train is None:
+        raise UserError("no training data: give --train_file FILE, or a --dataset_name that has a train split")
+    splits: dict[Role, Pairs] = {"train": train}
+    for role in ("dev", "test"):
+        pairs = load_pairs(config, role, train.label_names)
+        if pairs is not None:
+            splits[role] = pairs
+    return splits
+
+
+def load_pairs(config: DataConfig, role: Role, label_names: Sequence[str] | None) -> Pairs | None:
+    """One split, or None where the data set has none. `label_names` fixes the classes; None = from this split."""
+    if config.dataset_name == "builtin" and not _has_files(config):
+        place, table, names = f"builtin {role}", pa.Table.from_pylist(builtin.pairs(role)), list(builtin.LABEL_NAMES)
+    else:
+        loaded = _load_file(config, role) if _has_files(config) else _load_hub(config, role)
+        if loaded is None:
+            return None
+        place, table, names = loaded
+    limit = {"train": config.max_train_samples, "dev": config.max_eval_samples, "test": config.max_test_samples}[role]
+    return _check(table, place, config, label_names, names, limit)
+
+
+def split_name(config: DataConfig, role: Role) -> str:
+    """`AllNLI-dev`, `snli-test`, ...: as reports, file names and metrics call a split."""
+    name = config.dataset_name or Path(config.train_file or config.validation_file or config.test_file or "data").name
+    stem = Path(name.rstrip("/")).name.split(".")[0]
+    return f"{'AllNLI' if stem == 'all-nli' else stem}-{role}"
+
+
+def _has_files(config: DataConfig) -> bool:
+    return any((config.train_file, config.validation_file, config.test_file))
+
+
+def _load_file(config: DataConfig, role: Role) -> tuple[str, pa.Table, list[str] | None] | None:
+    file = {"train": config.train_file, "dev": config.validation_file, "test": config.test_file}[role]
+    if file is None:
+        return None
+    path = Path(file)
+    if path.is_dir():
+        return _from_datasets(_open_saved(path), str(path), role)
+    return file, read_table(path), None
+
+
+def read_table(path: Path) -> pa.Table:
+    """A parquet, csv, tsv, txt or jsonl file, each also gzipped, by its name. Raises UserError naming the file."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    kind = next((s for s in reversed(path.suffixes) if s != ".gz"), "")
+    try:
+        if kind == ".parquet":
+            from pyarrow import parquet
+
+            return parquet.read_table(path)
+        if kind in (".csv", ".tsv", ".txt"):
+            return _read_csv(path, tabs=kind != ".csv")
+        if kind in (".jsonl", ".json", ".ndjson"):
+            from pyarrow import json
+
+            return json.read_json(path)
+    except (pa.ArrowException, OSError, ValueError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read as {kind[1:]}: {' '.join(str(error).split())}") from None
+    raise UserError(f"{path}: unknown kind of file; use .parquet, .csv, .tsv, .txt or .jsonl, each also with .gz")
+
+
+def _read_csv(path: Path, tabs: bool) -> pa.Table:
+    from pyarrow import csv
+
+    # Tab-separated NLI files have stray quotes, which mean nothing there.
+    parsing = csv.ParseOptions(
+        delimiter="\t" if tabs else ",", quote_char=False if tabs else '"', newlines_in_values=not tabs
+    )
+    with csv.open_csv(path, parse_options=parsing) as reader:
+        header = reader.schema.names
+    # A premise that says "1" or "null" is text, neither a number nor missing.
+    as_text = csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string()), strings_can_be_null=False)
+    return csv.read_csv(path, parse_options=parsing, convert_options=as_text)
+
+
+def _open_saved(path: Path) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_from_disk(str(path))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"{path}: not a folder of datasets' save_to_disk: {error}") from None
+
+
+def _load_hub(config: DataConfig, role: Role) -> tuple[str, pa.Table, list[str] | None] | None:
+    import datasets
+
+    name = config.dataset_name
+    assert name is not None
+    if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
+        return _from_datasets(_open_saved(Path(name)), name, role)
+    try:
+        loaded = datasets.load_dataset(name, config.dataset_config_name, revision=config.dataset_revision)
+    except Exception as error:  # the hub's client raises many kinds; none means anything to the user but this
+        offline = "; HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+        raise UserError(
+            f"data set {name!r} could not be loaded from the hub{offline} ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}). Without network, give --train_file, --validation_file and --test_file, "
+            f"or a folder saved with save_to_disk as --dataset_name"
+        ) from None
+    return _from_datasets(loaded, name, role)
+
+
+def _from_datasets(loaded: Any, place: str, role: Role) -> tuple[str, pa.Table, list[str] | None] | None:
+    """The role's split of a datasets.DatasetDict, or a datasets.Dataset itself."""
+    if isinstance(loaded, dict):
+        split = next((s for s in SPLITS[role] if s in loaded), None)
+        if split is None:
+            return None
+        loaded, place = loaded[split], f"{place} {split}"
+    names = next((f.names for f in loaded.features.values() if hasattr(f, "names")), None)
+    return place, loaded.with_format("arrow")[:], names
+
+
+def _check(
+    table: pa.Table,
+    place: str,
+    config: DataConfig,
+    label_names: Sequence[str] | None,
+    own_names: list[str] | None,
+    limit: int | None,
+) -> Pairs:
+    """`own_names`: what the data set itself calls its integer labels, if it does."""
+    premise = _column(table, place, "premise_column", config.premise_column, ("premise", "sentence1"))
+    hypothesis = _column(table, place, "hypothesis_column", config.hypothesis_column, ("hypothesis", "sentence2"))
+    label = _column(table, place, "label_column", config.label_column, ("label", "gold_label"))
+    numbers, names = _class_numbers(label, place, label_names, own_names)
+    kept = np.flatnonzero(numbers >= 0)[:limit]
+    if len(kept) == 0:
+        raise UserError(f"{place}: no pair with a label ({table.num_rows} rows)")
+    source = next((table[name] for name in ("source", "genre") if name in table.column_names), None)
+    return Pairs(
+        name=place,
+        premise=_text(premise.take(kept), place, "premise", kept),
+        hypothesis=_text(hypothesis.take(kept), place, "hypothesis", kept),
+        label=numbers[kept],
+        row=kept,
+        source=None if source is None else [str(s) for s in source.take(kept).to_pylist()],
+        label_names=names,
+        num_dropped=int((numbers[: kept[-1] + 1] < 0).sum()),
+    )
+
+
+def _column(table: pa.Table, place: str, field: str, name: str | None, usual: tuple[str, ...]) -> pa.ChunkedArray:
+    wanted = (name,) if name else usual
+    for candidate in wanted:
+        if candidate in table.column_names:
+            return table[candidate]
+    raise UserError(
+        f"{place}: no column {' or '.join(map(repr, wanted))}; it has {', '.join(table.column_names)}. "
+        f"Name the right one with --{field}"
+    )
+
+
+def _text(column: pa.ChunkedArray, place: str, field: str, rows: np.ndarray) -> list[str]:
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise UserError(f"{place}: {field} must be text, found {column.type}")
+    blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(column), ""), True).to_numpy()
+    if blank.any():
+        first = int(np.flatnonzero(blank)[0])
+        what = "null" if column[first].as_py() is None else "empty"
+        raise UserError(f"{place}, row {rows[first]}: {field} is {what} (of {int(blank.sum())} such rows the first)")
+    return column.to_pylist()
+
+
+def _class_numbers(
+    column: pa.ChunkedArray, place: str, label_names: Sequence[str] | None, own_names: list[str] | None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Class number of each row, -1 where there is no consensus; and the classes' names."""
+    if column.null_count:
+        row = int(np.flatnonzero(column.is_null().to_numpy())[0])
+        raise UserError(f"{place}, row {row}: label is null")
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+        return _from_integers(column, place, label_names, own_names)
+    texts = pc.utf8_trim_whitespace(column.cast(pa.string()))
+    seen = set(texts.unique().to_pylist()) - {NO_CONSENSUS}
+    if seen and all(text.lstrip("-").isdigit() for text in seen):  # integers in a csv file
+        integers = pc.replace_substring_regex(texts, "^-$", "-1").cast(pa.int64())
+        return _from_integers(integers, place, label_names, own_names)
+    names = tuple(label_names or (NLI if seen <= set(NLI) else sorted(seen)))
+    encoded = pc.index_in(texts, pa.array(names, pa.string()))
+    wrong = (encoded.is_null().to_numpy()) & (pc.not_equal(texts, NO_CONSENSUS).to_numpy())
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise UserError(f"{place}, row {row}: {unknown('label', texts[row].as_py(), names)}")
+    return pc.fill_null(encoded, -1).to_numpy().astype(np.int64), names
+
+
+def _from_integers(
+    column: pa.ChunkedArray, place: str, label_names: Sequence[str] | None, own_names: list[str] | None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    values = column.to_numpy()
+    numbers = values.astype(np.int64)
+    highest = int(numbers.max(initial=0))
+    names = tuple(own_names or label_names or (NLI if highest == 2 else [f"LABEL_{i}" for i in range(highest + 1)]))
+    wrong = (numbers != values) | (numbers < -1) | (numbers >= len(names))
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise UserError(
+            f"{place}, row {row}: label {values[row]} is outside the classes 0..{len(names) - 1} ({', '.join(names)})"
+        )
+    if own_names and label_names and list(label_names) != own_names:
+        numbers = _renumber(numbers, own_names, list(label_names), place)
+        names = tuple(label_names)
+    return numbers, names
+
+
+def _renumber(numbers: np.ndarray, own_names: list[str], label_names: list[str], place: str) -> np.ndarray:
+    """The data set's own class numbers in the order of `label_names`."""
+    missing = [name for name in own_names if name not in label_names]
+    if missing:
+        raise UserError(f"{place}: its classes {own_names} include {missing}, which are not among {label_names}")
+    order = np.array([label_names.index(name) for name in own_names] + [-1])
+    return order[numbers]
+
+
+def unlabelled(table: pa.Table, place: str, premise_column: str | None, hypothesis_column: str | None) -> Pairs:
+    """Pairs without labels, for prediction; `label` is 0 everywhere. Raises UserError naming a row without text."""
+    premise = _column(table, place, "premise_column", premise_column, ("premise", "sentence1"))
+    hypothesis = _column(table, place, "hypothesis_column", hypothesis_column, ("hypothesis", "sentence2"))
+    rows = np.arange(table.num_rows)
+    if len(rows) == 0:
+        raise UserError(f"{place}: no pairs")
+    texts = _text(premise, place, "premise", rows), _text(hypothesis, place, "hypothesis", rows)
+    return Pairs(place, *texts, label=np.zeros_like(rows), row=rows, source=None, label_names=())

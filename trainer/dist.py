@@ -1,0 +1,130 @@
+"""Ranks: who am I, and the few collectives that the trainer needs.
+
+Ranks come from torchrun's variables, or Slurm's where those are absent. Every collective works at world size 1 and on
+the CPU, so that callers never ask whether the run is distributed. Control data travels over gloo, gradients over the
+device's own library; a process group therefore carries both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from trainer.config import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all ranks, and the device that it computes on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, on every rank; `tensor` itself is overwritten."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, rows: np.ndarray) -> np.ndarray | None:
+        """Concatenates (n_rank, ...) arrays of any n_rank by rank on rank 0; None elsewhere."""
+        if self.size == 1:
+            return rows
+        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(counts, torch.tensor([len(rows)]))
+        longest = max(int(count) for count in counts)
+        padded = np.zeros((longest, *rows.shape[1:]), rows.dtype)
+        padded[: len(rows)] = rows
+        parts = [torch.empty(padded.shape, dtype=torch.from_numpy(padded).dtype) for _ in counts]
+        dist.gather(torch.from_numpy(padded), parts if self.is_main else None)
+        if not self.is_main:
+            return None
+        return np.concatenate([part[: int(count)].numpy() for part, count in zip(parts, counts, strict=True)])
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's JSON-serialisable value, on every rank."""
+        if self.size == 1:
+            return value
+        text = json.dumps(value).encode() if self.is_main else b""
+        length = torch.tensor([len(text)])
+        dist.broadcast(length, 0)
+        buffer = torch.empty(int(length), dtype=torch.uint8)
+        if self.is_main:
+            buffer.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        dist.broadcast(buffer, 0)
+        return json.loads(bytes(buffer.numpy()))
+
+    def barrier(self) -> None:
+        self.sum(torch.zeros(1))
+
+
+def read_ranks(env: Mapping[str, str]) -> tuple[int, int, int]:
+    """(rank, world size, local rank) from torchrun's variables, else those of an srun step, else (0, 1, 0)."""
+    if "RANK" in env and "WORLD_SIZE" in env:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif "RANK" in env or int(env.get("WORLD_SIZE", 1)) > 1:
+        given, missing = ("RANK", "WORLD_SIZE") if "RANK" in env else ("WORLD_SIZE", "RANK")
+        raise UserError(f"{given} is set without {missing}; start ranks with torchrun or srun, or unset {given}")
+    elif "SLURM_STEP_NUM_TASKS" in env:  # set by srun alone, so that a plain command inside a batch script is one rank
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    else:
+        return 0, 1, 0
+    rank, size, local_rank = (int(env.get(name, 0)) for name in names)
+    return rank, size, local_rank
+
+
+def start(timeout_seconds: int) -> World:
+    """Joins the other ranks and picks the device."""
+    rank, size, local_rank = read_ranks(os.environ)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        # A task that sees one GPU alone finds it at index 0, whatever its local rank.
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    if size > 1:
+        if "MASTER_ADDR" not in os.environ:
+            _meet_through_slurm(os.environ)
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
+        wiring = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(wiring, timeout=timedelta(seconds=timeout_seconds))
+    return World(rank, size, local_rank, device)
+
+
+def _meet_through_slurm(env: MutableMapping[str, str]) -> None:
+    """Every rank of an srun step derives the same address and port from the step's own variables."""
+    nodes = env.get("SLURM_STEP_NODELIST")
+    if nodes is None:
+        raise UserError("MASTER_ADDR is not set; start ranks with torchrun or srun")
+    listing = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    env["MASTER_ADDR"] = listing.stdout.split()[0]
+    env["MASTER_PORT"] = str(20000 + int(env["SLURM_JOB_ID"]) % 10000)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def first_to_fail() -> bool:
+    """Whether no other rank has reported a failure yet. Ranks that fail as a consequence stay silent."""
+    if not dist.is_initialized():
+        return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
+    try:
+        return dist.distributed_c10d._get_default_store().add("crossrank/failures", 1) == 1
+    except (RuntimeError, ValueError):  # the store went away with rank 0: that one has reported
+        return False

@@ -1,0 +1,113 @@
+"""Dropout whose masks belong to the sample, not to the rank.
+
+torch draws masks from a stream, in the order of the calls: another number of ranks, or another layout of the batch,
+gives other masks and so another run. Here the mask of an element is a hash of (seed, step, row of the data set,
+position of the token, dropout site, feature). The same seed then gives the same run on any number of ranks, padded or
+not, on any device, and a resumed run has no random state to restore.
+
+The hash is multiply-shift (Dietzfelbinger et al. 1997, "A reliable randomized algorithm for the closest-pair problem")
+of a well-mixed 64-bit key a token and a random odd 64-bit number a column, its high half folded down and multiplied
+once more. Each 64-bit result gives four 16-bit draws, so a probability is met to 1/65536, and the survivors are scaled
+by the probability that was met.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import nn
+
+DRAWS = 4  # 16-bit draws in a 64-bit hash
+GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: the increment of splitmix64
+MULTIPLIER = -0x40A7B892E31B1A47  # odd; splitmix64's first one, as int64
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele, Lea & Flood 2014) on uint64."""
+    with np.errstate(over="ignore"):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def _keys(*parts: int | np.ndarray) -> np.ndarray:
+    """A 64-bit key of integers; arrays broadcast."""
+    key = np.zeros((), dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for part in parts:
+            key = mix(key * np.uint64(GOLDEN) + np.asarray(part).astype(np.uint64) + np.uint64(GOLDEN))
+    return key
+
+
+def token_keys(seed: int, step: int, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Keys (tokens,) as int64 of the tokens at `positions` of data set rows `rows`, both (tokens,)."""
+    return _keys(seed, step, rows, positions).view(np.int64)
+
+
+@lru_cache(maxsize=1024)
+def _columns(site: int, num_rows: int, width: int, device: torch.device) -> torch.Tensor:
+    """Random odd numbers (num_rows, ceil(width / DRAWS)); each row (an attention head) has its own."""
+    columns = _keys(site, np.arange(num_rows)[:, None], np.arange(-(-width // DRAWS))[None])
+    return torch.from_numpy((columns | np.uint64(1)).view(np.int64)).to(device)
+
+
+def keep(keys: torch.Tensor, columns: torch.Tensor, width: int, threshold: int) -> torch.Tensor:
+    """The mask (..., width): True where an element survives. `keys` and `columns` broadcast as (..., width / DRAWS)."""
+    hashes = keys * columns
+    hashes ^= hashes >> 32
+    hashes *= MULTIPLIER
+    return (hashes.view(torch.int16) >= threshold)[..., :width]
+
+
+class DropoutKeys:
+    """The keys of the tokens that the model is about to see, shared by all its dropout sites.
+
+    A site finds its keys by the leading shape of its input: every token, (batch, length), or only each pair's first
+    one, (batch,) or (batch, 1).
+    """
+
+    def __init__(self) -> None:
+        self.by_shape: dict[tuple[int, ...], torch.Tensor] = {}
+        self.num_sites = 0
+
+    def set(self, tokens: torch.Tensor, first: torch.Tensor) -> None:
+        """`tokens` (batch, length) keys of every token, `first` (pairs,) those of each pair's first token."""
+        self.by_shape = {tuple(first.shape): first, (len(first), 1): first[:, None], tuple(tokens.shape): tokens}
+
+    def new_site(self) -> int:
+        self.num_sites += 1
+        return self.num_sites
+
+    def mask(self, site: int, p: float, x: torch.Tensor) -> torch.Tensor:
+        """What to multiply x (..., features) by: 0 or 1 / P(survive), in x's dtype."""
+        keys = self.by_shape[tuple(x.shape[:-1])].unsqueeze(-1)
+        return self._scaled(keys, _columns(site, 1, x.shape[-1], x.device)[0], p, x)
+
+    def attention_mask(self, site: int, p: float, weights: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        """The same for attention weights (batch, heads, queries, keys), given the `queries`' keys (batch, queries)."""
+        columns = _columns(site, weights.shape[1], weights.shape[-1], weights.device)
+        return self._scaled(queries[:, None, :, None], columns[:, None], p, weights)
+
+    @staticmethod
+    def _scaled(keys: torch.Tensor, columns: torch.Tensor, p: float, like: torch.Tensor) -> torch.Tensor:
+        dropped = round(p * 65536)
+        survivors = keep(keys, columns, like.shape[-1], dropped - 32768)
+        return survivors.to(like.dtype).mul_(65536 / (65536 - dropped))
+
+
+class KeyedDropout(nn.Module):
+    """Takes the place of an nn.Dropout."""
+
+    def __init__(self, p: float, keys: DropoutKeys) -> None:
+        super().__init__()
+        self.p, self.keys, self.site = p, keys, keys.new_site()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return x
+        return x * self.keys.mask(self.site, self.p, x)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, site={self.site}"

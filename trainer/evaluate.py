@@ -1,0 +1,95 @@
+"""Exact evaluation: every sample once, the same numbers from any number of ranks.
+
+Samples are sorted by length and cut into batches before ranks come into play; ranks are dealt whole batches. So a
+batch is computed in the same shape whoever computes it, no sample is padded in or counted twice, and logits travel
+with the index of their sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from trainer.batch import assemble
+from trainer.data import Pairs
+from trainer.dist import World
+from trainer.metrics import classification_scores, log_softmax, scores_by_source
+from trainer.precision import autocast
+from trainer.sampler import deal
+from trainer.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`scores` on every rank; `logits` (n, classes) in the data's order on rank 0, None elsewhere."""
+
+    scores: dict[str, Any]
+    logits: np.ndarray | None
+
+
+def evaluate(
+    model: nn.Module, pairs: Pairs, tokens: Tokens, world: World, batch_size: int, bf16: bool
+) -> Evaluation:
+    """Scores of `model` on `pairs`; see metrics.classification_scores. With sources, also `by_source`."""
+    logits = predict_logits(model, tokens, world, batch_size, bf16)
+    scores = None
+    if logits is not None:
+        scores = classification_scores(pairs.label, logits, len(pairs.label_names))
+        if pairs.source is not None:
+            scores["by_source"] = scores_by_source(pairs.label, logits, pairs.source, len(pairs.label_names))
+    return Evaluation(world.broadcast(scores), logits)
+
+
+@torch.inference_mode()
+def predict_logits(model: nn.Module, tokens: Tokens, world: World, batch_size: int, bf16: bool) -> np.ndarray | None:
+    """Logits (n, classes) in fp32 in the order of `tokens` on rank 0, None elsewhere.
+
+    Raises RuntimeError if a sample is missing or was computed twice.
+    """
+    model.eval()
+    longest_first = np.argsort(-tokens.lengths, kind="stable")
+    batches = [longest_first[i : i + batch_size] for i in range(0, len(longest_first), batch_size)]
+    costs = np.array([tokens.lengths[batch].sum() for batch in batches])
+    mine = [batches[i] for i in deal(costs, world.size)[world.rank]]
+    labels = np.zeros(len(tokens.lengths), dtype=np.int64)
+    results = []
+    for rows in mine:
+        with autocast(world.device, bf16):
+            logits = model(assemble(tokens, labels, rows, world.device))
+        results.append(logits.float().cpu().numpy())
+    num_classes = model.get_submodule("model").config.num_labels
+    gathered = world.gather(np.concatenate([*results, np.empty((0, num_classes), np.float32)]))
+    rows = world.gather(np.concatenate([*mine, np.empty(0, np.int64)]))
+    if gathered is None or rows is None:
+        return None
+    return in_order(rows, gathered, len(labels))
+
+
+def in_order(rows: np.ndarray, values: np.ndarray, num_samples: int) -> np.ndarray:
+    """`values` sorted by their sample's row. Raises RuntimeError unless each of 0..num_samples-1 is there once."""
+    times_seen = np.bincount(rows, minlength=num_samples)
+    if len(times_seen) != num_samples or (times_seen != 1).any():
+        wrong = np.flatnonzero(times_seen != 1)[:5].tolist()
+        raise RuntimeError(f"evaluation saw samples {wrong} not exactly once, so its scores would be wrong")
+    ordered = np.empty_like(values)
+    ordered[rows] = values
+    return ordered
+
+
+def write_predictions(path: Path, pairs: Pairs, logits: np.ndarray) -> None:
+    """A parquet file: index (the row in the data's source), label, score_<class> (softmax), source if there is one."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    probabilities = np.exp(log_softmax(logits))
+    columns: dict[str, Any] = {"index": pairs.row, "label": pairs.label}
+    columns |= {f"score_{name}": probabilities[:, i] for i, name in enumerate(pairs.label_names)}
+    if pairs.source is not None:
+        columns["source"] = pairs.source
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pa.table(columns), path)

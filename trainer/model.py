@@ -1,0 +1,180 @@
+"""The cross-encoder: a transformers sequence classifier fed with batches of pairs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer import builtin
+from trainer.attention import Layout, adopt
+from trainer.batch import Batch
+from trainer.config import ModelConfig, UserError
+
+
+class CrossEncoder(nn.Module):
+    """Scores of the classes for each pair of a batch.
+
+    `layout` is None where the model's family is unknown: it then runs as it is, and its dropout masks come from torch's
+    stream, which is seeded by (seed, step, rank).
+    """
+
+    def __init__(self, model: Any, attn_implementation: str | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.layout: Layout | None = adopt(model) if attn_implementation is None else None
+        self.takes_types = getattr(model.config, "type_vocab_size", 0) > 1
+        # RoBERTa counts positions from the padding token's number + 1.
+        self.first_position = _first_position(model)
+        self.padding = model.config.pad_token_id or 0
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Logits (pairs, classes)."""
+        slots = batch.pair * batch.longest + batch.positions  # (tokens,) place of each token in the padded batch
+
+        def pad(values: torch.Tensor, filler: int) -> torch.Tensor:
+            padded = values.new_full((batch.num_pairs * batch.longest,), filler)
+            return padded.index_copy(0, slots, values).view(batch.num_pairs, batch.longest)
+
+        mask = pad(torch.ones_like(batch.ids), 0)
+        if self.layout is not None:
+            keys = pad(batch.keys, 0)
+            self.layout.dropout.set(keys, batch.keys[batch.first])
+            self.layout.keys, self.layout.visible = keys, mask.bool()[:, None, None, :]
+        inputs = {"input_ids": pad(batch.ids, self.padding), "attention_mask": mask}
+        if self.takes_types:
+            inputs["token_type_ids"] = pad(batch.types, 0)
+        return self.model(**inputs).logits
+
+
+def _first_position(model: Any) -> int:
+    positions = next((m for n, m in model.named_modules() if n.endswith("position_embeddings")), None)
+    padding = getattr(positions, "padding_idx", None)
+    return 0 if padding is None else padding + 1
+
+
+def longest_input(model: Any, tokenizer: Any, max_length: int | None) -> int:
+    """The longest pair in tokens. Raises UserError where `max_length` is more than the model has positions."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = int(1e9) if limit is None else limit - _first_position(model)
+    if max_length is not None and max_length > limit:
+        raise UserError(f"max_length {max_length} is more than the {limit} positions that the model has")
+    if max_length is not None and max_length < 5:
+        raise UserError(f"max_length {max_length} leaves no room for two texts and their special tokens")
+    return max_length or min(limit, tokenizer.model_max_length)
+
+
+def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """Raises UserError where the folder or the hub has no tokenizer."""
+    from transformers import AutoTokenizer
+
+    return _explained(
+        lambda: AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code),
+        name,
+        "tokenizer",
+        "put tokenizer.json (or the vocabulary files) beside config.json",
+    )
+
+
+def load_for_training(config: ModelConfig, label_names: Sequence[str], seed: int) -> tuple[Any, Any]:
+    """(transformers model, tokenizer) to start from, in fp32; new weights are drawn from `seed`."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # its table of new weights is the classifier's head, which is what training is for
+    logging.disable_progress_bar()
+    name = config.model_name_or_path
+    options = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
+    if name == "builtin":
+        with tempfile.TemporaryDirectory() as folder:
+            builtin.write_model(Path(folder), seed)
+            return load_for_training(_replace(config, folder), label_names, seed)
+    settings = _explained(
+        lambda: AutoConfig.from_pretrained(name, **options), name, "model", "a model folder holds a config.json"
+    )
+    settings.num_labels = len(label_names)
+    settings.id2label = dict(enumerate(label_names))
+    settings.label2id = {label: i for i, label in enumerate(label_names)}
+    settings.problem_type = "single_label_classification"
+    _set_dropout(settings, config.dropout)
+    if config.attn_implementation is not None:
+        settings._attn_implementation = config.attn_implementation
+    tokenizer = load_tokenizer(name, config.model_revision, config.trust_remote_code)
+    torch.manual_seed(seed)
+    if config.init == "random":
+        model = AutoModelForSequenceClassification.from_config(settings, trust_remote_code=config.trust_remote_code)
+        return model.float(), tokenizer
+    model = _explained(
+        lambda: AutoModelForSequenceClassification.from_pretrained(
+            name, config=settings, dtype=torch.float32, ignore_mismatched_sizes=True, **options
+        ),
+        name,
+        "weights",
+        "for a model of this shape with new weights say --init random",
+    )
+    return model, tokenizer
+
+
+def load_trained(folder: str) -> tuple[Any, Any, list[str]]:
+    """(transformers model, tokenizer, class names) of a trained model's folder."""
+    from transformers import AutoConfig
+
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        hint = f"; {path / 'model'} is one" if (path / "model" / "config.json").is_file() else ""
+        raise UserError(f"{folder} is not a model folder: it has no config.json{hint}")
+    settings = AutoConfig.from_pretrained(folder)
+    names = [settings.id2label[i] for i in range(settings.num_labels)]
+    model, tokenizer = load_for_training(ModelConfig(model_name_or_path=folder), names, seed=0)
+    return model, tokenizer, names
+
+
+def save_trained(model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, max_length: int, folder: Path) -> None:
+    """Writes a folder that transformers and sentence_transformers.CrossEncoder load; replaces an older one whole."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    model.save_pretrained(temporary, state_dict=weights)
+    tokenizer.model_max_length = max_length
+    tokenizer.save_pretrained(temporary)
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(folder)
+
+
+def _replace(config: ModelConfig, folder: str) -> ModelConfig:
+    return ModelConfig(model_name_or_path=folder, init=config.init, max_length=config.max_length, dropout=config.dropout)
+
+
+def _set_dropout(settings: Any, dropout: float | None) -> None:
+    if dropout is None:
+        return
+    for name, value in settings.to_dict().items():
+        if "dropout" in name and (value is None or isinstance(value, (int, float))):
+            setattr(settings, name, dropout)
+
+
+def _explained(load: Callable[[], Any], name: str, what: str, fix: str) -> Any:
+    """load(), or one UserError that says what is missing where, and what to do."""
+    try:
+        return load()
+    except (OSError, ValueError, ImportError) as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    if Path(name).is_dir():
+        raise UserError(f"{name} has no {what} that can be loaded ({reason}); {fix}")
+    if name.startswith((".", "/", "~")):
+        raise UserError(f"{name}: no such folder")
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+    raise UserError(
+        f"{what} of {name!r} could not be loaded from the hub{offline} ({reason}). Without network, give a local "
+        f"folder as --model_name_or_path"
+    )

@@ -1,0 +1,41 @@
+"""AdamW and the learning rate, which is a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from trainer.config import OptimisationConfig
+
+
+def make_optimizer(model: nn.Module, config: OptimisationConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) in its fused form; no weight decay on biases and norms."""
+    norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        (plain if id(parameter) in norms or name.endswith("bias") else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+
+
+def warmup_steps(config: OptimisationConfig, num_steps: int) -> int:
+    return config.warmup_steps if config.warmup_steps > 0 else math.ceil(num_steps * config.warmup_ratio)
+
+
+def learning_rate(step: int, num_steps: int, config: OptimisationConfig) -> float:
+    """The rate of optimizer step `step`, counted from 0: linear warmup, then the schedule. As in transformers."""
+    warmup = warmup_steps(config, num_steps)
+    kind = config.lr_scheduler_type
+    if kind != "constant" and step < warmup:
+        return config.learning_rate * step / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    factor = {"linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}.get(kind, 1.0)
+    return config.learning_rate * factor

@@ -1,0 +1,291 @@
+"""The training run: set up, loop, finish.
+
+Sources of the method: AdamW with linear warmup and decay on sentence pairs as in Devlin et al. 2019; the
+hyperparameters' meaning as in transformers' TrainingArguments.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from trainer import dist, run
+from trainer.backends import Single, make_backend
+from trainer.batch import IGNORED, assemble
+from trainer.config import METRICS, Config, UserError, global_batch_size, num_forwards, total_steps
+from trainer.data import Pairs, Role, load_splits, split_name
+from trainer.dist import World
+from trainer.dropout import mix
+from trainer.evaluate import Evaluation, evaluate, write_predictions
+from trainer.model import CrossEncoder, load_for_training, longest_input, save_trained
+from trainer.optim import learning_rate, make_optimizer
+from trainer.precision import allow_tf32, autocast, check_bf16
+from trainer.run import Journal
+from trainer.sampler import GlobalBatchSampler, deal
+from trainer.tokens import Tokens, cache_folder, tokenize
+
+
+@dataclass
+class Window:
+    """What has happened since the last log line; the loss stays on the device until it is logged."""
+
+    loss: torch.Tensor
+    steps: int = 0
+    samples: int = 0
+    tokens: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, samples: int, tokens: int) -> None:
+        self.steps, self.samples, self.tokens = self.steps + 1, self.samples + samples, self.tokens + tokens
+
+
+@dataclass
+class Totals:
+    """Of the whole run so far; seconds do not overlap."""
+
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    samples: int = 0
+    tokens: int = 0
+    evaluated: int = 0
+
+
+@dataclass
+class Trainer:
+    """A run under way: what the loop needs, and how far it is."""
+
+    config: Config
+    world: World
+    folder: Path
+    journal: Journal
+    splits: dict[Role, Pairs]
+    tokens: dict[Role, Tokens]
+    sampler: GlobalBatchSampler
+    model: CrossEncoder
+    tokenizer: Any
+    max_length: int
+    backend: Single
+    totals: Totals = field(default_factory=Totals)
+    best: float | None = None
+
+    def loop(self) -> None:
+        """Every optimizer step that is left, with its logging and evaluations."""
+        config, world = self.config, self.world
+        lengths, labels = self.tokens["train"].lengths, self.splits["train"].label
+        forward = self.backend.prepare(self.model, make_optimizer(self.model, config))
+        if config.eval_on_start:
+            self.evaluate("dev", step=self.sampler.step)
+        window = Window(torch.zeros((), device=world.device))
+        for current in self.sampler:
+            rate = learning_rate(current.step, self.sampler.num_steps, config)
+            micro_batches = num_forwards(config, len(current.rows), world.size)
+            shares = deal(lengths[current.rows], world.size * micro_batches)
+            self.model.train()
+            seed_torch(config.seed, current.step, world.rank)
+            for i in range(micro_batches):
+                rows = current.rows[shares[world.rank * micro_batches + i]]
+                batch = assemble(self.tokens["train"], labels, rows, world.device, config.seed, current.step)
+                with self.backend.accumulate(last=i == micro_batches - 1):
+                    with autocast(world.device, config.bf16):
+                        logits = forward(batch)
+                    # A sum over this share divided by the global count: any split gives the same gradient.
+                    loss = cross_entropy(
+                        logits.float(),
+                        batch.labels,
+                        reduction="sum",
+                        ignore_index=IGNORED,
+                        label_smoothing=config.label_smoothing_factor,
+                    ) / len(current.rows)
+                    self.backend.backward(loss)
+                window.loss += loss.detach()
+            norm = self.backend.step(rate, config.max_grad_norm)
+            window.add(len(current.rows), int(lengths[current.rows].sum()))
+            self.journal.bar.update()
+            done = current.step + 1
+            if done % config.logging_steps == 0 or done == self.sampler.num_steps:
+                self.log(window, done, norm, rate)
+                window = Window(torch.zeros((), device=world.device))
+            if self.evaluation_due(done):
+                started = time.perf_counter()
+                self.keep_if_best(self.evaluate("dev", step=done).scores)
+                window.started += time.perf_counter() - started
+
+    def log(self, window: Window, done: int, norm: torch.Tensor, rate: float) -> None:
+        """The only place of the loop that waits for the device."""
+        loss = float(self.world.sum(window.loss)) / window.steps
+        seconds = time.perf_counter() - window.started
+        self.totals.train_seconds += seconds
+        self.totals.samples += window.samples
+        self.totals.tokens += window.tokens
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} in step {done} or the {window.steps - 1} before it; lower --learning_rate, or "
+                f"look for damaged weights in {self.config.model_name_or_path}"
+            )
+        self.journal.train(
+            {
+                "step": done,
+                "epoch": done / self.sampler.steps_per_epoch,
+                "loss": loss,
+                "grad_norm": float(norm),
+                "learning_rate": rate,
+                "samples_per_second": window.samples / seconds,
+                "tokens_per_second": window.tokens / seconds,
+            }
+        )
+
+    def evaluation_due(self, done: int) -> bool:
+        strategy, per_epoch = self.config.eval_strategy, self.sampler.steps_per_epoch
+        if "dev" not in self.splits or strategy == "no":
+            return False
+        # The last step's evaluation is the final one, unless the best model is yet to be chosen.
+        if done == self.sampler.num_steps:
+            return self.config.load_best_model_at_end
+        return done % (self.config.eval_steps if strategy == "steps" else per_epoch) == 0
+
+    def evaluate(self, role: Role, step: int) -> Evaluation:
+        started = time.perf_counter()
+        result = evaluate(
+            self.model,
+            self.splits[role],
+            self.tokens[role],
+            self.world,
+            self.config.per_device_eval_batch_size,
+            self.config.bf16,
+        )
+        self.totals.eval_seconds += time.perf_counter() - started
+        self.totals.evaluated += len(self.splits[role])
+        place = {"step": step, "epoch": step / self.sampler.steps_per_epoch, "split": split_name(self.config, role)}
+        self.journal.eval(place | result.scores)
+        return result
+
+    def keep_if_best(self, scores: dict[str, Any]) -> None:
+        """Saves the model when it is the best so far, if the best is what the run shall end with."""
+        name = self.config.metric_for_best_model
+        value = -scores[name] if name == "loss" else scores[name]
+        if self.config.load_best_model_at_end and (self.best is None or value > self.best):
+            self.best = value
+            self.save_model()
+
+    def save_model(self) -> None:
+        weights = self.backend.full_weights(self.model.model)
+        if self.world.is_main:
+            save_trained(self.model.model, weights, self.tokenizer, self.max_length, self.folder / "model")
+        self.world.barrier()
+
+    def finish(self) -> dict[str, Any]:
+        """The model, the final scores and predictions, results.json."""
+        if self.config.load_best_model_at_end and self.best is not None:
+            from safetensors.torch import load_file
+
+            self.model.model.load_state_dict(load_file(self.folder / "model" / "model.safetensors"))
+        else:
+            self.save_model()
+        metrics = {}
+        for role in ("dev", "test"):
+            if role in self.splits:
+                result = self.evaluate(role, step=self.sampler.num_steps)
+                metrics[split_name(self.config, role)] = result.scores
+                if result.logits is not None:
+                    path = self.folder / "predictions" / f"{split_name(self.config, role)}.parquet"
+                    write_predictions(path, self.splits[role], result.logits)
+        results = self.results(metrics)
+        if self.world.is_main:
+            run.write_json(self.folder / "results.json", results)
+        return results
+
+    def results(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        totals = self.totals
+        return {
+            "metrics": metrics,
+            "train": {
+                "seconds": totals.train_seconds,
+                "samples_per_second": totals.samples / totals.train_seconds,
+                "tokens_per_second": totals.tokens / totals.train_seconds,
+                "steps": self.sampler.num_steps,
+                "epochs": self.sampler.num_steps / self.sampler.steps_per_epoch,
+            },
+            "eval": {
+                "seconds": totals.eval_seconds,
+                "samples_per_second": totals.evaluated / totals.eval_seconds if totals.evaluated else None,
+            },
+            "world_size": self.world.size,
+            "backend": self.backend.name,
+            "versions": run.versions(),
+            "git": run.git_state(),
+        }
+
+
+def seed_torch(seed: int, step: int, rank: int) -> None:
+    """torch's own random stream, for what does not draw by sample: a function of (seed, step, rank)."""
+    torch.manual_seed(int(mix(np.uint64(seed) ^ mix(np.uint64(step) ^ mix(np.uint64(rank))))) >> 1)
+
+
+def prepare(config: Config, world: World) -> Trainer:
+    """Reads and checks everything that the run needs, before its first step. Raises UserError."""
+    say = run.say if world.is_main else lambda text: None
+    backend = make_backend(config.backend, world)
+    folder = Path(world.broadcast(str(run.folder_of(config)) if world.is_main else None))
+    allow_tf32(config.tf32)
+    if config.bf16 and (warning := check_bf16(world.device)):
+        say(f"warning: {warning}")
+    splits = load_splits(config)
+    if "dev" not in splits and (config.eval_on_start or config.load_best_model_at_end):
+        raise UserError("eval_on_start and load_best_model_at_end need a dev split: give --validation_file FILE")
+    label_names = splits["train"].label_names
+    model, tokenizer = load_for_training(config, label_names, config.seed)
+    max_length = longest_input(model, tokenizer, config.max_length)
+    tokens = {}
+    for role, pairs in splits.items():
+        tokens[role] = tokenize(pairs, tokenizer, max_length, cache_folder(), say, progress=world.is_main)
+        say(describe(pairs, tokens[role], max_length))
+    cross_encoder = CrossEncoder(model, config.attn_implementation).to(world.device)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch_size = global_batch_size(config, world.size)
+    num_steps = total_steps(config, len(splits["train"]), batch_size)
+    seed = config.seed if config.data_seed is None else config.data_seed
+    sampler = GlobalBatchSampler(len(splits["train"]), batch_size, seed, num_steps, tokens["train"].fingerprint)
+    if world.is_main:
+        run.claim(folder, config)
+    journal = Journal(folder if world.is_main else None, num_steps)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    say(
+        f"{num_parameters:,} parameters on {world.device.type}, {world.size} rank(s), backend {backend.name}; "
+        f"{num_steps} steps of {batch_size} pairs; writing {folder}"
+    )
+    return Trainer(
+        config, world, folder, journal, splits, tokens, sampler, cross_encoder, tokenizer, max_length, backend
+    )
+
+
+def describe(pairs: Pairs, tokens: Tokens, max_length: int) -> str:
+    """One line on a split: its size, and every pair that was dropped or cut."""
+    parts = [f"{pairs.name}: {len(pairs):,} pairs, {tokens.lengths.mean():.1f} tokens each"]
+    if pairs.num_dropped:
+        parts.append(f"{pairs.num_dropped:,} more dropped (no consensus label)")
+    if num_cut := int(tokens.truncated.sum()):
+        parts.append(f"{num_cut:,} cut to {max_length} tokens")
+    return f"{', '.join(parts)} ({tokens.bytes_per_pair:.0f} bytes a pair)"
+
+
+def train(config: Config) -> dict[str, Any]:
+    """The whole run on this rank. Returns what results.json holds."""
+    world = dist.start(config.ddp_timeout)
+    trainer = prepare(config, world)
+    trainer.loop()
+    results = trainer.finish()
+    trainer.backend.close()
+    trainer.journal.close()
+    if world.is_main:
+        for split, scores in results["metrics"].items():
+            run.say(f"{split}: " + ", ".join(f"{name} {scores[name]:.4f}" for name in METRICS))
+        run.say(f"model: {trainer.folder / 'model'}")
+    return results
