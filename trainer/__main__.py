@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from trainer.cli import given_fields, make_parser, parse, parse_train
 from trainer.config import DataConfig, UserError, unknown
@@ -31,21 +32,23 @@ def train(argv: list[str]) -> None:
 def evaluate(argv: list[str]) -> None:
     from trainer.predict import EvaluateConfig, InferenceConfig, evaluate_model
 
-    groups = (DataConfig, InferenceConfig, EvaluateConfig)
+    groups: tuple[Any, ...] = (DataConfig, InferenceConfig, EvaluateConfig)
     parser = make_parser("crossrank evaluate", groups, usage="crossrank evaluate MODEL_DIR [--field value ...]")
     parser.add_argument("model", metavar="MODEL_DIR", help="folder of a trained model: config, weights, tokenizer")
     values = parse(parser, argv)
-    evaluate_model(values["model"], *(group(**given_fields(values, group)) for group in groups))
+    data, inference, output = (group(**given_fields(values, group)) for group in groups)
+    evaluate_model(values["model"], data, inference, output)
 
 
 def predict(argv: list[str]) -> None:
     from trainer.predict import InferenceConfig, PredictConfig, predict_file
 
-    groups = (PredictConfig, InferenceConfig)
+    groups: tuple[Any, ...] = (PredictConfig, InferenceConfig)
     parser = make_parser("crossrank predict", groups, usage="crossrank predict MODEL_DIR [--field value ...]")
     parser.add_argument("model", metavar="MODEL_DIR", help="folder of a trained model: config, weights, tokenizer")
     values = parse(parser, argv)
-    predict_file(values["model"], *(group(**given_fields(values, group)) for group in groups))
+    pairs, inference = (group(**given_fields(values, group)) for group in groups)
+    predict_file(values["model"], pairs, inference)
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {"train": train, "evaluate": evaluate, "predict": predict}

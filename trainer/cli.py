@@ -56,8 +56,9 @@ def _dashes(arg: str) -> str:
 def _spell_out_flags(argv: list[str], options: dict[str, argparse.Action]) -> list[str]:
     """`--bf16` alone means `--bf16 true`, as in transformers."""
     spelled = []
-    for arg, following in zip(argv, [*argv[1:], "--"], strict=True):
+    for position, arg in enumerate(argv):
         spelled.append(arg)
+        following = argv[position + 1] if position + 1 < len(argv) else "--"
         if arg in options and getattr(options[arg], "_typehint", None) is bool and following.startswith("--"):
             spelled.append("true")
     return spelled

@@ -29,6 +29,8 @@ SPLITS: dict[Role, tuple[str, ...]] = {
 }
 NLI = ("entailment", "neutral", "contradiction")
 NO_CONSENSUS = "-"
+# Name for messages, rows, and what the data set itself calls its integer labels, if it does.
+Loaded = tuple[str, pa.Table, list[str] | None]
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,13 @@ def load_splits(config: DataConfig) -> dict[Role, Pairs]:
 def load_pairs(config: DataConfig, role: Role, label_names: Sequence[str] | None) -> Pairs | None:
     """One split, or None where the data set has none. `label_names` fixes the classes; None = from this split."""
     if config.dataset_name == "builtin" and not _has_files(config):
-        place, table, names = f"builtin {role}", pa.Table.from_pylist(builtin.pairs(role)), list(builtin.LABEL_NAMES)
+        rows = pa.Table.from_pylist(builtin.pairs(role))
+        loaded: Loaded | None = (f"builtin {role}", rows, list(builtin.LABEL_NAMES))
     else:
         loaded = _load_file(config, role) if _has_files(config) else _load_hub(config, role)
-        if loaded is None:
-            return None
-        place, table, names = loaded
+    if loaded is None:
+        return None
+    place, table, names = loaded
     limit = {"train": config.max_train_samples, "dev": config.max_eval_samples, "test": config.max_test_samples}[role]
     return _check(table, place, config, label_names, names, limit)
 
@@ -85,7 +88,7 @@ def _has_files(config: DataConfig) -> bool:
     return any((config.train_file, config.validation_file, config.test_file))
 
 
-def _load_file(config: DataConfig, role: Role) -> tuple[str, pa.Table, list[str] | None] | None:
+def _load_file(config: DataConfig, role: Role) -> Loaded | None:
     file = {"train": config.train_file, "dev": config.validation_file, "test": config.test_file}[role]
     if file is None:
         return None
@@ -139,7 +142,7 @@ def _open_saved(path: Path) -> Any:
         raise UserError(f"{path}: not a folder of datasets' save_to_disk: {error}") from None
 
 
-def _load_hub(config: DataConfig, role: Role) -> tuple[str, pa.Table, list[str] | None] | None:
+def _load_hub(config: DataConfig, role: Role) -> Loaded | None:
     import datasets
 
     name = config.dataset_name
@@ -158,7 +161,7 @@ def _load_hub(config: DataConfig, role: Role) -> tuple[str, pa.Table, list[str] 
     return _from_datasets(loaded, name, role)
 
 
-def _from_datasets(loaded: Any, place: str, role: Role) -> tuple[str, pa.Table, list[str] | None] | None:
+def _from_datasets(loaded: Any, place: str, role: Role) -> Loaded | None:
     """The role's split of a datasets.DatasetDict, or a datasets.Dataset itself."""
     if isinstance(loaded, dict):
         split = next((s for s in SPLITS[role] if s in loaded), None)
@@ -194,7 +197,7 @@ def _check(
         row=kept,
         source=None if source is None else [str(s) for s in source.take(kept).to_pylist()],
         label_names=names,
-        num_dropped=int((numbers[: kept[-1] + 1] < 0).sum()),
+        num_dropped=int((numbers[: kept[-1] + 1 if len(kept) == limit else None] < 0).sum()),
     )
 
 

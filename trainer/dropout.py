@@ -32,7 +32,7 @@ def mix(x: np.ndarray) -> np.ndarray:
         return x ^ (x >> np.uint64(31))
 
 
-def _keys(*parts: int | np.ndarray) -> np.ndarray:
+def hash_key(*parts: int | np.ndarray) -> np.ndarray:
     """A 64-bit key of integers; arrays broadcast."""
     key = np.zeros((), dtype=np.uint64)
     with np.errstate(over="ignore"):
@@ -43,13 +43,13 @@ def _keys(*parts: int | np.ndarray) -> np.ndarray:
 
 def token_keys(seed: int, step: int, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Keys (tokens,) as int64 of the tokens at `positions` of data set rows `rows`, both (tokens,)."""
-    return _keys(seed, step, rows, positions).view(np.int64)
+    return hash_key(seed, step, rows, positions).view(np.int64)
 
 
 @lru_cache(maxsize=1024)
 def _columns(site: int, num_rows: int, width: int, device: torch.device) -> torch.Tensor:
     """Random odd numbers (num_rows, ceil(width / DRAWS)); each row (an attention head) has its own."""
-    columns = _keys(site, np.arange(num_rows)[:, None], np.arange(-(-width // DRAWS))[None])
+    columns = hash_key(site, np.arange(num_rows)[:, None], np.arange(-(-width // DRAWS))[None])
     return torch.from_numpy((columns | np.uint64(1)).view(np.int64)).to(device)
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from trainer.batch import assemble
 from trainer.data import Pairs
 from trainer.dist import World
 from trainer.metrics import classification_scores, log_softmax, scores_by_source
+from trainer.model import CrossEncoder
 from trainer.precision import autocast
 from trainer.sampler import deal
 from trainer.tokens import Tokens
@@ -33,7 +33,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module, pairs: Pairs, tokens: Tokens, world: World, batch_size: int, bf16: bool
+    model: CrossEncoder, pairs: Pairs, tokens: Tokens, world: World, batch_size: int, bf16: bool
 ) -> Evaluation:
     """Scores of `model` on `pairs`; see metrics.classification_scores. With sources, also `by_source`."""
     logits = predict_logits(model, tokens, world, batch_size, bf16)
@@ -46,7 +46,7 @@ def evaluate(
 
 
 @torch.inference_mode()
-def predict_logits(model: nn.Module, tokens: Tokens, world: World, batch_size: int, bf16: bool) -> np.ndarray | None:
+def predict_logits(model: CrossEncoder, tokens: Tokens, world: World, batch_size: int, bf16: bool) -> np.ndarray | None:
     """Logits (n, classes) in fp32 in the order of `tokens` on rank 0, None elsewhere.
 
     Raises RuntimeError if a sample is missing or was computed twice.
@@ -62,7 +62,7 @@ def predict_logits(model: nn.Module, tokens: Tokens, world: World, batch_size: i
         with autocast(world.device, bf16):
             logits = model(assemble(tokens, labels, rows, world.device))
         results.append(logits.float().cpu().numpy())
-    num_classes = model.get_submodule("model").config.num_labels
+    num_classes = model.num_classes
     gathered = world.gather(np.concatenate([*results, np.empty((0, num_classes), np.float32)]))
     rows = world.gather(np.concatenate([*mine, np.empty(0, np.int64)]))
     if gathered is None or rows is None:

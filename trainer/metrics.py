@@ -66,7 +66,10 @@ def _metric() -> Any:
         def _compute(self, predictions: Any, references: Any, num_labels: int) -> dict[str, Any]:  # type: ignore[override]
             return {
                 "accuracy": float(accuracy_score(references, predictions)),
-                **{f"f1_{a}": float(f1_score(references, predictions, average=a, zero_division=0)) for a in ("macro", "micro", "weighted")},
+                **{
+                    f"f1_{a}": float(f1_score(references, predictions, average=a, zero_division=0))
+                    for a in ("macro", "micro", "weighted")
+                },
                 "confusion_matrix": confusion_matrix(references, predictions, labels=range(num_labels)).tolist(),
             }
 

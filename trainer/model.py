@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from trainer import builtin
 from trainer.attention import Layout, adopt
 from trainer.batch import Batch
 from trainer.config import ModelConfig, UserError
+
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 
 class CrossEncoder(nn.Module):
@@ -32,6 +33,7 @@ class CrossEncoder(nn.Module):
         self.takes_types = getattr(model.config, "type_vocab_size", 0) > 1
         # RoBERTa counts positions from the padding token's number + 1.
         self.first_position = _first_position(model)
+        self.num_classes: int = model.config.num_labels
         self.padding = model.config.pad_token_id or 0
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -74,12 +76,13 @@ def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> 
     """Raises UserError where the folder or the hub has no tokenizer."""
     from transformers import AutoTokenizer
 
-    return _explained(
-        lambda: AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code),
-        name,
-        "tokenizer",
-        "put tokenizer.json (or the vocabulary files) beside config.json",
-    )
+    def load() -> Any:
+        # Without its files transformers makes a tokenizer of nothing but special tokens, in silence.
+        if Path(name).is_dir() and not any(file for kind in VOCABULARIES for file in Path(name).glob(kind)):
+            raise ValueError(f"none of {', '.join(VOCABULARIES)}")
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+
+    return _explained(load, name, "tokenizer", "put the tokenizer's files beside config.json")
 
 
 def load_for_training(config: ModelConfig, label_names: Sequence[str], seed: int) -> tuple[Any, Any]:
@@ -92,12 +95,12 @@ def load_for_training(config: ModelConfig, label_names: Sequence[str], seed: int
     name = config.model_name_or_path
     options = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
     if name == "builtin":
-        with tempfile.TemporaryDirectory() as folder:
-            builtin.write_model(Path(folder), seed)
-            return load_for_training(_replace(config, folder), label_names, seed)
-    settings = _explained(
-        lambda: AutoConfig.from_pretrained(name, **options), name, "model", "a model folder holds a config.json"
-    )
+        settings, tokenizer = builtin.make_config(), builtin.make_tokenizer()
+    else:
+        settings = _explained(
+            lambda: AutoConfig.from_pretrained(name, **options), name, "model", "a model folder holds a config.json"
+        )
+        tokenizer = load_tokenizer(name, config.model_revision, config.trust_remote_code)
     settings.num_labels = len(label_names)
     settings.id2label = dict(enumerate(label_names))
     settings.label2id = {label: i for i, label in enumerate(label_names)}
@@ -105,7 +108,8 @@ def load_for_training(config: ModelConfig, label_names: Sequence[str], seed: int
     _set_dropout(settings, config.dropout)
     if config.attn_implementation is not None:
         settings._attn_implementation = config.attn_implementation
-    tokenizer = load_tokenizer(name, config.model_revision, config.trust_remote_code)
+    if name == "builtin":
+        return builtin.make_model(settings, seed), tokenizer
     torch.manual_seed(seed)
     if config.init == "random":
         model = AutoModelForSequenceClassification.from_config(settings, trust_remote_code=config.trust_remote_code)
@@ -149,10 +153,6 @@ def save_trained(model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, m
         shutil.rmtree(old)
     else:
         temporary.rename(folder)
-
-
-def _replace(config: ModelConfig, folder: str) -> ModelConfig:
-    return ModelConfig(model_name_or_path=folder, init=config.init, max_length=config.max_length, dropout=config.dropout)
 
 
 def _set_dropout(settings: Any, dropout: float | None) -> None:

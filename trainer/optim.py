@@ -13,7 +13,8 @@ from trainer.config import OptimisationConfig
 def make_optimizer(model: nn.Module, config: OptimisationConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) in its fused form; no weight decay on biases and norms."""
     norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (plain if id(parameter) in norms or name.endswith("bias") else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]

@@ -94,9 +94,7 @@ def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, ou
         if pairs is None:
             continue
         tokens = predictor.tokens(pairs, cache_folder())
-        result = evaluate(
-            predictor.model, pairs, tokens, world, inference.per_device_eval_batch_size, inference.bf16
-        )
+        result = evaluate(predictor.model, pairs, tokens, world, inference.per_device_eval_batch_size, inference.bf16)
         name = split_name(data, role)
         metrics[name] = result.scores
         predictor.say(f"{name}: " + ", ".join(f"{m} {result.scores[m]:.4f}" for m in METRICS))

@@ -95,7 +95,9 @@ def git_state() -> dict[str, Any] | None:
     here = str(Path(__file__).parent)
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", here, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         if not git("ls-files", __file__):

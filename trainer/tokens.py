@@ -85,7 +85,9 @@ def tokenize(
 def _backend(tokenizer: Any, max_length: int) -> Any:
     """The Rust tokenizer, cutting the longest text first. Raises UserError where there is none."""
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"{type(tokenizer).__name__} has no Rust tokenizer; save the model's folder with tokenizer.json")
+        raise UserError(
+            f"{type(tokenizer).__name__} has no Rust tokenizer; save the model's folder with tokenizer.json"
+        )
     rust = tokenizer.backend_tokenizer
     rust.enable_truncation(max_length, strategy="longest_first")
     rust.no_padding()

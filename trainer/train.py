@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -22,7 +21,7 @@ from trainer.batch import IGNORED, assemble
 from trainer.config import METRICS, Config, UserError, global_batch_size, num_forwards, total_steps
 from trainer.data import Pairs, Role, load_splits, split_name
 from trainer.dist import World
-from trainer.dropout import mix
+from trainer.dropout import hash_key
 from trainer.evaluate import Evaluation, evaluate, write_predictions
 from trainer.model import CrossEncoder, load_for_training, longest_input, save_trained
 from trainer.optim import learning_rate, make_optimizer
@@ -225,7 +224,7 @@ class Trainer:
 
 def seed_torch(seed: int, step: int, rank: int) -> None:
     """torch's own random stream, for what does not draw by sample: a function of (seed, step, rank)."""
-    torch.manual_seed(int(mix(np.uint64(seed) ^ mix(np.uint64(step) ^ mix(np.uint64(rank))))) >> 1)
+    torch.manual_seed(int(hash_key(seed, step, rank)) >> 1)
 
 
 def prepare(config: Config, world: World) -> Trainer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -18,7 +19,10 @@ class DDP(Single):
         super().prepare(module, optimizer)
         if self.world.size == 1:
             return module
-        self.replica = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():
+            # torch 2.13 renames the argument; the old name is the one that all supported versions know.
+            warnings.simplefilter("ignore", FutureWarning)
+            self.replica = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
         return self.replica
 
     def accumulate(self, last: bool) -> AbstractContextManager[object]:

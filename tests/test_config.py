@@ -1,0 +1,187 @@
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from trainer.cli import parse_train, train_parser
+from trainer.config import (
+    RECIPES,
+    BatchConfig,
+    Config,
+    OptimisationConfig,
+    UserError,
+    global_batch_size,
+    num_forwards,
+    total_steps,
+    write_yaml,
+)
+
+FIELDS = [
+    "model_name_or_path",
+    "model_revision",
+    "init",
+    "max_length",
+    "dropout",
+    "attn_implementation",
+    "trust_remote_code",
+    "dataset_name",
+    "dataset_config_name",
+    "dataset_revision",
+    "train_file",
+    "validation_file",
+    "test_file",
+    "premise_column",
+    "hypothesis_column",
+    "label_column",
+    "label_names",
+    "max_train_samples",
+    "max_eval_samples",
+    "max_test_samples",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "train_batch_size",
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "num_train_epochs",
+    "max_steps",
+    "lr_scheduler_type",
+    "warmup_ratio",
+    "warmup_steps",
+    "label_smoothing_factor",
+    "output_dir",
+    "run_name",
+    "seed",
+    "data_seed",
+    "bf16",
+    "tf32",
+    "gradient_checkpointing",
+    "backend",
+    "ddp_timeout",
+    "eval_strategy",
+    "eval_steps",
+    "eval_on_start",
+    "metric_for_best_model",
+    "load_best_model_at_end",
+    "logging_steps",
+]
+
+
+def test_surface_is_frozen():
+    """Adding a field is a decision: it is made here too."""
+    assert sorted(field.name for field in dataclasses.fields(Config)) == sorted(FIELDS)
+
+
+def test_precedence(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("learning_rate: 3e-4\nseed: 5\n")
+    config = parse_train(["--recipe", "allnli-100k", "--config", str(file), "--seed", "6"])
+    assert (config.seed, config.learning_rate) == (6, 3e-4)  # command line, config file
+    assert (config.bf16, config.adam_beta2, config.run_name) == (True, 0.999, "allnli-100k")  # recipe, default
+
+
+def test_resolved_config_reads_back(tmp_path):
+    config = parse_train(["--recipe", "allnli-100k", "--dropout", "0", "--label_names", "[a, b]"])
+    write_yaml(config, tmp_path / "config.yaml")
+    assert parse_train(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+def test_flags_and_dashes():
+    assert parse_train(["--recipe", "demo", "--bf16", "--learning-rate", "1e-4"]).bf16
+    assert parse_train(["--recipe", "demo", "--tf32", "--bf16", "true"]).tf32
+    assert not parse_train(["--recipe", "allnli-100k", "--bf16=false"]).bf16
+
+
+@pytest.mark.parametrize("recipe", [path.stem for path in RECIPES.glob("*.yaml")])
+def test_every_recipe_is_valid(recipe):
+    assert parse_train(["--recipe", recipe]).run_name == recipe
+
+
+def test_the_cards_hyperparameters():
+    config = parse_train(["--recipe", "allnli-100k"])
+    card = {
+        "per_device_train_batch_size": 64, "per_device_eval_batch_size": 64, "num_train_epochs": 1, "warmup_ratio": 0.1,
+        "bf16": True, "learning_rate": 5e-5, "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "lr_scheduler_type": "linear", "seed": 42,
+        "gradient_accumulation_steps": 1, "label_smoothing_factor": 0.0,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in card} == card
+
+
+BAD = {
+    "--lerning_rate 1": "did you mean '--learning_rate'",
+    "--recipe alnli-100k": "did you mean 'allnli-100k'",
+    "--learning_rate abc": "learning_rate",
+    "--backend dpp": "'single', 'ddp'",
+    "--init pretraind": "pretrained",
+    "--max_train_samples 1.5": "max_train_samples",
+    "--max_train_samples 0": "max_train_samples must be positive",
+    "--dropout 1": "dropout must be at least 0 and below 1",
+    "--learning_rate nan": "field learning_rate",
+    "--metric_for_best_model f1": "valid: accuracy, f1_macro",
+    "--label_names [a,a]": "twice",
+    "--config /nowhere.yaml": "/nowhere.yaml",
+    "--load_best_model_at_end --eval_strategy no": "needs eval_strategy",
+    "stray": "stray",
+    "--seed": "--seed",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_command_line(arguments):
+    with pytest.raises(UserError) as caught:
+        parse_train(["--recipe", "demo", *arguments.split()])
+    assert BAD[arguments] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lerning_rate: 1", "did you mean 'learning_rate'"),
+        ("seed: x", "field seed"),
+        ("- 1", "`field: value`"),
+        ("a: [", "cannot read"),
+    ],
+)
+def test_bad_config_file_is_named(tmp_path, text, expected):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        parse_train(["--recipe", "demo", "--config", str(file)])
+    assert expected in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+def test_no_data():
+    with pytest.raises(UserError, match="no data"):
+        parse_train([])
+
+
+def test_help_names_groups_and_defaults():
+    text = " ".join(train_parser().format_help().split())
+    for expected in ("Optimisation:", "Batch:", "--max_grad_norm", "default: 5e-05", "Pairs in one optimizer step"):
+        assert expected in text
+
+
+def test_parsing_needs_no_torch():
+    code = "import sys, trainer.cli as c; c.parse_train(['--recipe', 'demo']); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_batch_sizes():
+    assert global_batch_size(BatchConfig(per_device_train_batch_size=8, gradient_accumulation_steps=3), 4) == 96
+    assert global_batch_size(BatchConfig(train_batch_size=64), 4) == 64
+    assert num_forwards(BatchConfig(per_device_train_batch_size=8), 64, 2) == 4
+    assert num_forwards(BatchConfig(per_device_train_batch_size=64), 3, 4) == 1
+
+
+def test_total_steps_counts_short_batches():
+    assert total_steps(OptimisationConfig(num_train_epochs=2), 65, 64) == 4
+    assert total_steps(OptimisationConfig(num_train_epochs=0.5), 640, 64) == 5
+    assert total_steps(OptimisationConfig(max_steps=7), 65, 64) == 7

@@ -1,0 +1,42 @@
+import numpy as np
+import pytest
+from sklearn.metrics import confusion_matrix, f1_score
+
+from trainer.evaluate import in_order
+from trainer.metrics import classification_scores, scores_by_source
+
+
+def test_scores_are_sklearns():
+    rng = np.random.default_rng(0)
+    labels, logits = rng.integers(0, 3, 500), rng.normal(size=(500, 3)).astype(np.float32)
+    scores = classification_scores(labels, logits, 3)
+    for average in ("macro", "micro", "weighted"):
+        assert scores[f"f1_{average}"] == f1_score(labels, logits.argmax(-1), average=average)
+    assert scores["confusion_matrix"] == confusion_matrix(labels, logits.argmax(-1)).tolist()
+    assert scores["accuracy"] == pytest.approx((labels == logits.argmax(-1)).mean())
+
+
+def test_loss_is_cross_entropy():
+    import torch
+
+    rng = np.random.default_rng(1)
+    labels, logits = rng.integers(0, 4, 50), rng.normal(size=(50, 4)).astype(np.float32)
+    expected = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels))
+    assert classification_scores(labels, logits, 4)["loss"] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_scores_by_source():
+    labels, logits = np.array([0, 1, 1]), np.eye(2)[[0, 1, 0]]
+    scores = scores_by_source(labels, logits, ["a", "a", "b"], 2)
+    assert (scores["a"]["accuracy"], scores["b"]["accuracy"]) == (1.0, 0.0)
+    assert (scores["a"]["num_samples"], scores["b"]["num_samples"]) == (2, 1)
+
+
+def test_in_order():
+    assert in_order(np.array([2, 0, 1]), np.array([[2.0], [0.0], [1.0]]), 3).tolist() == [[0.0], [1.0], [2.0]]
+
+
+@pytest.mark.parametrize("rows", [[0, 1], [0, 1, 1], [0, 1, 2, 2], [0, 1, 3], [0, 1, 2, 3]])
+def test_a_missing_or_doubled_sample_is_an_error(rows):
+    with pytest.raises(RuntimeError, match="not exactly once"):
+        in_order(np.array(rows), np.zeros((len(rows), 2)), 3)

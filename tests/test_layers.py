@@ -1,0 +1,56 @@
+"""Imports point down: every file imports only files above it in this list."""
+
+import ast
+from pathlib import Path
+
+ORDER = [
+    "config",
+    "sampler",
+    "metrics",
+    "builtin",
+    "precision",
+    "optim",
+    "dist",
+    "dropout",
+    "attention",
+    "data",
+    "tokens",
+    "batch",
+    "model",
+    "run",
+    "backends.single",
+    "backends.ddp",
+    "backends",
+    "evaluate",
+    "train",
+    "predict",
+    "cli",
+    "__main__",
+]
+FOLDER = Path(__file__).parent.parent / "trainer"
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "trainer":
+            module = node.module.removeprefix("trainer").lstrip(".")
+            names |= {module} if module else {alias.name for alias in node.names}
+    return names
+
+
+def test_every_file_has_its_place():
+    files = {str(p.relative_to(FOLDER).with_suffix("")).replace("/", ".") for p in FOLDER.rglob("*.py")}
+    assert {name.removesuffix(".__init__") for name in files} - {"__init__"} == set(ORDER)
+
+
+def test_imports_point_down():
+    for position, name in enumerate(ORDER):
+        path = FOLDER / name.replace(".", "/")
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        # A backend that needs an optional package is imported when it is asked for.
+        assert imported(path) <= set(ORDER[:position]), name
+
+
+def test_the_package_imports_nothing():
+    assert (FOLDER / "__init__.py").read_text() == ""

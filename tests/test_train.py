@@ -1,0 +1,223 @@
+"""Whole runs: one process, several ranks, and the model that comes out."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import crossrank, events, losses
+from safetensors.torch import load_file
+
+SMALL = ["--recipe", "demo", "--max_train_samples", "330", "--max_eval_samples", "101", "--max_test_samples", "101",
+         "--logging_steps", "1", "--num_train_epochs", "2", "--dropout", "0.1", "--max_grad_norm", "0.5"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same run on one process and on 2, 3 and 4 ranks: dropout on, clipping active, short last batches."""
+    folder = tmp_path_factory.mktemp("runs")
+    for ranks in (0, 2, 3, 4):
+        # 330 = 5 * 64 + 10 pairs: with 4 forwards of 5 pairs a rank, some share of the last batch is empty.
+        crossrank("train", *SMALL, "--output_dir", folder / str(ranks), ranks=ranks)
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_any_number_of_ranks_gives_the_same_run(runs, ranks):
+    ours, reference = runs / str(ranks), runs / "0"
+    assert len(losses(reference)) == 12
+    assert np.allclose(losses(ours), losses(reference), rtol=0, atol=1e-5)
+    for mine, theirs in zip(events(ours, "train"), events(reference, "train"), strict=True):
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        assert mine["learning_rate"] == theirs["learning_rate"]
+    expected = weights(reference)
+    for name, value in weights(ours).items():
+        assert torch.allclose(value, expected[name], rtol=0, atol=1e-4), name
+
+
+def test_evaluation_is_the_same_to_the_last_digit(runs, tmp_path):
+    """The same model scored by any number of ranks."""
+    from trainer.builtin import pairs
+
+    table = tmp_path / "dev.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in pairs("dev")[:331]))
+    options = ["evaluate", runs / "0" / "model", "--validation_file", table, "--per_device_eval_batch_size", "16"]
+    metrics = []
+    for ranks in (0, 2, 3, 4):
+        crossrank(*options, "--output_dir", tmp_path / str(ranks), ranks=ranks)
+        metrics.append(json.loads((tmp_path / str(ranks) / "results.json").read_text())["metrics"])
+    assert all(scores == metrics[0] for scores in metrics)
+    assert set(metrics[0]["dev-dev"]["by_source"]) == {row["source"] for row in pairs("dev")[:331]}
+
+
+def test_accumulation_is_the_same_run(runs, tmp_path):
+    crossrank("train", *SMALL, "--per_device_train_batch_size", "7", "--output_dir", tmp_path / "run")
+    assert np.allclose(losses(tmp_path / "run"), losses(runs / "0"), rtol=0, atol=1e-5)
+    crossrank("train", *SMALL, "--per_device_train_batch_size", "5", "--output_dir", tmp_path / "two", ranks=2)
+    assert np.allclose(losses(tmp_path / "two"), losses(runs / "0"), rtol=0, atol=1e-5)
+
+
+def test_repeats_are_bit_equal(runs, tmp_path):
+    crossrank("train", *SMALL, "--output_dir", tmp_path / "run")
+    again, first = weights(tmp_path / "run"), weights(runs / "0")
+    assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_gradient_checkpointing_is_the_same_run(runs, tmp_path):
+    crossrank("train", *SMALL, "--gradient_checkpointing", "--output_dir", tmp_path / "run")
+    assert np.allclose(losses(tmp_path / "run"), losses(runs / "0"), rtol=0, atol=1e-5)
+
+
+def test_another_seed_is_another_run(runs, tmp_path):
+    crossrank("train", *SMALL, "--seed", "1", "--max_steps", "3", "--output_dir", tmp_path / "run")
+    assert not np.allclose(losses(tmp_path / "run"), losses(runs / "0")[:3], atol=1e-3)
+
+
+def test_the_run_folder(runs):
+    folder = runs / "2"
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results["metrics"]) == {"builtin-dev", "builtin-test"}
+    assert (results["world_size"], results["backend"]) == (2, "ddp")
+    assert {"seconds", "samples_per_second", "tokens_per_second", "steps", "epochs"} == set(results["train"])
+    assert {"step", "epoch", "loss", "grad_norm", "learning_rate", "samples_per_second", "tokens_per_second"} <= set(
+        events(folder, "train")[0]
+    )
+    rates = [event["learning_rate"] for event in events(folder, "train")]
+    assert rates[0] == 0
+    assert max(rates) == rates[2] == 1e-3  # two steps of warmup, 10 % of 12 rounded up
+    assert (folder / "config.yaml").is_file()
+    predictions = pq.read_table(folder / "predictions" / "builtin-test.parquet").to_pandas()
+    assert predictions["index"].tolist() == list(range(101))
+    scores = predictions[[f"score_{name}" for name in ("entailment", "neutral", "contradiction")]].to_numpy()
+    assert np.allclose(scores.sum(1), 1)
+    accuracy = (scores.argmax(1) == predictions["label"]).mean()
+    assert accuracy == pytest.approx(results["metrics"]["builtin-test"]["accuracy"])
+
+
+def test_the_model_gives_our_scores_elsewhere(runs, tmp_path):
+    """sentence_transformers.CrossEncoder and transformers.pipeline read the model and agree with crossrank predict."""
+    from trainer.builtin import LABEL_NAMES, pairs
+
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from transformers import pipeline
+
+    rows = pairs("test")[:20]
+    model = runs / "0" / "model"
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    crossrank("predict", model, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    ours = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    scores = np.array([[row["scores"][name] for name in LABEL_NAMES] for row in ours])
+
+    encoder = sentence_transformers.CrossEncoder(str(model))
+    theirs = encoder.predict([(r["premise"], r["hypothesis"]) for r in rows], apply_softmax=True)
+    assert np.allclose(theirs, scores, atol=1e-5)
+    assert [encoder.config.id2label[int(i)] for i in theirs.argmax(1)] == [row["label"] for row in ours]
+
+    classify = pipeline("text-classification", str(model), top_k=None)
+    for row, mine in zip(
+        classify([{"text": r["premise"], "text_pair": r["hypothesis"]} for r in rows]), ours, strict=True
+    ):
+        assert {c["label"]: c["score"] for c in row} == pytest.approx(mine["scores"], abs=1e-5)
+
+
+def test_predict_formats(runs, tmp_path):
+    model = runs / "0" / "model"
+    tabs = crossrank("predict", model, text="A dog sleeps.\tAn animal sleeps.\nA cat.\tA dog.\n").stdout.splitlines()
+    lines = crossrank("predict", model, text='{"premise": "A cat.", "hypothesis": "A dog."}\n').stdout.splitlines()
+    one, other = json.loads(tabs[1]), json.loads(lines[0])
+    assert one["label"] == other["label"]
+    assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
+    (tmp_path / "in.csv").write_text("sentence1,sentence2\nA cat.,A dog.\n")
+    crossrank("predict", model, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.tsv")
+    header, row = (tmp_path / "out.tsv").read_text().splitlines()
+    assert header.split("\t") == ["label", "score_entailment", "score_neutral", "score_contradiction"]
+    assert row.split("\t")[0] == json.loads(lines[0])["label"]
+
+
+def test_the_best_model_is_kept(tmp_path):
+    """A learning rate that wrecks the model at the end: the one that was best is what is left."""
+    options = "--learning_rate 0.03 --lr_scheduler_type constant --warmup_ratio 0 --eval_strategy steps --eval_steps 2 "
+    options += "--load_best_model_at_end --metric_for_best_model loss"
+    crossrank("train", *SMALL, *options.split(), "--output_dir", tmp_path / "run")
+    evaluations = [e["loss"] for e in events(tmp_path / "run", "eval") if e["split"] == "builtin-dev"]
+    *during, final = evaluations
+    assert len(during) == 6
+    assert final == pytest.approx(min(during))
+    assert final < during[-1]
+
+
+def test_bf16(runs, tmp_path):
+    crossrank("train", *SMALL, "--bf16", "--output_dir", tmp_path / "run", ranks=2)
+    assert np.allclose(losses(tmp_path / "run"), losses(runs / "0"), atol=0.05)
+    assert not np.allclose(losses(tmp_path / "run"), losses(runs / "0"), atol=1e-6)
+    assert {value.dtype for value in weights(tmp_path / "run").values()} == {torch.float32}
+
+
+def test_a_run_is_never_overwritten(runs):
+    before = (runs / "0" / "results.json").read_bytes()
+    result = crossrank("train", *SMALL, "--output_dir", runs / "0", check=False)
+    assert result.returncode == 2
+    assert "holds a run" in result.stderr
+    assert (runs / "0" / "results.json").read_bytes() == before
+
+
+def test_the_failing_ranks_error_is_printed_once(tmp_path):
+    """Rank 1 alone cannot read its token cache or data: its message, and no traceback of the others."""
+    data = tmp_path / "data.csv"
+    data.write_text("premise,hypothesis,label\na,b,0\n")
+    result = crossrank("train", *SMALL, "--train_file", data, "--backend", "single", ranks=2, check=False)
+    assert result.returncode != 0
+    assert result.said.count("cannot wire 2 ranks") == 1
+    missing = crossrank("train", *SMALL, "--train_file", tmp_path / "none.csv", ranks=2, check=False)
+    assert missing.said.count("no such file") == 1
+    assert "crossrank: error" in missing.said
+
+
+BAD_MODELS = {
+    "no weights": "--init random",
+    "no tokenizer": "tokenizer",
+    "no folder": "no such folder",
+    "too long": "512 positions",
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_bad_models(case, tmp_path, minilm):
+    import shutil
+
+    folder = tmp_path / "model"
+    if case != "no folder":
+        shutil.copytree(minilm, folder)
+    if case == "no weights":
+        (folder / "model.safetensors").unlink()
+    if case == "no tokenizer":
+        for file in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"):
+            (folder / file).unlink()
+    extra = ["--max_length", "600"] if case == "too long" else []
+    result = crossrank("train", *SMALL, "--model_name_or_path", folder, *extra, check=False)
+    assert result.returncode == 2, result.said
+    assert BAD_MODELS[case] in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [({"WORLD_SIZE": "2"}, "WORLD_SIZE is set without RANK"), ({"RANK": "0"}, "RANK is set without WORLD_SIZE")],
+)
+def test_half_set_ranks(env, expected):
+    result = crossrank("train", *SMALL, check=False, **env)
+    assert result.returncode == 2
+    assert expected in result.stderr
+
+
+def test_help_and_unknown_verbs():
+    assert "crossrank VERB" in crossrank("--help").stdout
+    assert "--train_batch_size" in crossrank("train", "--help").stdout
+    assert "MODEL_DIR" in crossrank("predict", "--help").stdout
+    assert "did you mean 'train'" in crossrank("trian", check=False).stderr
