@@ -96,7 +96,8 @@ def _triple(rng: random.Random) -> list[dict[str, Any]]:
 @cache
 def _splits() -> dict[str, list[dict[str, Any]]]:
     """All splits, cut from one stream of distinct pairs."""
-    rng, seen = random.Random(2024), set()
+    rng = random.Random(2024)
+    seen: set[tuple[str, str]] = set()
     splits: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLIT_SIZES}
     for name, size in SPLIT_SIZES.items():
         while len(splits[name]) < size:
