@@ -59,6 +59,7 @@ FIELDS = [
     "seed",
     "data_seed",
     "bf16",
+    "unpad",
     "tf32",
     "gradient_checkpointing",
     "backend",

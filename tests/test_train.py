@@ -74,6 +74,11 @@ def test_gradient_checkpointing_is_the_same_run(runs, tmp_path):
     assert np.allclose(losses(tmp_path / "run"), losses(runs / "0"), rtol=0, atol=1e-5)
 
 
+def test_padded_is_the_same_run(runs, tmp_path):
+    crossrank("train", *SMALL, "--unpad", "false", "--output_dir", tmp_path / "run")
+    assert np.allclose(losses(tmp_path / "run"), losses(runs / "0"), rtol=0, atol=1e-5)
+
+
 def test_another_seed_is_another_run(runs, tmp_path):
     crossrank("train", *SMALL, "--seed", "1", "--max_steps", "3", "--output_dir", tmp_path / "run")
     assert not np.allclose(losses(tmp_path / "run"), losses(runs / "0")[:3], atol=1e-3)

@@ -138,6 +138,9 @@ class RunConfig:
     """Forward in bfloat16 autocast; weights, gradients' sums and optimizer stay in fp32."""
     tf32: bool = False
     """Allow TF32 in fp32 matrix products on CUDA."""
+    unpad: bool = True
+    """Compute real tokens alone: no padding outside attention, and first tokens alone in the last layer. Exact; for
+    BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA and DistilBERT, others run padded."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
 

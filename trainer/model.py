@@ -26,36 +26,33 @@ class CrossEncoder(nn.Module):
     stream, which is seeded by (seed, step, rank).
     """
 
-    def __init__(self, model: Any, attn_implementation: str | None = None) -> None:
+    def __init__(self, model: Any, attn_implementation: str | None = None, unpad: bool = True) -> None:
         super().__init__()
         self.model = model
-        self.layout: Layout | None = adopt(model) if attn_implementation is None else None
+        self.layout: Layout | None = adopt(model, unpad) if attn_implementation is None else None
         self.takes_types = getattr(model.config, "type_vocab_size", 0) > 1
-        # RoBERTa counts positions from the padding token's number + 1.
         self.first_position = _first_position(model)
         self.num_classes: int = model.config.num_labels
         self.padding = model.config.pad_token_id or 0
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits (pairs, classes)."""
-        slots = batch.pair * batch.longest + batch.positions  # (tokens,) place of each token in the padded batch
-
-        def pad(values: torch.Tensor, filler: int) -> torch.Tensor:
-            padded = values.new_full((batch.num_pairs * batch.longest,), filler)
-            return padded.index_copy(0, slots, values).view(batch.num_pairs, batch.longest)
-
-        mask = pad(torch.ones_like(batch.ids), 0)
-        if self.layout is not None:
-            keys = pad(batch.keys, 0)
-            self.layout.dropout.set(keys, batch.keys[batch.first])
-            self.layout.keys, self.layout.visible = keys, mask.bool()[:, None, None, :]
-        inputs = {"input_ids": pad(batch.ids, self.padding), "attention_mask": mask}
+        layout = self.layout or Layout(unpad=False)
+        layout.set(batch)
+        if layout.unpad:
+            inputs = {"input_ids": batch.ids[None], "position_ids": batch.positions[None] + self.first_position}
+            types = batch.types[None]
+        else:
+            mask = layout.visible[:, 0, 0].long()
+            inputs = {"input_ids": layout.pad(batch.ids, self.padding), "attention_mask": mask}
+            types = layout.pad(batch.types)
         if self.takes_types:
-            inputs["token_type_ids"] = pad(batch.types, 0)
+            inputs["token_type_ids"] = types
         return self.model(**inputs).logits
 
 
 def _first_position(model: Any) -> int:
+    """The position of a pair's first token: 0, or in RoBERTa's kind the padding token's number + 1."""
     positions = next((m for n, m in model.named_modules() if n.endswith("position_embeddings")), None)
     padding = getattr(positions, "padding_idx", None)
     return 0 if padding is None else padding + 1

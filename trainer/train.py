@@ -245,9 +245,11 @@ def prepare(config: Config, world: World) -> Trainer:
     for role, pairs in splits.items():
         tokens[role] = tokenize(pairs, tokenizer, max_length, cache_folder(), say, progress=world.is_main)
         say(describe(pairs, tokens[role], max_length))
-    cross_encoder = CrossEncoder(model, config.attn_implementation).to(world.device)
+    cross_encoder = CrossEncoder(model, config.attn_implementation, config.unpad).to(world.device)
     if cross_encoder.layout is None:
-        say("dropout masks depend on the number of ranks: this model keeps its own attention and dropout")
+        say(
+            f"{model.config.model_type} runs padded, with its own attention; its dropout depends on the number of ranks"
+        )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     batch_size = global_batch_size(config, world.size)
