@@ -70,12 +70,15 @@ class Result(subprocess.CompletedProcess):
         return self.stdout + self.stderr
 
 
-def crossrank(*arguments: object, ranks: int = 0, text: str | None = None, check: bool = True, **env: str) -> Result:
-    """Runs the command line; as one process, or as `ranks` processes of torchrun."""
+def crossrank(
+    *arguments: object, ranks: int = 0, text: str | None = None, check: bool = True, script=None, **env: str
+) -> Result:
+    """Runs the command line, or `script` in its place; as one process, or as `ranks` processes of torchrun."""
     start = [sys.executable, "-m"]
     if ranks:
-        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    command = [*start, "trainer", *map(str, arguments)]
+        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        start += [] if script else ["-m"]
+    command = [*start, str(script or "trainer"), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env
     result = subprocess.run(command, capture_output=True, text=True, input=text, env=environment)
     result.__class__ = Result

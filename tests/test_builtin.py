@@ -52,7 +52,7 @@ def test_the_same_in_every_process():
     code = "from trainer.builtin import pairs; print(pairs('dev'))"
     outputs = {
         subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True
         ).stdout
         for seed in ("1", "2")
     }

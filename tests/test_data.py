@@ -120,7 +120,7 @@ def test_real_files(allnli):
 
 def test_split_names():
     assert split_name(DataConfig(dataset_name="sentence-transformers/all-nli"), "dev") == "AllNLI-dev"
-    assert split_name(DataConfig(train_file="/x/snli_1.0_train.jsonl.gz"), "test") == "snli_1-test"
+    assert split_name(DataConfig(test_file="/x/snli_1.0_test.jsonl.gz"), "test") == "snli_1.0_test"
     assert split_name(DataConfig(dataset_name="builtin"), "dev") == "builtin-dev"
 
 
@@ -168,6 +168,22 @@ def test_ragged_csv_names_the_row(tmp_path):
     (tmp_path / "a.csv").write_text("premise,hypothesis,label\na,b,0\na,b,c,0\n")
     with pytest.raises(UserError, match=r"a\.csv: cannot be read as csv.*Expected 3 columns, got 4"):
         load(tmp_path / "a.csv")
+
+
+def test_text_that_looks_like_dates_is_text(tmp_path):
+    rows = [{"premise": "2024-01-01", "hypothesis": "2024-01-02", "label": "a"}]
+    assert load(write(tmp_path / "a.jsonl", rows)).premise == ["2024-01-01"]
+
+
+def test_names_belong_to_the_label_column(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        genre=datasets.ClassLabel(names=["fiction", "travel"]), premise=datasets.Value("string"),
+        hypothesis=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"]),
+    )  # fmt: skip
+    rows = [{"genre": 0, "premise": "a", "hypothesis": "b", "label": 1}]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "saved"))
+    assert load(tmp_path / "saved").label_names == ("no", "yes")
 
 
 def test_missing_and_unknown_files(tmp_path):

@@ -172,16 +172,46 @@ def test_a_run_is_never_overwritten(runs):
     assert (runs / "0" / "results.json").read_bytes() == before
 
 
-def test_the_failing_ranks_error_is_printed_once(tmp_path):
-    """Rank 1 alone cannot read its token cache or data: its message, and no traceback of the others."""
-    data = tmp_path / "data.csv"
-    data.write_text("premise,hypothesis,label\na,b,0\n")
-    result = crossrank("train", *SMALL, "--train_file", data, "--backend", "single", ranks=2, check=False)
+FAILING = """
+import os, sys
+from trainer import __main__, train
+if os.environ["RANK"] == "{rank}":
+    def fail(*args, **kwargs):
+        raise {error}
+    train.{where} = fail
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("where", ["load_splits", "write_predictions", "save_trained", "learning_rate"])
+def test_the_failing_ranks_error_is_printed_once(tmp_path, rank, where):
+    """One rank alone fails, in whatever phase: its message once, no hang, and the job fails."""
+    if rank == 1 and where in ("write_predictions", "save_trained"):
+        pytest.skip("only rank 0 writes")
+    script = tmp_path / "failing.py"
+    script.write_text(
+        FAILING.format(rank=rank, where=where, error='UserError("no such luck")').replace(
+            "from trainer import", "from trainer.config import UserError\nfrom trainer import"
+        )
+    )
+    options = [*SMALL, "--max_train_samples", "64", "--max_eval_samples", "30", "--max_test_samples", "30"]
+    result = crossrank("train", *options, "--output_dir", tmp_path / "run", ranks=2, check=False, script=script)
     assert result.returncode != 0
-    assert result.said.count("cannot wire 2 ranks") == 1
-    missing = crossrank("train", *SMALL, "--train_file", tmp_path / "none.csv", ranks=2, check=False)
-    assert missing.said.count("no such file") == 1
-    assert "crossrank: error" in missing.said
+    assert result.said.count("no such luck") == 1
+    assert f"[rank {rank}]" in result.said
+
+
+def test_mistakes_are_reported_once(tmp_path):
+    for options, expected in (
+        (["--backend", "single"], "cannot wire 2 ranks"),
+        (["--train_file", tmp_path / "none.csv"], "no such file"),
+        (["--lerning_rate", "1"], "did you mean"),
+    ):
+        result = crossrank("train", *SMALL, *options, ranks=2, check=False)
+        assert result.returncode != 0
+        assert result.said.count(expected) == 1
+        assert "crossrank:" in result.said
 
 
 BAD_MODELS = {
@@ -189,6 +219,7 @@ BAD_MODELS = {
     "no tokenizer": "tokenizer",
     "no folder": "no such folder",
     "too long": "512 positions",
+    "truncated weights": "no weights that can be loaded",
 }
 
 
@@ -201,6 +232,8 @@ def test_bad_models(case, tmp_path, minilm):
         shutil.copytree(minilm, folder)
     if case == "no weights":
         (folder / "model.safetensors").unlink()
+    if case == "truncated weights":
+        (folder / "model.safetensors").write_bytes((minilm / "model.safetensors").read_bytes()[:100_000])
     if case == "no tokenizer":
         for file in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"):
             (folder / file).unlink()
@@ -209,6 +242,34 @@ def test_bad_models(case, tmp_path, minilm):
     assert result.returncode == 2, result.said
     assert BAD_MODELS[case] in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_an_encoder_alone_is_no_classifier(minilm):
+    result = crossrank("predict", minilm, text="A\tB\n", check=False)
+    assert result.returncode == 2
+    assert "no trained classifier" in result.stderr
+
+
+def test_classes_in_another_order_keep_their_meaning(runs, tmp_path):
+    """A trained head under other label orders: when training goes on, and when it is scored on numbered labels."""
+    from trainer.builtin import LABEL_NAMES, pairs
+
+    order = ["contradiction", "neutral", "entailment"]
+    numbered = tmp_path / "dev.csv"
+    rows = [row | {"label": order.index(LABEL_NAMES[row["label"]])} for row in pairs("dev")[:101]]
+    numbered.write_text(
+        "premise,hypothesis,label\n" + "".join(f"{r['premise']},{r['hypothesis']},{r['label']}\n" for r in rows)
+    )
+    model = runs / "0" / "model"
+    crossrank("evaluate", model, "--validation_file", numbered, "--label_names", json.dumps(order),
+              "--output_dir", tmp_path / "evaluated")  # fmt: skip
+    scores = json.loads((tmp_path / "evaluated" / "results.json").read_text())["metrics"]["dev"]
+    expected = json.loads((runs / "0" / "results.json").read_text())["metrics"]["builtin-dev"]
+    assert scores["loss"] == pytest.approx(expected["loss"])
+    crossrank("train", *SMALL, "--model_name_or_path", model, "--train_file", numbered, "--validation_file", numbered,
+              "--label_names", json.dumps(order), "--eval_on_start", "--max_steps", "1", "--train_batch_size", "8",
+              "--output_dir", tmp_path / "run")  # fmt: skip
+    assert events(tmp_path / "run", "eval")[0]["loss"] == pytest.approx(expected["loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,14 @@ Exit codes: 0 done, 1 a failure of the program, 2 a mistake in the input, 130 in
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 from trainer.cli import given_fields, make_parser, parse, parse_train
-from trainer.config import DataConfig, UserError, unknown
+from trainer.config import DataConfig, TrainingFailed, UserError, unknown
 
 USAGE = """usage: crossrank VERB ...
 
@@ -64,38 +66,36 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(unknown("verb", verb, VERBS))
         VERBS[verb](rest)
     except UserError as error:
-        report(f"crossrank: error: {error}")
-        return 2
+        return fail(2, f"error: {error}")
+    except TrainingFailed as error:
+        return fail(1, f"failed: {error}")
     except KeyboardInterrupt:
-        report("crossrank: interrupted")
-        return 130
+        return fail(130, "interrupted")
     except BrokenPipeError:  # the reader of our output has had enough
+        sys.stderr.close()
         return 1
     except Exception:
-        import traceback
+        return fail(1, f"failed:\n{traceback.format_exc()}")
+    if "torch" in sys.modules:
+        from trainer import dist
 
-        report(traceback.format_exc())
-        return 1
-    finally:
-        if "torch" in sys.modules:
-            from trainer import dist
-
-            dist.stop()
+        dist.stop()
     return 0
 
 
-def report(text: str) -> None:
-    """An error, once: by the first rank that fails, with its number."""
-    import os
+def fail(code: int, text: str) -> int:
+    """Reports a failure once, by the first rank that fails, with its number."""
+    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", 1))) == 1:
+        print(f"crossrank: {text}", file=sys.stderr)
+        return code
+    from trainer import dist
 
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    if ranks != "1":
-        from trainer import dist
-
-        if not dist.first_to_fail():
-            return
-        text = f"[rank {os.environ.get('RANK', '?')}] {text}"
-    print(text, file=sys.stderr, flush=True)
+    if dist.first_to_fail():
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "?"))
+        print(f"crossrank: [rank {rank}] {text}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # Leave at once: a tidy exit would wait for collectives that the other ranks are stuck in.
+    os._exit(code)
 
 
 if __name__ == "__main__":

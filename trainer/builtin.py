@@ -2,7 +2,8 @@
 
 The data come from a small grammar. A sentence describes one scene: where, how many, of what age, who, doing what. A
 word in one of these slots means a set of possibilities (`animals` = dogs or cats or horses), a sentence means the
-product of its slots' sets, and the label follows from the sets: no label is written by hand.
+product of its slots' sets, and the label follows from the sets: no label is written by hand. As in SNLI, both sentences
+of a pair speak of the same scene.
 
 Invariants:
 - `pairs` is pure: a split is the same list in every process and on every machine.
@@ -43,7 +44,7 @@ SLOTS: dict[str, Words] = {
         inside="in a kitchen, in an office, in a museum, in a library",
     ),
     "quantity": {number: frozenset([number]) for number in NUMBERS}
-    | {"some": frozenset(NUMBERS), "at least three": frozenset(NUMBERS[1:]), "at most three": frozenset(NUMBERS[:2])},
+    | {"some": frozenset(NUMBERS), "at least three": frozenset(NUMBERS[1:]), "two or three": frozenset(NUMBERS[:2])},
     "modifier": {"young": frozenset(["young"]), "old": frozenset(["old"]), "": frozenset(["young", "old"])},
     "lexical": _kinds(animals="dogs, cats, horses", people="men, women"),
     "negation": _with_negation(_kinds(moving="walking, running, swimming", resting="sitting, sleeping")),

@@ -23,8 +23,27 @@ class UserError(ValueError):
     """A mistake in the user's input; its message names the place and the fix, and is printed without a traceback."""
 
 
+class TrainingFailed(RuntimeError):
+    """The run cannot go on, through no mistake in the input; printed without a traceback."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class Fields:
+    """A group of fields, whose numbers are checked at construction."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if name in POSITIVE and value is not None and not value > 0:
+                raise UserError(f"{name} must be positive, got {value}")
+            if name in NOT_NEGATIVE and not (value >= 0 and math.isfinite(value)):
+                raise UserError(f"{name} must be a finite number of at least 0, got {value}")
+            if name in PROBABILITIES and value is not None and not 0 <= value < 1:
+                raise UserError(f"{name} must be at least 0 and below 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Fields):
     """Model"""
 
     model_name_or_path: str = "distilbert/distilroberta-base"
@@ -45,7 +64,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Fields):
     """Data"""
 
     dataset_name: str | None = None
@@ -78,7 +97,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchConfig:
+class BatchConfig(Fields):
     """Batch"""
 
     per_device_train_batch_size: int = 64
@@ -93,7 +112,7 @@ class BatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimisationConfig:
+class OptimisationConfig(Fields):
     """Optimisation"""
 
     learning_rate: float = 5e-5
@@ -123,7 +142,7 @@ class OptimisationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Fields):
     """Run"""
 
     output_dir: str | None = None
@@ -146,7 +165,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
+class ParallelConfig(Fields):
     """Parallel"""
 
     backend: Literal["auto", "single", "ddp"] = "auto"
@@ -156,7 +175,7 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(Fields):
     """Evaluation"""
 
     eval_strategy: Literal["no", "steps", "epoch"] = "steps"
@@ -172,7 +191,7 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoggingConfig:
+class LoggingConfig(Fields):
     """Logging"""
 
     logging_steps: int = 100
@@ -205,18 +224,7 @@ class Config(
     """All fields of a training run, validated. Raises UserError naming the field."""
 
     def __post_init__(self) -> None:
-        for name in POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{name} must be positive, got {value}")
-        for name in NOT_NEGATIVE:
-            value = getattr(self, name)
-            if value < 0 or not math.isfinite(value):
-                raise UserError(f"{name} must be a finite number of at least 0, got {value}")
-        for name in PROBABILITIES:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise UserError(f"{name} must be at least 0 and below 1, got {value}")
+        super().__post_init__()
         if self.metric_for_best_model not in METRICS:
             raise UserError(unknown("metric_for_best_model", self.metric_for_best_model, METRICS))
         if self.load_best_model_at_end and self.eval_strategy == "no":
@@ -245,6 +253,11 @@ POSITIVE = (
 )
 NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "seed")
 PROBABILITIES = ("dropout", "adam_beta1", "adam_beta2", "warmup_ratio", "label_smoothing_factor")
+
+
+def first_line(error: Exception) -> str:
+    """A library's error, cut to what fits into a line of ours."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def unknown(kind: str, name: str, valid: Any) -> str:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainer import builtin
-from trainer.config import DataConfig, UserError, unknown
+from trainer.config import DataConfig, UserError, first_line, unknown
 
 Role = Literal["train", "dev", "test"]
 SPLITS: dict[Role, tuple[str, ...]] = {
@@ -29,8 +29,10 @@ SPLITS: dict[Role, tuple[str, ...]] = {
 }
 NLI = ("entailment", "neutral", "contradiction")
 NO_CONSENSUS = "-"
-# Name for messages, rows, and what the data set itself calls its integer labels, if it does.
-Loaded = tuple[str, pa.Table, list[str] | None]
+SUFFIXES = (".parquet", ".csv", ".tsv", ".txt", ".jsonl", ".json", ".ndjson", ".gz")
+PREMISE, HYPOTHESIS, LABEL = ("premise", "sentence1"), ("hypothesis", "sentence2"), ("label", "gold_label")
+# Name for messages, rows, and the class names of those columns whose integers have names.
+Loaded = tuple[str, pa.Table, dict[str, list[str]]]
 
 
 @dataclass(frozen=True)
@@ -67,21 +69,32 @@ def load_pairs(config: DataConfig, role: Role, label_names: Sequence[str] | None
     """One split, or None where the data set has none. `label_names` fixes the classes; None = from this split."""
     if config.dataset_name == "builtin" and not _has_files(config):
         rows = pa.Table.from_pylist(builtin.pairs(role))
-        loaded: Loaded | None = (f"builtin {role}", rows, list(builtin.LABEL_NAMES))
+        loaded: Loaded | None = (f"builtin {role}", rows, {"label": list(builtin.LABEL_NAMES)})
     else:
         loaded = _load_file(config, role) if _has_files(config) else _load_hub(config, role)
     if loaded is None:
         return None
     place, table, names = loaded
     limit = {"train": config.max_train_samples, "dev": config.max_eval_samples, "test": config.max_test_samples}[role]
+    if role != "train" and not _has_files(config) and _all_unlabelled(table, config.label_column):
+        return None  # many test splits on the hub come without their labels
     return _check(table, place, config, label_names, names, limit)
+
+
+def _all_unlabelled(table: pa.Table, column: str | None) -> bool:
+    name = next((name for name in (column, *LABEL) if name in table.column_names), None)
+    return name is not None and pc.all(pc.equal(table[name].cast(pa.string()), "-1")).as_py() is True
 
 
 def split_name(config: DataConfig, role: Role) -> str:
     """`AllNLI-dev`, `snli-test`, ...: as reports, file names and metrics call a split."""
-    name = config.dataset_name or Path(config.train_file or config.validation_file or config.test_file or "data").name
-    stem = Path(name.rstrip("/")).name.split(".")[0]
-    return f"{'AllNLI' if stem == 'all-nli' else stem}-{role}"
+    files = {"train": config.train_file, "dev": config.validation_file, "test": config.test_file}
+    name = Path((config.dataset_name or files[role] or "data").rstrip("/")).name
+    while (stem := name.removesuffix(Path(name).suffix)) != name and Path(name).suffix in SUFFIXES:
+        name = stem
+    if name.endswith(role):
+        return name
+    return f"{'AllNLI' if name == 'all-nli' else name}-{role}"
 
 
 def _has_files(config: DataConfig) -> bool:
@@ -95,7 +108,7 @@ def _load_file(config: DataConfig, role: Role) -> Loaded | None:
     path = Path(file)
     if path.is_dir():
         return _from_datasets(_open_saved(path), str(path), role)
-    return file, read_table(path), None
+    return file, read_table(path), {}
 
 
 def read_table(path: Path) -> pa.Table:
@@ -111,9 +124,7 @@ def read_table(path: Path) -> pa.Table:
         if kind in (".csv", ".tsv", ".txt"):
             return _read_csv(path, tabs=kind != ".csv")
         if kind in (".jsonl", ".json", ".ndjson"):
-            from pyarrow import json
-
-            return json.read_json(path)
+            return _read_jsonl(path)
     except (pa.ArrowException, OSError, ValueError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read as {kind[1:]}: {' '.join(str(error).split())}") from None
     raise UserError(f"{path}: unknown kind of file; use .parquet, .csv, .tsv, .txt or .jsonl, each also with .gz")
@@ -131,6 +142,17 @@ def _read_csv(path: Path, tabs: bool) -> pa.Table:
     # A premise that says "1" or "null" is text, neither a number nor missing.
     as_text = csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string()), strings_can_be_null=False)
     return csv.read_csv(path, parse_options=parsing, convert_options=as_text)
+
+
+def _read_jsonl(path: Path) -> pa.Table:
+    from pyarrow import json
+
+    table = json.read_json(path)
+    dates = [field.name for field in table.schema if pa.types.is_temporal(field.type)]
+    if dates:  # text that happens to look like dates is still text
+        texts = json.ParseOptions(explicit_schema=pa.schema([(name, pa.string()) for name in dates]))
+        table = json.read_json(path, parse_options=texts)
+    return table
 
 
 def _open_saved(path: Path) -> Any:
@@ -154,8 +176,8 @@ def _load_hub(config: DataConfig, role: Role) -> Loaded | None:
     except Exception as error:  # the hub's client raises many kinds; none means anything to the user but this
         offline = "; HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
         raise UserError(
-            f"data set {name!r} could not be loaded from the hub{offline} ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}). Without network, give --train_file, --validation_file and --test_file, "
+            f"data set {name!r} could not be loaded from the hub{offline} ("
+            f"{first_line(error)}). Without network, give --train_file, --validation_file and --test_file, "
             f"or a folder saved with save_to_disk as --dataset_name"
         ) from None
     return _from_datasets(loaded, name, role)
@@ -168,7 +190,7 @@ def _from_datasets(loaded: Any, place: str, role: Role) -> Loaded | None:
         if split is None:
             return None
         loaded, place = loaded[split], f"{place} {split}"
-    names = next((f.names for f in loaded.features.values() if hasattr(f, "names")), None)
+    names = {column: feature.names for column, feature in loaded.features.items() if hasattr(feature, "names")}
     return place, loaded.with_format("arrow")[:], names
 
 
@@ -177,14 +199,14 @@ def _check(
     place: str,
     config: DataConfig,
     label_names: Sequence[str] | None,
-    own_names: list[str] | None,
+    class_names: dict[str, list[str]],
     limit: int | None,
 ) -> Pairs:
-    """`own_names`: what the data set itself calls its integer labels, if it does."""
-    premise = _column(table, place, "premise_column", config.premise_column, ("premise", "sentence1"))
-    hypothesis = _column(table, place, "hypothesis_column", config.hypothesis_column, ("hypothesis", "sentence2"))
-    label = _column(table, place, "label_column", config.label_column, ("label", "gold_label"))
-    numbers, names = _class_numbers(label, place, label_names, own_names)
+    premise = table[_column(table, place, "premise_column", config.premise_column, PREMISE)]
+    hypothesis = table[_column(table, place, "hypothesis_column", config.hypothesis_column, HYPOTHESIS)]
+    label = _column(table, place, "label_column", config.label_column, LABEL)
+    own_names = class_names.get(label, config.label_names)
+    numbers, names = _class_numbers(table[label], place, label_names, own_names)
     kept = np.flatnonzero(numbers >= 0)[:limit]
     if len(kept) == 0:
         raise UserError(f"{place}: no pair with a label ({table.num_rows} rows)")
@@ -201,11 +223,11 @@ def _check(
     )
 
 
-def _column(table: pa.Table, place: str, field: str, name: str | None, usual: tuple[str, ...]) -> pa.ChunkedArray:
+def _column(table: pa.Table, place: str, field: str, name: str | None, usual: tuple[str, ...]) -> str:
     wanted = (name,) if name else usual
     for candidate in wanted:
         if candidate in table.column_names:
-            return table[candidate]
+            return candidate
     raise UserError(
         f"{place}: no column {' or '.join(map(repr, wanted))}; it has {', '.join(table.column_names)}. "
         f"Name the right one with --{field}"
@@ -276,8 +298,8 @@ def _renumber(numbers: np.ndarray, own_names: list[str], label_names: list[str],
 
 def unlabelled(table: pa.Table, place: str, premise_column: str | None, hypothesis_column: str | None) -> Pairs:
     """Pairs without labels, for prediction; `label` is 0 everywhere. Raises UserError naming a row without text."""
-    premise = _column(table, place, "premise_column", premise_column, ("premise", "sentence1"))
-    hypothesis = _column(table, place, "hypothesis_column", hypothesis_column, ("hypothesis", "sentence2"))
+    premise = table[_column(table, place, "premise_column", premise_column, PREMISE)]
+    hypothesis = table[_column(table, place, "hypothesis_column", hypothesis_column, HYPOTHESIS)]
     rows = np.arange(table.num_rows)
     if len(rows) == 0:
         raise UserError(f"{place}: no pairs")

@@ -69,6 +69,11 @@ class World:
         dist.broadcast(buffer, 0)
         return json.loads(bytes(buffer.numpy()))
 
+    def share(self, tensor: torch.Tensor) -> None:
+        """Overwrites `tensor` with rank 0's."""
+        if self.size > 1:
+            dist.broadcast(tensor, 0)
+
     def barrier(self) -> None:
         self.sum(torch.zeros(1))
 
@@ -97,7 +102,7 @@ def start(timeout_seconds: int) -> World:
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if size > 1:
-        if "MASTER_ADDR" not in os.environ:
+        if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
             _meet_through_slurm(os.environ)
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
         wiring = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -109,10 +114,10 @@ def _meet_through_slurm(env: MutableMapping[str, str]) -> None:
     """Every rank of an srun step derives the same address and port from the step's own variables."""
     nodes = env.get("SLURM_STEP_NODELIST")
     if nodes is None:
-        raise UserError("MASTER_ADDR is not set; start ranks with torchrun or srun")
+        raise UserError("MASTER_ADDR or MASTER_PORT is not set; start ranks with torchrun or srun")
     listing = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     env["MASTER_ADDR"] = listing.stdout.split()[0]
-    env["MASTER_PORT"] = str(20000 + int(env["SLURM_JOB_ID"]) % 10000)
+    env["MASTER_PORT"] = str(20000 + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 10000)
 
 
 def stop() -> None:
@@ -121,9 +126,12 @@ def stop() -> None:
 
 
 def first_to_fail() -> bool:
-    """Whether no other rank has reported a failure yet. Ranks that fail as a consequence stay silent."""
+    """Whether no other rank has reported a failure yet. Ranks that fail as a consequence stay silent.
+
+    Before the ranks have met, each node's first one speaks: a file may be missing on one node alone.
+    """
     if not dist.is_initialized():
-        return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
+        return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0
     try:
         return dist.distributed_c10d._get_default_store().add("crossrank/failures", 1) == 1
     except (RuntimeError, ValueError):  # the store went away with rank 0: that one has reported

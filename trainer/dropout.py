@@ -46,9 +46,14 @@ def token_keys(seed: int, step: int, rows: np.ndarray, positions: np.ndarray) ->
     return hash_key(seed, step, rows, positions).view(np.int64)
 
 
-@lru_cache(maxsize=1024)
 def _columns(site: int, num_rows: int, width: int, device: torch.device) -> torch.Tensor:
     """Random odd numbers (num_rows, ceil(width / DRAWS)); each row (an attention head) has its own."""
+    # Attention is as wide as the longest pair, so widths are rounded up: few are kept, none is computed twice.
+    return _wide_columns(site, num_rows, -(-width // 128) * 128, device)[:, : -(-width // DRAWS)]
+
+
+@lru_cache(maxsize=4096)
+def _wide_columns(site: int, num_rows: int, width: int, device: torch.device) -> torch.Tensor:
     columns = hash_key(site, np.arange(num_rows)[:, None], np.arange(-(-width // DRAWS))[None])
     return torch.from_numpy((columns | np.uint64(1)).view(np.int64)).to(device)
 

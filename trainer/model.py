@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from trainer import builtin
 from trainer.attention import Layout, adopt
 from trainer.batch import Batch
-from trainer.config import ModelConfig, UserError
+from trainer.config import ModelConfig, UserError, first_line
 
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
@@ -69,35 +71,31 @@ def longest_input(model: Any, tokenizer: Any, max_length: int | None) -> int:
     return max_length or min(limit, tokenizer.model_max_length)
 
 
-def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+def load_tokenizer(config: ModelConfig) -> Any:
     """Raises UserError where the folder or the hub has no tokenizer."""
     from transformers import AutoTokenizer
+
+    name = config.model_name_or_path
 
     def load() -> Any:
         # Without its files transformers makes a tokenizer of nothing but special tokens, in silence.
         if Path(name).is_dir() and not any(file for kind in VOCABULARIES for file in Path(name).glob(kind)):
             raise ValueError(f"none of {', '.join(VOCABULARIES)}")
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(name, **_hub_options(config))
 
     return _explained(load, name, "tokenizer", "put the tokenizer's files beside config.json")
 
 
 def load_for_training(config: ModelConfig, label_names: Sequence[str], seed: int) -> tuple[Any, Any]:
     """(transformers model, tokenizer) to start from, in fp32; new weights are drawn from `seed`."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-    from transformers.utils import logging
+    from transformers import AutoModelForSequenceClassification
 
-    logging.set_verbosity_error()  # its table of new weights is the classifier's head, which is what training is for
-    logging.disable_progress_bar()
     name = config.model_name_or_path
-    options = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
     if name == "builtin":
         settings, tokenizer = builtin.make_config(), builtin.make_tokenizer()
     else:
-        settings = _explained(
-            lambda: AutoConfig.from_pretrained(name, **options), name, "model", "a model folder holds a config.json"
-        )
-        tokenizer = load_tokenizer(name, config.model_revision, config.trust_remote_code)
+        settings, tokenizer = _load_settings(config), load_tokenizer(config)
+    old_names = [settings.id2label[i] for i in range(settings.num_labels)]
     settings.num_labels = len(label_names)
     settings.id2label = dict(enumerate(label_names))
     settings.label2id = {label: i for i, label in enumerate(label_names)}
@@ -111,29 +109,73 @@ def load_for_training(config: ModelConfig, label_names: Sequence[str], seed: int
     if config.init == "random":
         model = AutoModelForSequenceClassification.from_config(settings, trust_remote_code=config.trust_remote_code)
         return model.float(), tokenizer
-    model = _explained(
+    model, new = _load_weights(config, settings)
+    if strange := [weight for weight in new if not HEAD.search(weight)]:
+        raise UserError(f"{name}: its weights lack {len(strange)} tensors of the encoder, such as {strange[0]}")
+    if sorted(old_names) == sorted(label_names) and old_names != list(label_names):
+        _reorder_classes(model, [old_names.index(label) for label in label_names])
+    return model, tokenizer
+
+
+def load_trained(config: ModelConfig) -> tuple[Any, Any, list[str]]:
+    """(transformers model, tokenizer, class names) of a trained model's folder. Raises UserError if it has no head."""
+    path = Path(config.model_name_or_path)
+    if path.exists() and not (path / "config.json").is_file():
+        hint = f"; {path / 'model'} is one" if (path / "model" / "config.json").is_file() else ""
+        raise UserError(f"{path} is not a model folder: it has no config.json{hint}")
+    settings = _load_settings(config)
+    model, new = _load_weights(config, settings)
+    if new:
+        raise UserError(f"{path} is no trained classifier: its weights lack {', '.join(new[:3])}; train it first")
+    return model, load_tokenizer(config), [settings.id2label[i] for i in range(settings.num_labels)]
+
+
+# What a classifier has beyond its encoder; drawn anew where an encoder alone is given.
+HEAD = re.compile(r"^(classifier|pre_classifier|score|head|.*\.pooler)\.")
+
+
+def _load_settings(config: ModelConfig) -> Any:
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # its table of new weights is the classifier's head, which is what training is for
+    logging.disable_progress_bar()
+    return _explained(
+        lambda: AutoConfig.from_pretrained(config.model_name_or_path, **_hub_options(config)),
+        config.model_name_or_path,
+        "model",
+        "a model folder holds a config.json",
+    )
+
+
+def _load_weights(config: ModelConfig, settings: Any) -> tuple[Any, list[str]]:
+    """The classifier in fp32, and the names of its weights that were not in the folder in this shape."""
+    from transformers import AutoModelForSequenceClassification
+
+    name = config.model_name_or_path
+    options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, info = _explained(
         lambda: AutoModelForSequenceClassification.from_pretrained(
-            name, config=settings, dtype=torch.float32, ignore_mismatched_sizes=True, **options
+            name, config=settings, **options, **_hub_options(config)
         ),
         name,
         "weights",
         "for a model of this shape with new weights say --init random",
     )
-    return model, tokenizer
+    mismatched = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
+    return model, sorted({*info["missing_keys"], *mismatched})
 
 
-def load_trained(folder: str) -> tuple[Any, Any, list[str]]:
-    """(transformers model, tokenizer, class names) of a trained model's folder."""
-    from transformers import AutoConfig
+def _hub_options(config: ModelConfig) -> dict[str, Any]:
+    return {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
 
-    path = Path(folder)
-    if not (path / "config.json").is_file():
-        hint = f"; {path / 'model'} is one" if (path / "model" / "config.json").is_file() else ""
-        raise UserError(f"{folder} is not a model folder: it has no config.json{hint}")
-    settings = AutoConfig.from_pretrained(folder)
-    names = [settings.id2label[i] for i in range(settings.num_labels)]
-    model, tokenizer = load_for_training(ModelConfig(model_name_or_path=folder), names, seed=0)
-    return model, tokenizer, names
+
+def _reorder_classes(model: Any, order: list[int]) -> None:
+    """Gives the last layer's classes another order, so that a trained head keeps its meaning."""
+    *_, last = (module for module in model.modules() if isinstance(module, nn.Linear))
+    with torch.no_grad():
+        for parameter in last.parameters():
+            parameter.copy_(parameter[order])
 
 
 def save_trained(model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, max_length: int, folder: Path) -> None:
@@ -164,8 +206,8 @@ def _explained(load: Callable[[], Any], name: str, what: str, fix: str) -> Any:
     """load(), or one UserError that says what is missing where, and what to do."""
     try:
         return load()
-    except (OSError, ValueError, ImportError) as error:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = first_line(error)
     if Path(name).is_dir():
         raise UserError(f"{name} has no {what} that can be loaded ({reason}); {fix}")
     if name.startswith((".", "/", "~")):

@@ -12,11 +12,9 @@ from trainer.config import OptimisationConfig
 
 def make_optimizer(model: nn.Module, config: OptimisationConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) in its fused form; no weight decay on biases and norms."""
-    norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        (plain if id(parameter) in norms or name.endswith("bias") else decayed).append(parameter)
+    # Biases and the weights of norms are vectors.
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         groups,

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainer import dist, run
-from trainer.config import METRICS, DataConfig, UserError
+from trainer.config import METRICS, DataConfig, Fields, ModelConfig, UserError
 from trainer.data import Pairs, load_pairs, read_table, split_name, unlabelled
 from trainer.dist import World
 from trainer.evaluate import evaluate, predict_logits, write_predictions
@@ -27,7 +27,7 @@ from trainer.tokens import Tokens, cache_folder, tokenize
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferenceConfig:
+class InferenceConfig(Fields):
     """Inference"""
 
     per_device_eval_batch_size: int = 64
@@ -36,6 +36,8 @@ class InferenceConfig:
     """Forward in bfloat16 autocast."""
     max_length: int | None = None
     """Longest pair in tokens; None = as in training."""
+    trust_remote_code: bool = False
+    """Run Python code that the model folder brings."""
     ddp_timeout: int = 1800
     """Seconds until a collective that not every rank reached is an error."""
 
@@ -71,17 +73,18 @@ class Predictor:
         self.say = run.say if world.is_main else lambda text: None
         if config.bf16 and (warning := check_bf16(world.device)):
             self.say(f"warning: {warning}")
-        model, self.tokenizer, self.label_names = load_trained(folder)
+        origin = ModelConfig(model_name_or_path=folder, trust_remote_code=config.trust_remote_code)
+        model, self.tokenizer, self.label_names = load_trained(origin)
         self.max_length = longest_input(model, self.tokenizer, config.max_length)
         self.model = CrossEncoder(model).to(world.device)
 
-    def tokens(self, pairs: Pairs, cache: Path) -> Tokens:
+    def tokens(self, pairs: Pairs, cache: Path | None) -> Tokens:
         return tokenize(pairs, self.tokenizer, self.max_length, cache, self.say, progress=self.world.is_main)
 
-    def logits(self, pairs: Pairs, cache: Path) -> np.ndarray | None:
+    def logits(self, pairs: Pairs) -> np.ndarray | None:
         """(n, classes) on rank 0, None elsewhere."""
-        size, bf16 = self.config.per_device_eval_batch_size, self.config.bf16
-        return predict_logits(self.model, self.tokens(pairs, cache), self.world, size, bf16)
+        tokens = self.tokens(pairs, cache=None)  # new pairs are seen once, so their tokens are not worth keeping
+        return predict_logits(self.model, tokens, self.world, self.config.per_device_eval_batch_size, self.config.bf16)
 
 
 def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, output: EvaluateConfig) -> dict[str, Any]:
@@ -95,6 +98,7 @@ def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, ou
             continue
         tokens = predictor.tokens(pairs, cache_folder())
         result = evaluate(predictor.model, pairs, tokens, world, inference.per_device_eval_batch_size, inference.bf16)
+        predictor.say(f"{pairs.name}: {len(pairs):,} pairs; classes {', '.join(pairs.label_names)}")
         name = split_name(data, role)
         metrics[name] = result.scores
         predictor.say(f"{name}: " + ", ".join(f"{m} {result.scores[m]:.4f}" for m in METRICS))
@@ -118,8 +122,7 @@ def predict_file(folder: str, config: PredictConfig, inference: InferenceConfig)
     place = "stdin" if config.input == "-" else config.input
     pairs = unlabelled(table, place, config.premise_column, config.hypothesis_column)
     predictor = Predictor(folder, inference, world)
-    with tempfile.TemporaryDirectory() as cache:  # new pairs are seen once, so their tokens are not worth keeping
-        logits = predictor.logits(pairs, Path(cache))
+    logits = predictor.logits(pairs)
     if logits is not None:
         write(config.output, predictor.label_names, np.exp(log_softmax(logits)))
 
@@ -132,7 +135,7 @@ def read_stdin() -> pa.Table:
             file.write(text)
             file.flush()
             return read_table(Path(file.name))
-    rows = [line.split("\t") for line in text.splitlines() if line.strip()]
+    rows = [line.split("\t") for line in text.split("\n") if line.strip()]
     for number, row in enumerate(rows):
         if len(row) != 2:
             raise UserError(f"stdin, row {number}: expected premise<TAB>hypothesis or jsonl, found {len(row)} columns")

@@ -39,7 +39,10 @@ def claim(folder: Path, config: Config) -> None:
     """Creates the run folder, with its config."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").touch(exist_ok=False)
         write_yaml(config, folder / "config.yaml")
+    except FileExistsError:
+        raise UserError(f"another run took {folder} in the meantime; choose another --output_dir") from None
     except OSError as error:
         raise UserError(f"cannot write the run folder {folder}: {error.strerror}") from None
 

@@ -63,49 +63,59 @@ def cache_folder() -> Path:
 
 
 def tokenize(
-    pairs: Pairs, tokenizer: Any, max_length: int, folder: Path, warn: Callable[[str], None], progress: bool = False
+    pairs: Pairs,
+    tokenizer: Any,
+    max_length: int,
+    folder: Path | None,
+    warn: Callable[[str], None],
+    progress: bool = False,
 ) -> Tokens:
-    """The tokens of `pairs`, from the cache if it has them; one process writes, others of the node wait for it."""
+    """The tokens of `pairs`, from the cache in `folder` if it has them; one process writes, the node's others wait.
+
+    `folder` None: no cache. One that cannot be written is a warning, not an error.
+    """
     rust = _backend(tokenizer, max_length)
-    fingerprint = _fingerprint(pairs, rust)
+    has_types = "token_type_ids" in tokenizer.model_input_names
+    fingerprint = _fingerprint(pairs, rust, has_types)
+    if folder is None:
+        return _encode(pairs, rust, has_types, fingerprint, progress)
+    tokens = None
     path = folder / f"{fingerprint}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             tokens = _read(path, fingerprint, warn)
             if tokens is None:
-                tokens = _encode(pairs, tokenizer, rust, fingerprint, progress)
+                tokens = _encode(pairs, rust, has_types, fingerprint, progress)
                 _write(tokens, path)
-            return tokens
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         warn(f"no token cache, tokenising at every start: {error}")
-        return _encode(pairs, tokenizer, rust, fingerprint, progress)
+    return tokens or _encode(pairs, rust, has_types, fingerprint, progress)
 
 
 def _backend(tokenizer: Any, max_length: int) -> Any:
-    """The Rust tokenizer, cutting the longest text first. Raises UserError where there is none."""
+    """A copy of the Rust tokenizer that cuts the longest text first. Raises UserError where there is none."""
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             f"{type(tokenizer).__name__} has no Rust tokenizer; save the model's folder with tokenizer.json"
         )
-    rust = tokenizer.backend_tokenizer
-    rust.enable_truncation(max_length, strategy="longest_first")
+    rust = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    rust.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
     rust.no_padding()
     return rust
 
 
-def _fingerprint(pairs: Pairs, rust: Any) -> str:
-    digest = hashlib.sha256(f"{FORMAT}\n{rust.to_str()}\n".encode())
+def _fingerprint(pairs: Pairs, rust: Any, has_types: bool) -> str:
+    digest = hashlib.sha256(f"{FORMAT}\n{has_types}\n{rust.to_str()}\n".encode())
     for texts in (pairs.premise, pairs.hypothesis):
         digest.update("\x1e".join(texts).encode("utf-8", "surrogatepass") + b"\x1d")
     digest.update(pairs.label.tobytes())
     return digest.hexdigest()
 
 
-def _encode(pairs: Pairs, tokenizer: Any, rust: Any, fingerprint: str, progress: bool) -> Tokens:
+def _encode(pairs: Pairs, rust: Any, has_types: bool, fingerprint: str, progress: bool) -> Tokens:
     vocabulary = rust.get_vocab_size()
     number = np.uint16 if vocabulary <= 1 << 16 else np.int32
-    has_types = "token_type_ids" in tokenizer.model_input_names
     flat, lengths, second, truncated = [], [], [], []
     with tqdm(total=len(pairs), desc="tokenising", unit="pair", delay=3, disable=not progress) as bar:
         for start in range(0, len(pairs), CHUNK):

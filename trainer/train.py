@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from trainer import dist, run
 from trainer.backends import Single, make_backend
 from trainer.batch import IGNORED, assemble
-from trainer.config import METRICS, Config, UserError, global_batch_size, num_forwards, total_steps
+from trainer.config import METRICS, Config, TrainingFailed, UserError, global_batch_size, num_forwards, total_steps
 from trainer.data import Pairs, Role, load_splits, split_name
 from trainer.dist import World
 from trainer.dropout import hash_key
@@ -123,10 +123,10 @@ class Trainer:
         self.totals.train_seconds += seconds
         self.totals.samples += window.samples
         self.totals.tokens += window.tokens
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} in step {done} or the {window.steps - 1} before it; lower --learning_rate, or "
-                f"look for damaged weights in {self.config.model_name_or_path}"
+        if not (math.isfinite(loss) and math.isfinite(float(norm))):
+            raise TrainingFailed(
+                f"loss {loss}, gradient norm {float(norm)} in step {done} or the {window.steps - 1} before it; lower "
+                f"--learning_rate, or look for damaged weights in {self.config.model_name_or_path}"
             )
         self.journal.train(
             {
@@ -181,10 +181,13 @@ class Trainer:
 
     def finish(self) -> dict[str, Any]:
         """The model, the final scores and predictions, results.json."""
-        if self.config.load_best_model_at_end and self.best is not None:
+        if self.config.load_best_model_at_end:
             from safetensors.torch import load_file
 
-            self.model.model.load_state_dict(load_file(self.folder / "model" / "model.safetensors"))
+            if self.world.is_main:
+                self.model.model.load_state_dict(load_file(self.folder / "model" / "model.safetensors"))
+            for value in self.model.model.state_dict().values():
+                self.world.share(value)
         else:
             self.save_model()
         metrics = {}
@@ -272,6 +275,7 @@ def prepare(config: Config, world: World) -> Trainer:
 def describe(pairs: Pairs, tokens: Tokens, max_length: int) -> str:
     """One line on a split: its size, and every pair that was dropped or cut."""
     parts = [f"{pairs.name}: {len(pairs):,} pairs, {tokens.lengths.mean():.1f} tokens each"]
+    parts.append(f"classes {'/'.join(pairs.label_names)}")
     if pairs.num_dropped:
         parts.append(f"{pairs.num_dropped:,} more dropped (no consensus label)")
     if num_cut := int(tokens.truncated.sum()):
