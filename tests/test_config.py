@@ -87,7 +87,7 @@ def test_precedence(tmp_path):
 
 
 def test_resolved_config_reads_back(tmp_path):
-    config = parse_train(["--recipe", "allnli-100k", "--dropout", "0", "--label_names", "[a, b]"])
+    config = parse_train(["--recipe", "allnli-100k", "--dropout", "0", "--label_names", "a,b"])
     write_yaml(config, tmp_path / "config.yaml")
     assert parse_train(["--config", str(tmp_path / "config.yaml")]) == config
 
@@ -128,6 +128,9 @@ BAD = {
     "--label_names [a,a]": "twice",
     "--config /nowhere.yaml": "/nowhere.yaml",
     "--load_best_model_at_end --eval_strategy no": "needs eval_strategy",
+    "--max_steps 0": "max_steps must be positive",
+    "--gradient_accumulation_steps 2": "follows from train_batch_size",
+    "--seed 99999999999999999999": "below 2**63",
     "stray": "stray",
     "--seed": "--seed",
 }

@@ -138,6 +138,10 @@ BAD = [
         {"label_names": list(NLI)},
         ["row 0", "unknown label"],
     ),
+    ([ROWS[0] | {"label": "a"}, ROWS[0] | {"label": " "}], {}, ["row 1", "label is empty"]),
+    ([ROWS[0] | {"label": "0.5"}, ROWS[0] | {"label": "1.5"}], {}, ["scores, not classes"]),
+    ([ROWS[0], ROWS[0] | {"label": 10**12}], {}, ["row 1", "without gaps"]),
+    ([ROWS[0] | {"label": [1]}], {}, ["class name or number"]),
 ]
 
 
@@ -184,6 +188,24 @@ def test_names_belong_to_the_label_column(tmp_path):
     rows = [{"genre": 0, "premise": "a", "hypothesis": "b", "label": 1}]
     datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "saved"))
     assert load(tmp_path / "saved").label_names == ("no", "yes")
+
+
+def test_two_columns_of_one_name(tmp_path):
+    (tmp_path / "a.csv").write_text("premise,hypothesis,hypothesis,label\na,b,c,0\n")
+    with pytest.raises(UserError, match="two columns are called 'hypothesis'"):
+        load(tmp_path / "a.csv")
+
+
+def test_one_class_is_nothing_to_learn(tmp_path):
+    with pytest.raises(UserError, match="nothing to learn"):
+        load_splits(DataConfig(train_file=str(write(tmp_path / "a.parquet", ROWS[:1]))))
+
+
+def test_dictionary_encoded_text(tmp_path):
+    table = pa.Table.from_pylist(ROWS)
+    table = table.set_column(0, "premise", table["premise"].dictionary_encode())
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert load(tmp_path / "a.parquet").premise == [row["premise"] for row in ROWS]
 
 
 def test_missing_and_unknown_files(tmp_path):

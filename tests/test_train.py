@@ -145,6 +145,24 @@ def test_predict_formats(runs, tmp_path):
     assert row.split("\t")[0] == json.loads(lines[0])["label"]
 
 
+def test_what_is_there_is_not_overwritten(runs, tmp_path):
+    model, data = runs / "0" / "model", tmp_path / "in.csv"
+    data.write_text("premise,hypothesis,label\na,b,0\n")
+    for options in (["predict", model, "--input", data, "--output", data],
+                    ["evaluate", model, "--test_file", data, "--output_dir", runs / "0"]):  # fmt: skip
+        result = crossrank(*options, check=False)
+        assert result.returncode == 2
+        assert "never overwritten" in result.stderr
+    assert data.read_text().startswith("premise")
+
+
+def test_a_run_that_went_wrong_says_so(tmp_path):
+    result = crossrank("train", *SMALL, "--learning_rate", "1e30", "--output_dir", tmp_path / "run", check=False)
+    assert result.returncode == 1
+    assert "failed: loss" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_the_best_model_is_kept(tmp_path):
     """A learning rate that wrecks the model at the end: the one that was best is what is left."""
     options = "--learning_rate 0.03 --lr_scheduler_type constant --warmup_ratio 0 --eval_strategy steps --eval_steps 2 "

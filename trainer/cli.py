@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,20 @@ def _dashes(arg: str) -> str:
 
 
 def _spell_out_flags(argv: list[str], options: dict[str, argparse.Action]) -> list[str]:
-    """`--bf16` alone means `--bf16 true`, as in transformers."""
+    """`--bf16` alone means `--bf16 true`, as in transformers; `a,b` means the list `["a", "b"]`."""
     spelled = []
     for position, arg in enumerate(argv):
         spelled.append(arg)
         following = argv[position + 1] if position + 1 < len(argv) else "--"
-        if arg in options and getattr(options[arg], "_typehint", None) is bool and following.startswith("--"):
+        if position and not arg.startswith(("[", "--")) and "list" in str(_type(options, argv[position - 1])):
+            spelled[-1] = json.dumps(arg.split(","))
+        if _type(options, arg) is bool and following.startswith("--"):
             spelled.append("true")
     return spelled
+
+
+def _type(options: dict[str, argparse.Action], name: str) -> Any:
+    return getattr(options.get(name), "_typehint", None)
 
 
 def train_parser() -> ArgumentParser:

@@ -87,7 +87,7 @@ class DataConfig(Fields):
     label_column: str | None = None
     """None = `label`, else `gold_label`."""
     label_names: list[str] | None = None
-    """Class names, in the order of the integer labels; None = from the data."""
+    """Class names, in the order of the integer labels, as `a,b,c`; None = from the data."""
     max_train_samples: int | None = None
     """Use the first N pairs of the training split."""
     max_eval_samples: int | None = None
@@ -225,6 +225,12 @@ class Config(
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.max_steps == 0:
+            raise UserError("max_steps must be positive, or -1 for num_train_epochs")
+        if max(self.seed, self.data_seed or 0) >= 2**63:
+            raise UserError("seed and data_seed must be below 2**63")
+        if self.train_batch_size is not None and self.gradient_accumulation_steps != 1:
+            raise UserError("gradient_accumulation_steps follows from train_batch_size; give one of them")
         if self.metric_for_best_model not in METRICS:
             raise UserError(unknown("metric_for_best_model", self.metric_for_best_model, METRICS))
         if self.load_best_model_at_end and self.eval_strategy == "no":

@@ -57,6 +57,8 @@ def load_splits(config: DataConfig) -> dict[Role, Pairs]:
     train = load_pairs(config, "train", config.label_names)
     if train is None:
         raise UserError("no training data: give --train_file FILE, or a --dataset_name that has a train split")
+    if len(train.label_names) < 2:
+        raise UserError(f"{train.name}: all pairs have one label, {train.label_names[0]!r}; there is nothing to learn")
     splits: dict[Role, Pairs] = {"train": train}
     for role in ("dev", "test"):
         pairs = load_pairs(config, role, train.label_names)
@@ -114,7 +116,7 @@ def _load_file(config: DataConfig, role: Role) -> Loaded | None:
 def read_table(path: Path) -> pa.Table:
     """A parquet, csv, tsv, txt or jsonl file, each also gzipped, by its name. Raises UserError naming the file."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     kind = next((s for s in reversed(path.suffixes) if s != ".gz"), "")
     try:
         if kind == ".parquet":
@@ -168,7 +170,8 @@ def _load_hub(config: DataConfig, role: Role) -> Loaded | None:
     import datasets
 
     name = config.dataset_name
-    assert name is not None
+    if name is None:
+        return None
     if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
         return _from_datasets(_open_saved(Path(name)), name, role)
     try:
@@ -213,8 +216,8 @@ def _check(
     source = next((table[name] for name in ("source", "genre") if name in table.column_names), None)
     return Pairs(
         name=place,
-        premise=_text(premise.take(kept), place, "premise", kept),
-        hypothesis=_text(hypothesis.take(kept), place, "hypothesis", kept),
+        premise=_text(premise, place, "premise", kept),
+        hypothesis=_text(hypothesis, place, "hypothesis", kept),
         label=numbers[kept],
         row=kept,
         source=None if source is None else [str(s) for s in source.take(kept).to_pylist()],
@@ -226,6 +229,8 @@ def _check(
 def _column(table: pa.Table, place: str, field: str, name: str | None, usual: tuple[str, ...]) -> str:
     wanted = (name,) if name else usual
     for candidate in wanted:
+        if table.column_names.count(candidate) > 1:
+            raise UserError(f"{place}: two columns are called {candidate!r}; rename one")
         if candidate in table.column_names:
             return candidate
     raise UserError(
@@ -235,8 +240,10 @@ def _column(table: pa.Table, place: str, field: str, name: str | None, usual: tu
 
 
 def _text(column: pa.ChunkedArray, place: str, field: str, rows: np.ndarray) -> list[str]:
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
         raise UserError(f"{place}: {field} must be text, found {column.type}")
+    column = column.cast(pa.string()).take(rows)
     blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(column), ""), True).to_numpy()
     if blank.any():
         first = int(np.flatnonzero(blank)[0])
@@ -254,8 +261,15 @@ def _class_numbers(
         raise UserError(f"{place}, row {row}: label is null")
     if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
         return _from_integers(column, place, label_names, own_names)
-    texts = pc.utf8_trim_whitespace(column.cast(pa.string()))
+    try:
+        texts = pc.utf8_trim_whitespace(column.cast(pa.string()))
+    except pa.ArrowException:
+        raise UserError(f"{place}: label must be a class name or number, found {column.type}") from None
     seen = set(texts.unique().to_pylist()) - {NO_CONSENSUS}
+    if "" in seen:
+        raise UserError(f"{place}, row {texts.index('').as_py()}: label is empty")
+    if seen and all(_is_fraction(text) for text in seen):
+        raise UserError(f"{place}: labels such as {min(seen)} are scores, not classes; crossrank trains classifiers")
     if seen and all(text.lstrip("-").isdigit() for text in seen):  # integers in a csv file
         integers = pc.replace_substring_regex(texts, "^-$", "-1").cast(pa.int64())
         return _from_integers(integers, place, label_names, own_names)
@@ -268,13 +282,26 @@ def _class_numbers(
     return pc.fill_null(encoded, -1).to_numpy().astype(np.int64), names
 
 
+def _is_fraction(text: str) -> bool:
+    try:
+        return not float(text).is_integer()
+    except ValueError:
+        return False
+
+
 def _from_integers(
     column: pa.ChunkedArray, place: str, label_names: Sequence[str] | None, own_names: list[str] | None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     values = column.to_numpy()
     numbers = values.astype(np.int64)
-    highest = int(numbers.max(initial=0))
-    names = tuple(own_names or label_names or (NLI if highest == 2 else [f"LABEL_{i}" for i in range(highest + 1)]))
+    found = np.unique(numbers[numbers >= 0])
+    if not (own_names or label_names) and len(found) and len(found) <= found[-1]:
+        shown = ", ".join(map(str, found[:5])) + (" ..." if len(found) > 5 else "")
+        raise UserError(
+            f"{place}, row {int(numbers.argmax())}: class numbers must run from 0 without gaps, found {shown}; "
+            f"name all classes with --label_names"
+        )
+    names = tuple(own_names or label_names or (NLI if len(found) == 3 else [f"LABEL_{i}" for i in range(len(found))]))
     wrong = (numbers != values) | (numbers < -1) | (numbers >= len(names))
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])

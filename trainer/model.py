@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from trainer import builtin
@@ -180,6 +179,9 @@ def _reorder_classes(model: Any, order: list[int]) -> None:
 
 def save_trained(model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, max_length: int, folder: Path) -> None:
     """Writes a folder that transformers and sentence_transformers.CrossEncoder load; replaces an older one whole."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
     model.save_pretrained(temporary, state_dict=weights)
@@ -206,7 +208,7 @@ def _explained(load: Callable[[], Any], name: str, what: str, fix: str) -> Any:
     """load(), or one UserError that says what is missing where, and what to do."""
     try:
         return load()
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # damaged files surface as any kind of error in four libraries
         reason = first_line(error)
     if Path(name).is_dir():
         raise UserError(f"{name} has no {what} that can be loaded ({reason}); {fix}")

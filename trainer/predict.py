@@ -89,6 +89,11 @@ class Predictor:
 
 def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, output: EvaluateConfig) -> dict[str, Any]:
     """Scores of a trained model on the dev and test splits that the data has, by split name."""
+    for made in ("results.json", "predictions"):
+        if output.output_dir is not None and (Path(output.output_dir) / made).exists():
+            raise UserError(
+                f"{output.output_dir} holds {made}, which is never overwritten; choose another --output_dir"
+            )
     world = dist.start(inference.ddp_timeout)
     predictor = Predictor(folder, inference, world)
     metrics = {}
@@ -115,6 +120,8 @@ def predict_file(folder: str, config: PredictConfig, inference: InferenceConfig)
     """Reads pairs, writes the class and the classes' probabilities of each, in order."""
     if config.output != "-" and Path(config.output).suffix not in (".jsonl", ".csv", ".tsv"):
         raise UserError(f"{config.output}: unknown kind of file; use .jsonl, .csv or .tsv")
+    if config.output != "-" and Path(config.output).exists():
+        raise UserError(f"{config.output} exists and is never overwritten; choose another --output")
     world = dist.start(inference.ddp_timeout)
     if world.size > 1 and config.input == "-":
         raise UserError("stdin reaches one rank alone; give several ranks a file as --input")
@@ -129,7 +136,10 @@ def predict_file(folder: str, config: PredictConfig, inference: InferenceConfig)
 
 def read_stdin() -> pa.Table:
     """jsonl, or premise and hypothesis separated by a tab."""
-    text = sys.stdin.read()
+    try:
+        text = sys.stdin.read()
+    except UnicodeDecodeError:
+        raise UserError("stdin is not UTF-8 text") from None
     if text.lstrip().startswith("{"):
         with tempfile.NamedTemporaryFile("w", suffix=".jsonl", encoding="utf-8") as file:
             file.write(text)

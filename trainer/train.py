@@ -161,6 +161,10 @@ class Trainer:
         )
         self.totals.eval_seconds += time.perf_counter() - started
         self.totals.evaluated += len(self.splits[role])
+        if not math.isfinite(result.scores["loss"]):
+            raise TrainingFailed(
+                f"the model's loss on {self.splits[role].name} is {result.scores['loss']} at step {step}"
+            )
         place = {"step": step, "epoch": step / self.sampler.steps_per_epoch, "split": split_name(self.config, role)}
         self.journal.eval(place | result.scores)
         return result
@@ -275,7 +279,8 @@ def prepare(config: Config, world: World) -> Trainer:
 def describe(pairs: Pairs, tokens: Tokens, max_length: int) -> str:
     """One line on a split: its size, and every pair that was dropped or cut."""
     parts = [f"{pairs.name}: {len(pairs):,} pairs, {tokens.lengths.mean():.1f} tokens each"]
-    parts.append(f"classes {'/'.join(pairs.label_names)}")
+    names = pairs.label_names
+    parts.append(f"{len(names)} classes: " + "/".join(names[:5]) + ("/..." if len(names) > 5 else ""))
     if pairs.num_dropped:
         parts.append(f"{pairs.num_dropped:,} more dropped (no consensus label)")
     if num_cut := int(tokens.truncated.sum()):
