@@ -53,7 +53,7 @@ def test_evaluation_is_the_same_to_the_last_digit(runs, tmp_path):
         crossrank(*options, "--output_dir", tmp_path / str(ranks), ranks=ranks)
         metrics.append(json.loads((tmp_path / str(ranks) / "results.json").read_text())["metrics"])
     assert all(scores == metrics[0] for scores in metrics)
-    assert set(metrics[0]["dev-dev"]["by_source"]) == {row["source"] for row in pairs("dev")[:331]}
+    assert set(metrics[0]["dev"]["by_source"]) == {row["source"] for row in pairs("dev")[:331]}
 
 
 def test_accumulation_is_the_same_run(runs, tmp_path):
