@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
+import runpy
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from trainer.__main__ import main
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
+os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
@@ -70,21 +78,104 @@ class Result(subprocess.CompletedProcess):
         return self.stdout + self.stderr
 
 
+# Ranks are forks of a server that has imported everything and done nothing else: importing takes seconds a process.
+multiprocessing.set_forkserver_preload(
+    ["trainer.train", "trainer.predict", "evaluate", "sklearn.metrics", "transformers.models.bert.modeling_bert"]
+)
+SERVER = multiprocessing.get_context("forkserver")
+
+
+def _rank(arguments: list[str], script: str | None, env: dict[str, str], files: list[str]) -> None:
+    """A process of its own: the command line, with its three streams in `files`."""
+    for number, (file, mode) in enumerate(zip(files, (os.O_RDONLY, WRITE, WRITE), strict=True)):
+        os.dup2(os.open(file, mode), number)
+    sys.stdin = open(0, encoding="utf-8")
+    os.environ |= env
+    sys.argv = [script or "crossrank", *arguments]
+    if script:
+        runpy.run_path(script, run_name="__main__")
+    else:
+        sys.exit(main(arguments))
+
+
+WRITE = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+
+
+class Ranks:
+    """Processes of one run, started as a launcher would: RANK and the like in the environment, one death is all's."""
+
+    def __init__(
+        self, arguments: list[object], ranks: int, text: str | None, script: object, env: dict[str, str]
+    ) -> None:
+        self.folder = Path(tempfile.mkdtemp())
+        (self.folder / "in").write_text(text or "", encoding="utf-8")
+        files = [str(self.folder / name) for name in ("in", "out", "err")]
+        port = str(free_port())
+        self.processes = []
+        for rank in range(max(1, ranks)):
+            wiring = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": ranks,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            mine = (
+                ({k: str(v) for k, v in wiring.items()} if ranks else {})
+                | {"CROSSRANK_CACHE": os.environ["CROSSRANK_CACHE"]}
+                | env
+            )
+            process = SERVER.Process(target=_rank, args=([*map(str, arguments)], script and str(script), mine, files))
+            process.start()
+            self.processes.append(process)
+
+    def wait(self) -> Result:
+        """Until all have ended; when one fails, the others are told to end, as launchers do."""
+        waiting = {process.sentinel: process for process in self.processes}
+        code = 0
+        while waiting:
+            for sentinel in multiprocessing.connection.wait(list(waiting)):
+                process = waiting.pop(sentinel)
+                process.join()
+                code = code or process.exitcode
+                if process.exitcode:
+                    for other in waiting.values():
+                        other.terminate()
+        return Result("crossrank", code, *((self.folder / name).read_text() for name in ("out", "err")))
+
+    @property
+    def said(self) -> str:
+        return "".join((self.folder / name).read_text() for name in ("out", "err") if (self.folder / name).exists())
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
 def crossrank(
     *arguments: object, ranks: int = 0, text: str | None = None, check: bool = True, script=None, **env: str
 ) -> Result:
-    """Runs the command line, or `script` in its place; as one process, or as `ranks` processes of torchrun."""
-    start = [sys.executable, "-m"]
-    if ranks:
-        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        start += [] if script else ["-m"]
-    command = [*start, str(script or "trainer"), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env
-    result = subprocess.run(command, capture_output=True, text=True, input=text, env=environment)
-    result.__class__ = Result
+    """Runs the command line, or `script` in its place: one process, or `ranks` of them."""
+    return checked(Ranks([*arguments], ranks, text, script, env).wait(), arguments, check)
+
+
+def torchrun(
+    *arguments: object, ranks: int, options: tuple[str, ...] = (), check: bool = True, script=None, **env: str
+) -> Result:
+    """The same through the real torchrun."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *options]
+    command = [*start, *([str(script)] if script else ["-m", "trainer"]), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | env
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    return checked(Result(command, result.returncode, result.stdout, result.stderr), command, check)
+
+
+def checked(result: Result, command: object, check: bool) -> Result:
     if check and result.returncode != 0:
-        pytest.fail(f"{' '.join(command)} exited with {result.returncode}:\n{result.stdout}{result.stderr}")
-    return result  # type: ignore[return-value]
+        pytest.fail(f"{command} exited with {result.returncode}:\n{result.said}")
+    return result
 
 
 def events(folder: Path, kind: str) -> list[dict]:

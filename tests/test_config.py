@@ -131,6 +131,8 @@ BAD = {
     "--max_steps 0": "max_steps must be positive",
     "--gradient_accumulation_steps 2": "follows from train_batch_size",
     "--seed 99999999999999999999": "below 2**63",
+    "--output_dir=": "output_dir is empty",
+    "--run_name ../x": "run_name '../x' must be a plain name",
     "stray": "stray",
     "--seed": "--seed",
 }

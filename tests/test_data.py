@@ -170,8 +170,20 @@ def test_truncated_files(tmp_path, name):
 
 def test_ragged_csv_names_the_row(tmp_path):
     (tmp_path / "a.csv").write_text("premise,hypothesis,label\na,b,0\na,b,c,0\n")
-    with pytest.raises(UserError, match=r"a\.csv: cannot be read as csv.*Expected 3 columns, got 4"):
+    with pytest.raises(UserError, match=r"a\.csv: cannot be read as csv.*row 1: Expected 3 columns, got 4"):
         load(tmp_path / "a.csv")
+
+
+def test_text_in_another_encoding_names_the_row(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"premise,hypothesis,label\na,b,0\na\xff,b,0\n")
+    with pytest.raises(UserError, match=r"row 1: CSV conversion error to string: invalid UTF8"):
+        load(tmp_path / "a.csv")
+
+
+def test_one_column_twice(tmp_path):
+    (tmp_path / "a.csv").write_text("premise,hypothesis,label\na,b,0\n")
+    with pytest.raises(UserError, match="premise and hypothesis are both column 'premise'"):
+        load(tmp_path / "a.csv", hypothesis_column="premise")
 
 
 def test_text_that_looks_like_dates_is_text(tmp_path):

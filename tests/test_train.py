@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import crossrank, events, losses
+from conftest import crossrank, events, losses, torchrun
 from safetensors.torch import load_file
 
 SMALL = ["--recipe", "demo", "--max_train_samples", "330", "--max_eval_samples", "101", "--max_test_samples", "101",
@@ -20,7 +20,8 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for ranks in (0, 2, 3, 4):
         # 330 = 5 * 64 + 10 pairs: with 4 forwards of 5 pairs a rank, some share of the last batch is empty.
-        crossrank("train", *SMALL, "--output_dir", folder / str(ranks), ranks=ranks)
+        start = torchrun if ranks == 2 else crossrank
+        start("train", *SMALL, "--output_dir", folder / str(ranks), ranks=ranks)
     return folder
 
 
@@ -214,7 +215,8 @@ def test_the_failing_ranks_error_is_printed_once(tmp_path, rank, where):
         )
     )
     options = [*SMALL, "--max_train_samples", "64", "--max_eval_samples", "30", "--max_test_samples", "30"]
-    result = crossrank("train", *options, "--output_dir", tmp_path / "run", ranks=2, check=False, script=script)
+    start = torchrun if (rank, where) == (1, "learning_rate") else crossrank
+    result = start("train", *options, "--output_dir", tmp_path / "run", ranks=2, check=False, script=script)
     assert result.returncode != 0
     assert result.said.count("no such luck") == 1
     assert f"[rank {rank}]" in result.said
@@ -226,7 +228,7 @@ def test_mistakes_are_reported_once(tmp_path):
         (["--train_file", tmp_path / "none.csv"], "no such file"),
         (["--lerning_rate", "1"], "did you mean"),
     ):
-        result = crossrank("train", *SMALL, *options, ranks=2, check=False)
+        result = torchrun("train", *SMALL, *options, ranks=2, check=False)
         assert result.returncode != 0
         assert result.said.count(expected) == 1
         assert "crossrank:" in result.said
@@ -238,6 +240,7 @@ BAD_MODELS = {
     "no folder": "no such folder",
     "too long": "512 positions",
     "truncated weights": "no weights that can be loaded",
+    "no attention": "transformers cannot make this model",
 }
 
 
@@ -255,7 +258,8 @@ def test_bad_models(case, tmp_path, minilm):
     if case == "no tokenizer":
         for file in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"):
             (folder / file).unlink()
-    extra = ["--max_length", "600"] if case == "too long" else []
+    extra = {"too long": ["--max_length", "600"], "no attention": ["--attn_implementation", "foo"]}.get(case, [])
+    extra += ["--init", "random"] if case == "no attention" else []
     result = crossrank("train", *SMALL, "--model_name_or_path", folder, *extra, check=False)
     assert result.returncode == 2, result.said
     assert BAD_MODELS[case] in result.stderr

@@ -90,7 +90,7 @@ def fail(code: int, text: str) -> int:
         return code
     from trainer import dist
 
-    if dist.first_to_fail():
+    if dist.may_report_failure():
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "?"))
         print(f"crossrank: [rank {rank}] {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()

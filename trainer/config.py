@@ -38,6 +38,8 @@ class Fields:
                 raise UserError(f"{name} must be positive, got {value}")
             if name in NOT_NEGATIVE and not (value >= 0 and math.isfinite(value)):
                 raise UserError(f"{name} must be a finite number of at least 0, got {value}")
+            if value == "":
+                raise UserError(f"{name} is empty; leave it out, or give it a value")
             if name in PROBABILITIES and value is not None and not 0 <= value < 1:
                 raise UserError(f"{name} must be at least 0 and below 1, got {value}")
 
@@ -225,6 +227,8 @@ class Config(
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.run_name is not None and Path(self.run_name).name != self.run_name:
+            raise UserError(f"run_name {self.run_name!r} must be a plain name; a path goes into output_dir")
         if self.max_steps == 0:
             raise UserError("max_steps must be positive, or -1 for num_train_epochs")
         if max(self.seed, self.data_seed or 0) >= 2**63:

@@ -8,6 +8,7 @@ Sources: local files, `save_to_disk` folders, the hub, and the embedded data set
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,7 +129,10 @@ def read_table(path: Path) -> pa.Table:
         if kind in (".jsonl", ".json", ".ndjson"):
             return _read_jsonl(path)
     except (pa.ArrowException, OSError, ValueError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read as {kind[1:]}: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        # pyarrow counts the lines of a csv file from 1, the header among them.
+        reason = re.sub(r"Row #(\d+)", lambda row: f"row {int(row[1]) - 2}", reason)
+        raise UserError(f"{path}: cannot be read as {kind[1:]}: {reason}; mend the file or get it anew") from None
     raise UserError(f"{path}: unknown kind of file; use .parquet, .csv, .tsv, .txt or .jsonl, each also with .gz")
 
 
@@ -137,13 +141,16 @@ def _read_csv(path: Path, tabs: bool) -> pa.Table:
 
     # Tab-separated NLI files have stray quotes, which mean nothing there.
     parsing = csv.ParseOptions(
-        delimiter="\t" if tabs else ",", quote_char=False if tabs else '"', newlines_in_values=not tabs
+        delimiter="\t" if tabs else ",",
+        quote_char=False if tabs else '"',
+        newlines_in_values=not tabs,
     )
-    with csv.open_csv(path, parse_options=parsing) as reader:
+    one_thread = csv.ReadOptions(use_threads=False)  # several do not know the row's number
+    with csv.open_csv(path, one_thread, parsing) as reader:
         header = reader.schema.names
     # A premise that says "1" or "null" is text, neither a number nor missing.
     as_text = csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string()), strings_can_be_null=False)
-    return csv.read_csv(path, parse_options=parsing, convert_options=as_text)
+    return csv.read_csv(path, one_thread, parsing, as_text)
 
 
 def _read_jsonl(path: Path) -> pa.Table:
@@ -205,8 +212,7 @@ def _check(
     class_names: dict[str, list[str]],
     limit: int | None,
 ) -> Pairs:
-    premise = table[_column(table, place, "premise_column", config.premise_column, PREMISE)]
-    hypothesis = table[_column(table, place, "hypothesis_column", config.hypothesis_column, HYPOTHESIS)]
+    premise, hypothesis = _text_columns(table, place, config.premise_column, config.hypothesis_column)
     label = _column(table, place, "label_column", config.label_column, LABEL)
     own_names = class_names.get(label, config.label_names)
     numbers, names = _class_numbers(table[label], place, label_names, own_names)
@@ -224,6 +230,16 @@ def _check(
         label_names=names,
         num_dropped=int((numbers[: kept[-1] + 1 if len(kept) == limit else None] < 0).sum()),
     )
+
+
+def _text_columns(
+    table: pa.Table, place: str, premise_column: str | None, hypothesis_column: str | None
+) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    premise = _column(table, place, "premise_column", premise_column, PREMISE)
+    hypothesis = _column(table, place, "hypothesis_column", hypothesis_column, HYPOTHESIS)
+    if premise == hypothesis:
+        raise UserError(f"{place}: premise and hypothesis are both column {premise!r}; name two columns")
+    return table[premise], table[hypothesis]
 
 
 def _column(table: pa.Table, place: str, field: str, name: str | None, usual: tuple[str, ...]) -> str:
@@ -325,8 +341,7 @@ def _renumber(numbers: np.ndarray, own_names: list[str], label_names: list[str],
 
 def unlabelled(table: pa.Table, place: str, premise_column: str | None, hypothesis_column: str | None) -> Pairs:
     """Pairs without labels, for prediction; `label` is 0 everywhere. Raises UserError naming a row without text."""
-    premise = table[_column(table, place, "premise_column", premise_column, PREMISE)]
-    hypothesis = table[_column(table, place, "hypothesis_column", hypothesis_column, HYPOTHESIS)]
+    premise, hypothesis = _text_columns(table, place, premise_column, hypothesis_column)
     rows = np.arange(table.num_rows)
     if len(rows) == 0:
         raise UserError(f"{place}: no pairs")

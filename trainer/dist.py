@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +21,8 @@ import torch
 import torch.distributed as dist
 
 from trainer.config import UserError
+
+PATIENCE = 20.0  # seconds that a failing rank leaves to the one that reports
 
 
 @dataclass(frozen=True)
@@ -125,14 +128,20 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def first_to_fail() -> bool:
-    """Whether no other rank has reported a failure yet. Ranks that fail as a consequence stay silent.
+def may_report_failure() -> bool:
+    """Whether this rank is the one to print its error: the first that fails. The others fail as a consequence.
 
-    Before the ranks have met, each node's first one speaks: a file may be missing on one node alone.
+    Before the ranks have met, it is each node's first one: a file may be missing on one node alone. The others wait,
+    because the launcher kills all ranks as soon as one is gone, and that one must have printed by then.
     """
-    if not dist.is_initialized():
-        return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0
-    try:
-        return dist.distributed_c10d._get_default_store().add("crossrank/failures", 1) == 1
-    except (RuntimeError, ValueError):  # the store went away with rank 0: that one has reported
-        return False
+    if dist.is_initialized():
+        try:
+            first = dist.distributed_c10d._get_default_store().add("crossrank/failures", 1) == 1
+        except (RuntimeError, ValueError):  # the store went away with rank 0: that one has reported
+            first = False
+        if not first:
+            time.sleep(PATIENCE)
+        return first
+    if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) != 0:
+        time.sleep(PATIENCE)  # who is alive after that fails alone
+    return True

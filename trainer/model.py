@@ -102,12 +102,15 @@ def load_for_training(config: ModelConfig, label_names: Sequence[str], seed: int
     _set_dropout(settings, config.dropout)
     if config.attn_implementation is not None:
         settings._attn_implementation = config.attn_implementation
-    if name == "builtin":
-        return builtin.make_model(settings, seed), tokenizer
-    torch.manual_seed(seed)
-    if config.init == "random":
-        model = AutoModelForSequenceClassification.from_config(settings, trust_remote_code=config.trust_remote_code)
-        return model.float(), tokenizer
+    try:
+        if name == "builtin":
+            return builtin.make_model(settings, seed), tokenizer
+        torch.manual_seed(seed)
+        if config.init == "random":
+            model = AutoModelForSequenceClassification.from_config(settings, trust_remote_code=config.trust_remote_code)
+            return model.float(), tokenizer
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{name}: transformers cannot make this model ({first_line(error)})") from None
     model, new = _load_weights(config, settings)
     if strange := [weight for weight in new if not HEAD.search(weight)]:
         raise UserError(f"{name}: its weights lack {len(strange)} tensors of the encoder, such as {strange[0]}")

@@ -43,7 +43,7 @@ class InferenceConfig(Fields):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(Fields):
     """Output"""
 
     output_dir: str | None = None
@@ -51,7 +51,7 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig:
+class PredictConfig(Fields):
     """Pairs in, scores out"""
 
     input: str = "-"
