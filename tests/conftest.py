@@ -89,7 +89,7 @@ def _rank(arguments: list[str], script: str | None, env: dict[str, str], files: 
     """A process of its own: the command line, with its three streams in `files`."""
     for number, (file, mode) in enumerate(zip(files, (os.O_RDONLY, WRITE, WRITE), strict=True)):
         os.dup2(os.open(file, mode), number)
-    sys.stdin = open(0, encoding="utf-8")
+    sys.stdin = os.fdopen(0)
     os.environ |= env
     sys.argv = [script or "crossrank", *arguments]
     if script:
