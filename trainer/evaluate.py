@@ -19,7 +19,7 @@ from trainer.data import Pairs
 from trainer.dist import World
 from trainer.metrics import classification_scores, log_softmax, scores_by_source
 from trainer.model import CrossEncoder
-from trainer.precision import autocast
+from trainer.precision import autocast, products
 from trainer.sampler import deal
 from trainer.tokens import Tokens
 
@@ -59,7 +59,7 @@ def predict_logits(model: CrossEncoder, tokens: Tokens, world: World, batch_size
     labels = np.zeros(len(tokens.lengths), dtype=np.int64)
     results = []
     for rows in mine:
-        with autocast(world.device, bf16):
+        with products(world.device, bf16), autocast(world.device, bf16):
             logits = model(assemble(tokens, labels, rows, world.device))
         results.append(logits.float().cpu().numpy())
     num_classes = model.num_classes

@@ -1,12 +1,21 @@
-"""Number formats: bfloat16 autocast around the forward, TF32, and whether the device has them."""
+"""Number formats: bfloat16 autocast around the forward, TF32, and what the device has of them."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.config import UserError
+
+PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.baddbmm.default,
+}
 
 
 def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[object]:
@@ -14,14 +23,41 @@ def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[object]
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
+def products(device: torch.device, bf16: bool) -> AbstractContextManager[object]:
+    """Wraps everything that computes, backward included: the fastest right way to bfloat16 products on this device."""
+    return Bf16ProductsInFp32() if bf16 and not has_bf16(device) else nullcontext()
+
+
+class Bf16ProductsInFp32(TorchDispatchMode):
+    """bfloat16 matrix products on a CPU without instructions for them, where torch's own are some 25 times slower.
+
+    The product of two bfloat16 numbers is exact in fp32, and bfloat16 hardware sums in fp32 too: the factors are
+    widened, multiplied in fp32, and the result is rounded. Only the order of the sums differs.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in PRODUCTS and args[0].dtype == torch.bfloat16:
+            return func(*(a.float() if isinstance(a, torch.Tensor) else a for a in args), **(kwargs or {})).bfloat16()
+        return func(*args, **(kwargs or {}))
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device itself multiplies in bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def check_bf16(device: torch.device) -> str | None:
-    """A warning where bfloat16 is emulated on the CPU. Raises UserError on a GPU without it."""
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    """A warning where bfloat16 brings no speed. Raises UserError on a GPU without it."""
+    if has_bf16(device):
+        return None
+    if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         raise UserError(f"{name} has no bfloat16 (it came with Ampere); use --bf16 false")
-    if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported():
-        return "this CPU has no bfloat16 instructions: torch emulates them, several times slower than --bf16 false"
-    return None
+    return "this CPU has no bfloat16 instructions: its products are computed in fp32, so --bf16 false is no slower"
 
 
 def allow_tf32(allowed: bool) -> None:

@@ -25,7 +25,7 @@ from trainer.dropout import hash_key
 from trainer.evaluate import Evaluation, evaluate, write_predictions
 from trainer.model import CrossEncoder, load_for_training, longest_input, save_trained
 from trainer.optim import learning_rate, make_optimizer
-from trainer.precision import allow_tf32, autocast, check_bf16
+from trainer.precision import allow_tf32, autocast, check_bf16, products
 from trainer.run import Journal
 from trainer.sampler import GlobalBatchSampler, deal
 from trainer.tokens import Tokens, cache_folder, tokenize
@@ -292,8 +292,9 @@ def train(config: Config) -> dict[str, Any]:
     """The whole run on this rank. Returns what results.json holds."""
     world = dist.start(config.ddp_timeout)
     trainer = prepare(config, world)
-    trainer.loop()
-    results = trainer.finish()
+    with products(world.device, config.bf16):
+        trainer.loop()
+        results = trainer.finish()
     trainer.backend.close()
     trainer.journal.close()
     if world.is_main:
