@@ -62,6 +62,8 @@ FIELDS = [
     "unpad",
     "tf32",
     "gradient_checkpointing",
+    "torch_compile",
+    "ddp_comm_hook",
     "backend",
     "ddp_timeout",
     "eval_strategy",
@@ -183,8 +185,8 @@ def test_parsing_needs_no_torch():
 def test_batch_sizes():
     assert global_batch_size(BatchConfig(per_device_train_batch_size=8, gradient_accumulation_steps=3), 4) == 96
     assert global_batch_size(BatchConfig(train_batch_size=64), 4) == 64
-    assert num_forwards(BatchConfig(per_device_train_batch_size=8), 64, 2) == 4
-    assert num_forwards(BatchConfig(per_device_train_batch_size=64), 3, 4) == 1
+    assert num_forwards(8, 64, 2) == 4
+    assert num_forwards(64, 3, 4) == 1
 
 
 def test_total_steps_counts_short_batches():

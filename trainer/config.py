@@ -161,7 +161,9 @@ class RunConfig(Fields):
     """Allow TF32 in fp32 matrix products on CUDA."""
     unpad: bool = True
     """Compute real tokens alone: no padding outside attention, and first tokens alone in the last layer. Exact; for
-    BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA and DistilBERT, others run padded."""
+    BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT and ModernBERT, others run padded."""
+    torch_compile: bool = False
+    """Compile the model's layers; the first steps take a minute or more."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
 
@@ -172,6 +174,8 @@ class ParallelConfig(Fields):
 
     backend: Literal["auto", "single", "ddp"] = "auto"
     """How ranks are wired; auto = single on one rank, ddp on several."""
+    ddp_comm_hook: Literal["none", "bf16"] = "none"
+    """ddp: what travels between ranks; bf16 = gradients rounded to bfloat16, half the bytes, no longer the same run."""
     ddp_timeout: int = 1800
     """Seconds until a collective that not every rank reached is an error."""
 
@@ -311,9 +315,9 @@ def global_batch_size(config: BatchConfig, world_size: int) -> int:
     return config.train_batch_size or per_forward * config.gradient_accumulation_steps
 
 
-def num_forwards(config: BatchConfig, num_pairs: int, world_size: int) -> int:
-    """Forwards of each rank in an optimizer step of `num_pairs`: the fewest that respect the per-device size."""
-    return math.ceil(num_pairs / (config.per_device_train_batch_size * world_size))
+def num_forwards(per_device: int, num_pairs: int, world_size: int) -> int:
+    """Forwards of each rank in an optimizer step of `num_pairs`: the fewest that hold `per_device` pairs at most."""
+    return math.ceil(num_pairs / (per_device * world_size))
 
 
 def total_steps(config: OptimisationConfig, num_samples: int, batch_size: int) -> int:

@@ -77,6 +77,10 @@ class World:
         if self.size > 1:
             dist.broadcast(tensor, 0)
 
+    def all(self, condition: bool) -> bool:
+        """Whether it holds on every rank."""
+        return int(self.sum(torch.tensor([int(condition)]))) == self.size
+
     def barrier(self) -> None:
         self.sum(torch.zeros(1))
 

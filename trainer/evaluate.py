@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.batch import assemble
 from trainer.data import Pairs
 from trainer.dist import World
 from trainer.metrics import classification_scores, log_softmax, scores_by_source
@@ -57,14 +56,16 @@ def predict_logits(model: CrossEncoder, tokens: Tokens, world: World, batch_size
     costs = np.array([tokens.lengths[batch].sum() for batch in batches])
     mine = [batches[i] for i in deal(costs, world.size)[world.rank]]
     labels = np.zeros(len(tokens.lengths), dtype=np.int64)
-    results = []
+    order, results = [], []
     for rows in mine:
+        batch = model.batch(tokens, labels, rows, world.device)
         with products(world.device, bf16), autocast(world.device, bf16):
-            logits = model(assemble(tokens, labels, rows, world.device))
+            logits = model(batch)
+        order.append(batch.rows)
         results.append(logits.float().cpu().numpy())
     num_classes = model.num_classes
     gathered = world.gather(np.concatenate([*results, np.empty((0, num_classes), np.float32)]))
-    rows = world.gather(np.concatenate([*mine, np.empty(0, np.int64)]))
+    rows = world.gather(np.concatenate([*order, np.empty(0, np.int64)]))
     if gathered is None or rows is None:
         return None
     return in_order(rows, gathered, len(labels))

@@ -9,13 +9,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from trainer import builtin
 from trainer.attention import Layout, adopt
-from trainer.batch import Batch
+from trainer.batch import Batch, assemble
 from trainer.config import ModelConfig, UserError, first_line
+from trainer.tokens import Tokens
 
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
@@ -30,26 +32,47 @@ class CrossEncoder(nn.Module):
     def __init__(self, model: Any, attn_implementation: str | None = None, unpad: bool = True) -> None:
         super().__init__()
         self.model = model
-        self.layout: Layout | None = adopt(model, unpad) if attn_implementation is None else None
+        self.layout: Layout | None = None
+        self.note = ""  # for the user, where the model runs padded unasked
+        if attn_implementation is None:
+            self.layout, self.note = adopt(model, unpad)
         self.takes_types = getattr(model.config, "type_vocab_size", 0) > 1
         self.first_position = _first_position(model)
         self.num_classes: int = model.config.num_labels
         self.padding = model.config.pad_token_id or 0
 
+    def batch(self, tokens: Tokens, labels: np.ndarray, rows: np.ndarray, device: torch.device, **keys: int) -> Batch:
+        """The batch of data set rows `rows` in the layout that suits model and device; see batch.assemble."""
+        # On a CPU time goes into arithmetic, which small groups save; on a GPU into launches, of which each group has
+        # as many as a whole batch.
+        likeness = 0.8 if self.layout and self.layout.unpad and device.type == "cpu" else 0.0
+        return assemble(tokens, labels, rows, device, **keys, likeness=likeness)
+
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits (pairs, classes)."""
+        """Logits (pairs, classes), in the order of the batch."""
         layout = self.layout or Layout(unpad=False)
         layout.set(batch)
         if layout.unpad:
             inputs = {"input_ids": batch.ids[None], "position_ids": batch.positions[None] + self.first_position}
             types = batch.types[None]
         else:
-            mask = layout.visible[:, 0, 0].long()
-            inputs = {"input_ids": layout.pad(batch.ids, self.padding), "attention_mask": mask}
-            types = layout.pad(batch.types)
+            (ids,) = layout.split(layout.pad(batch.ids, filler=self.padding))
+            (mask,) = layout.split(layout.pad(torch.ones_like(batch.ids)))
+            (types,) = layout.split(layout.pad(batch.types))
+            inputs = {"input_ids": ids, "attention_mask": mask}
         if self.takes_types:
             inputs["token_type_ids"] = types
         return self.model(**inputs).logits
+
+
+def compile_layers(model: CrossEncoder) -> None:
+    """Compiles what is computed for every token: the feed-forward, dense and norm modules of each layer.
+
+    They are the leaves that hold weights. Attention and dropout, which depend on the batch's layout, stay as they are.
+    """
+    for module in model.modules():
+        if type(module).__name__.endswith(("Intermediate", "FFN", "MLP")):
+            module.compile(dynamic=True)
 
 
 def _first_position(model: Any) -> int:

@@ -12,22 +12,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
 from trainer import dist, run
 from trainer.backends import Single, make_backend
-from trainer.batch import IGNORED, assemble
+from trainer.batch import IGNORED
 from trainer.config import METRICS, Config, TrainingFailed, UserError, global_batch_size, num_forwards, total_steps
 from trainer.data import Pairs, Role, load_splits, split_name
 from trainer.dist import World
 from trainer.dropout import hash_key
 from trainer.evaluate import Evaluation, evaluate, write_predictions
-from trainer.model import CrossEncoder, load_for_training, longest_input, save_trained
+from trainer.model import CrossEncoder, compile_layers, load_for_training, longest_input, save_trained
 from trainer.optim import learning_rate, make_optimizer
 from trainer.precision import allow_tf32, autocast, check_bf16, products
 from trainer.run import Journal
-from trainer.sampler import GlobalBatchSampler, deal
+from trainer.sampler import GlobalBatchSampler, Step, deal
 from trainer.tokens import Tokens, cache_folder, tokenize
 
 
@@ -71,39 +72,27 @@ class Trainer:
     tokenizer: Any
     max_length: int
     backend: Single
+    micro_batch_size: int
+    forward: Any = None
     totals: Totals = field(default_factory=Totals)
     best: float | None = None
 
     def loop(self) -> None:
         """Every optimizer step that is left, with its logging and evaluations."""
         config, world = self.config, self.world
-        lengths, labels = self.tokens["train"].lengths, self.splits["train"].label
-        forward = self.backend.prepare(self.model, make_optimizer(self.model, config))
+        lengths = self.tokens["train"].lengths
+        self.forward = self.backend.prepare(self.model, make_optimizer(self.model, config))
+        self.fit_micro_batches()
         if config.eval_on_start:
             self.evaluate("dev", step=self.sampler.step)
         window = Window(torch.zeros((), device=world.device))
         for current in self.sampler:
             rate = learning_rate(current.step, self.sampler.num_steps, config)
-            micro_batches = num_forwards(config, len(current.rows), world.size)
-            shares = deal(lengths[current.rows], world.size * micro_batches)
             self.model.train()
             seed_torch(config.seed, current.step, world.rank)
-            for i in range(micro_batches):
-                rows = current.rows[shares[world.rank * micro_batches + i]]
-                batch = assemble(self.tokens["train"], labels, rows, world.device, config.seed, current.step)
-                with self.backend.accumulate(last=i == micro_batches - 1):
-                    with autocast(world.device, config.bf16):
-                        logits = forward(batch)
-                    # A sum over this share divided by the global count: any split gives the same gradient.
-                    loss = cross_entropy(
-                        logits.float(),
-                        batch.labels,
-                        reduction="sum",
-                        ignore_index=IGNORED,
-                        label_smoothing=config.label_smoothing_factor,
-                    ) / len(current.rows)
-                    self.backend.backward(loss)
-                window.loss += loss.detach()
+            shares = self.shares(current)
+            for rows in shares:
+                window.loss += self.backward(current, rows, last=rows is shares[-1])
             norm = self.backend.step(rate, config.max_grad_norm)
             window.add(len(current.rows), int(lengths[current.rows].sum()))
             self.journal.bar.update()
@@ -115,6 +104,65 @@ class Trainer:
                 started = time.perf_counter()
                 self.keep_if_best(self.evaluate("dev", step=done).scores)
                 window.started += time.perf_counter() - started
+
+    def shares(self, current: Step) -> list[np.ndarray]:
+        """The rows of each of this rank's micro-batches; an empty one still takes part."""
+        lengths = self.tokens["train"].lengths[current.rows]
+        count = num_forwards(self.micro_batch_size, len(current.rows), self.world.size)
+        parts = deal(lengths, self.world.size * count)
+        return [current.rows[part] for part in parts[self.world.rank * count :][:count]]
+
+    def backward(self, current: Step, rows: np.ndarray, last: bool) -> torch.Tensor:
+        """Forward and backward of one micro-batch. Returns its part of the step's loss, on the device."""
+        config, device = self.config, self.world.device
+        tokens, labels = self.tokens["train"], self.splits["train"].label
+        batch = self.model.batch(tokens, labels, rows, device, seed=config.seed, step=current.step)
+        with self.backend.accumulate(last):
+            with autocast(device, config.bf16):
+                logits = self.forward(batch)
+            # A sum over this share divided by the global count: any split gives the same gradient.
+            loss = cross_entropy(
+                logits.float(),
+                batch.labels,
+                reduction="sum",
+                ignore_index=IGNORED,
+                label_smoothing=config.label_smoothing_factor,
+            ) / len(current.rows)
+            self.backend.backward(loss)
+        return loss.detach()
+
+    def fit_micro_batches(self) -> None:
+        """Halves the micro-batch until the heaviest one of the run fits into the GPU's memory, on every rank.
+
+        The order of the samples is known beforehand, so this can be tried before the first step. A step is then
+        computed in more forwards: the same mathematics.
+        """
+        if self.world.device.type != "cuda" or not self.backend.replicated:
+            return
+        heaviest = self.sampler.heaviest(self.tokens["train"].lengths)
+        while not self.world.all(self.fits(heaviest)):
+            if self.micro_batch_size == 1:
+                raise TrainingFailed("a single pair does not fit into the GPU's memory; lower --max_length, or set "
+                                     "--gradient_checkpointing true")  # fmt: skip
+            self.micro_batch_size = -(-self.micro_batch_size // 2)
+            if self.world.is_main:
+                run.say(f"the GPU's memory is too small; going on with {self.micro_batch_size} pairs a forward, "
+                        "the same mathematics")  # fmt: skip
+
+    def fits(self, step: Step) -> bool:
+        """Whether this rank has the memory for `step`'s largest micro-batch, beside the optimizer's state."""
+        self.model.train()
+        rows = max(self.shares(step), key=lambda rows: self.tokens["train"].lengths[rows].sum())
+        try:
+            reserved = [torch.empty_like(p) for p in self.model.parameters() for moment in range(2)]
+            self.backward(step, rows, last=False)
+            del reserved
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            self.model.zero_grad()
+            torch.cuda.empty_cache()
+        return True
 
     def log(self, window: Window, done: int, norm: torch.Tensor, rate: float) -> None:
         """The only place of the loop that waits for the device."""
@@ -237,7 +285,7 @@ def seed_torch(seed: int, step: int, rank: int) -> None:
 def prepare(config: Config, world: World) -> Trainer:
     """Reads and checks everything that the run needs, before its first step. Raises UserError."""
     say = run.say if world.is_main else lambda text: None
-    backend = make_backend(config.backend, world)
+    backend = make_backend(config, world)
     folder = Path(world.broadcast(str(run.folder_of(config)) if world.is_main else None))
     allow_tf32(config.tf32)
     if config.bf16 and (warning := check_bf16(world.device)):
@@ -253,12 +301,12 @@ def prepare(config: Config, world: World) -> Trainer:
         tokens[role] = tokenize(pairs, tokenizer, max_length, cache_folder(), say, progress=world.is_main)
         say(describe(pairs, tokens[role], max_length))
     cross_encoder = CrossEncoder(model, config.attn_implementation, config.unpad).to(world.device)
-    if cross_encoder.layout is None:
-        say(
-            f"{model.config.model_type} runs padded, with its own attention; its dropout depends on the number of ranks"
-        )
+    if cross_encoder.note:
+        say(cross_encoder.note)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.torch_compile:
+        compile_layers(cross_encoder)
     batch_size = global_batch_size(config, world.size)
     num_steps = total_steps(config, len(splits["train"]), batch_size)
     seed = config.seed if config.data_seed is None else config.data_seed
@@ -272,7 +320,18 @@ def prepare(config: Config, world: World) -> Trainer:
         f"{num_steps} steps of {batch_size} pairs; writing {folder}"
     )
     return Trainer(
-        config, world, folder, journal, splits, tokens, sampler, cross_encoder, tokenizer, max_length, backend
+        config,
+        world,
+        folder,
+        journal,
+        splits,
+        tokens,
+        sampler,
+        cross_encoder,
+        tokenizer,
+        max_length,
+        backend,
+        config.per_device_train_batch_size,
     )
 
 
@@ -292,9 +351,15 @@ def train(config: Config) -> dict[str, Any]:
     """The whole run on this rank. Returns what results.json holds."""
     world = dist.start(config.ddp_timeout)
     trainer = prepare(config, world)
-    with products(world.device, config.bf16):
-        trainer.loop()
-        results = trainer.finish()
+    try:
+        with products(world.device, config.bf16):
+            trainer.loop()
+            results = trainer.finish()
+    except torch.OutOfMemoryError:
+        raise TrainingFailed(
+            f"the GPU's memory is used up by {trainer.micro_batch_size} pairs a forward; lower "
+            "--per_device_train_batch_size, which does not change the run"
+        ) from None
     trainer.backend.close()
     trainer.journal.close()
     if world.is_main:

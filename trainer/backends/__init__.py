@@ -1,18 +1,19 @@
 """Backends: the only place that knows how ranks are wired."""
 
 from trainer.backends.single import Single
-from trainer.config import UserError
+from trainer.config import Config, UserError
 from trainer.dist import World
 
 __all__ = ["Single", "make_backend"]
 
 
-def make_backend(name: str, world: World) -> Single:
-    """The backend called `name`; auto is single on one rank and ddp on several."""
+def make_backend(config: Config, world: World) -> Single:
+    """The backend that `config` names; auto is single on one rank and ddp on several."""
+    name = config.backend
     if name == "single" or (name == "auto" and world.size == 1):
         if world.size > 1:
             raise UserError(f"backend single cannot wire {world.size} ranks; use --backend ddp")
-        return Single(world)
+        return Single(world, config)
     from trainer.backends.ddp import DDP
 
-    return DDP(world)
+    return DDP(world, config)

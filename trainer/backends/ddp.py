@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.backends.single import Single
+
+
+def in_bf16(state: None, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+    """torch's own hook under another name: by that name DDP refuses it on gloo, which can do it."""
+    return default_hooks.bf16_compress_hook(dist.distributed_c10d._get_default_group(), bucket)
 
 
 class DDP(Single):
@@ -20,9 +28,12 @@ class DDP(Single):
         if self.world.size == 1:
             return module
         with warnings.catch_warnings():
+            # No static_graph: with it, torch 2.13 breaks down (an internal assert) on a first step that accumulates.
             # torch 2.13 renames the argument; the old name is the one that all supported versions know.
             warnings.simplefilter("ignore", FutureWarning)
             self.replica = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+        if self.config.ddp_comm_hook == "bf16":
+            self.replica.register_comm_hook(None, in_bf16)
         return self.replica
 
     def accumulate(self, last: bool) -> AbstractContextManager[object]:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from trainer.config import Config
 from trainer.dist import World
 
 
@@ -18,9 +19,10 @@ class Single:
     """
 
     name = "single"
+    replicated = True  # every rank holds the whole model, so a forward without `last` involves no other rank
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, world: World, config: Config) -> None:
+        self.world, self.config = world, config
         self.module: nn.Module
         self.optimizer: torch.optim.Optimizer
 

