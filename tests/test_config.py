@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -135,6 +136,7 @@ BAD = {
     "--seed 99999999999999999999": "below 2**63",
     "--output_dir=": "output_dir is empty",
     "--run_name ../x": "run_name '../x' must be a plain name",
+    "--data_seed -1": "data_seed must be a finite number of at least 0",
     "stray": "stray",
     "--seed": "--seed",
 }
@@ -153,6 +155,7 @@ def test_bad_command_line(arguments):
     [
         ("lerning_rate: 1", "did you mean 'learning_rate'"),
         ("seed: x", "field seed"),
+        ("- learning_rate", "`field: value`"),
         ("- 1", "`field: value`"),
         ("a: [", "cannot read"),
     ],
@@ -164,6 +167,18 @@ def test_bad_config_file_is_named(tmp_path, text, expected):
         parse_train(["--recipe", "demo", "--config", str(file)])
     assert expected in str(caught.value)
     assert str(file) in str(caught.value)
+
+
+def test_null_is_a_value_for_some_fields_alone(tmp_path):
+    (tmp_path / "a.yaml").write_text("learning_rate: null\n")
+    with pytest.raises(UserError, match="learning_rate"):
+        parse_train(["--recipe", "demo", "--config", str(tmp_path / "a.yaml")])
+
+
+def test_names_and_homes():
+    config = parse_train(["--recipe", "demo", "--label_names=a, b", "--output_dir=~/x"])
+    assert config.label_names == ["a", "b"]
+    assert config.output_dir == os.path.expanduser("~/x")
 
 
 def test_no_data():

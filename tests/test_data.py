@@ -30,6 +30,8 @@ def write(path, rows):
     name = path.name.removesuffix(".gz")
     if name.endswith("parquet"):
         pq.write_table(pa.Table.from_pylist(rows), path)
+        if path.suffix == ".gz":
+            path.write_bytes(gzip.compress(path.read_bytes()))
         return path
     if name.endswith("jsonl"):
         text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -44,7 +46,9 @@ def load(path, role="train", label_names=None, **fields):
     return load_pairs(DataConfig(train_file=str(path), **fields), role, label_names)
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.tsv", "a.jsonl", "a.csv.gz", "a.tsv.gz", "a.jsonl.gz"])
+@pytest.mark.parametrize(
+    "name", ["a.parquet", "a.csv", "a.tsv", "a.jsonl", "a.parquet.gz", "a.csv.gz", "a.tsv.gz", "a.jsonl.gz"]
+)
 def test_file_formats(tmp_path, name):
     pairs = load(write(tmp_path / name, ROWS))
     assert pairs.premise == [row["premise"] for row in ROWS]
@@ -116,6 +120,43 @@ def test_real_files(allnli):
     assert len(pairs) == 3000
     lengths = [len(text) for text in pairs.premise[:1000]]
     assert (min(lengths), round(np.mean(lengths), 2), max(lengths)) == (23, 69.54, 227)
+
+
+@pytest.mark.parametrize(
+    "names", [("CONTRADICTION", "NEUTRAL", "ENTAILMENT"), ("contradiction", "entailment", "neutral")]
+)
+def test_numbers_mean_the_usual_nli_classes(tmp_path, names):
+    """A model may have the classes in its own order: a file's 0 is still entailment."""
+    pairs = load(write(tmp_path / "a.parquet", ROWS), label_names=names)
+    assert [pairs.label_names[i].lower() for i in pairs.label] == [NLI[row["label"]] for row in ROWS]
+    swapped = load(write(tmp_path / "a.parquet", ROWS), label_names=("a", "b", "c"))
+    assert swapped.label.tolist() == [row["label"] for row in ROWS]
+
+
+def test_nli_names_in_any_case(tmp_path):
+    rows = [ROWS[0] | {"label": name} for name in ("Neutral", "Contradiction", "Entailment")]
+    assert load(write(tmp_path / "a.csv", rows)).label_names == ("Entailment", "Neutral", "Contradiction")
+
+
+def test_long_rows(tmp_path):
+    rows = [ROWS[0] | {"premise": "word " * 600_000}, *ROWS]
+    for name in ("a.csv", "a.jsonl"):
+        assert len(load(write(tmp_path / name, rows)).premise[0]) == 3_000_000
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'[{"premise": "a"}]', "one object a line"),
+        ("premise,hypothesis,label\na,b,0\n".encode("utf-16"), "UTF-16"),
+        (b"premise,hypothesis,label\na,b,--1\n", "unknown label|nothing to learn"),
+    ],
+)
+def test_odd_files(tmp_path, content, expected):
+    path = tmp_path / ("a.json" if content.startswith(b"[") else "a.csv")
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=expected):
+        load_splits(DataConfig(train_file=str(path)))
 
 
 def test_split_names():

@@ -157,6 +157,19 @@ def test_what_is_there_is_not_overwritten(runs, tmp_path):
     assert data.read_text().startswith("premise")
 
 
+def test_places_that_cannot_be_written(runs, tmp_path):
+    """Said before any work is done."""
+    model, data = runs / "0" / "model", tmp_path / "in.csv"
+    data.write_text("premise,hypothesis,label\na,b,0\n")
+    for options in (["predict", model, "--input", data, "--output", tmp_path / "none" / "out.csv"],
+                    ["evaluate", model, "--test_file", data, "--output_dir", data],
+                    ["evaluate", model, "--test_file", data, "--label_names", "a,b,c"],
+                    ["train", *SMALL, "--output_dir", data]):  # fmt: skip
+        result = crossrank(*options, check=False)
+        assert result.returncode == 2, result.said
+        assert "Traceback" not in result.stderr
+
+
 def test_a_run_that_went_wrong_says_so(tmp_path):
     result = crossrank("train", *SMALL, "--learning_rate", "1e30", "--output_dir", tmp_path / "run", check=False)
     assert result.returncode == 1

@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from trainer.cli import given_fields, make_parser, parse, parse_train
 from trainer.config import DataConfig, TrainingFailed, UserError, unknown
 
 USAGE = """usage: crossrank VERB ...
@@ -25,6 +24,8 @@ USAGE = """usage: crossrank VERB ...
 
 
 def train(argv: list[str]) -> None:
+    from trainer.cli import parse_train
+
     config = parse_train(argv)
     from trainer import train as training
 
@@ -32,6 +33,7 @@ def train(argv: list[str]) -> None:
 
 
 def evaluate(argv: list[str]) -> None:
+    from trainer.cli import given_fields, make_parser, parse
     from trainer.predict import EvaluateConfig, InferenceConfig, evaluate_model
 
     groups: tuple[Any, ...] = (DataConfig, InferenceConfig, EvaluateConfig)
@@ -43,6 +45,7 @@ def evaluate(argv: list[str]) -> None:
 
 
 def predict(argv: list[str]) -> None:
+    from trainer.cli import given_fields, make_parser, parse
     from trainer.predict import InferenceConfig, PredictConfig, predict_file
 
     groups: tuple[Any, ...] = (PredictConfig, InferenceConfig)
@@ -90,7 +93,8 @@ def fail(code: int, text: str) -> int:
         return code
     from trainer import dist
 
-    if dist.may_report_failure():
+    # Ctrl-C reaches every rank by itself.
+    if dist.may_report_failure(patience=0.0 if code == 130 else 20.0):
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "?"))
         print(f"crossrank: [rank {rank}] {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()

@@ -30,7 +30,7 @@ def make_parser(prog: str, groups: tuple[type, ...], **kwargs: Any) -> ArgumentP
 def parse(parser: ArgumentParser, argv: list[str], **settings: Any) -> dict[str, Any]:
     """The options that `argv` names, typed. Raises UserError for an unknown option or a value of the wrong type."""
     options = {name: action for action in parser._actions for name in action.option_strings}
-    argv = [_dashes(arg) for arg in argv]
+    argv = [part for arg in argv for part in _split(_dashes(arg), options)]
     for arg in argv:
         name = arg.partition("=")[0]
         if arg.startswith("--") and name not in options:
@@ -54,6 +54,12 @@ def _dashes(arg: str) -> str:
     return "--" + name.replace("-", "_") + equals + value
 
 
+def _split(arg: str, options: dict[str, argparse.Action]) -> list[str]:
+    """--label_names=a,b is --label_names a,b."""
+    name, equals, value = arg.partition("=")
+    return [name, value] if equals and "list" in str(_type(options, name)) else [arg]
+
+
 def _spell_out_flags(argv: list[str], options: dict[str, argparse.Action]) -> list[str]:
     """`--bf16` alone means `--bf16 true`, as in transformers; `a,b` means the list `["a", "b"]`."""
     spelled = []
@@ -61,7 +67,7 @@ def _spell_out_flags(argv: list[str], options: dict[str, argparse.Action]) -> li
         spelled.append(arg)
         following = argv[position + 1] if position + 1 < len(argv) else "--"
         if position and not arg.startswith(("[", "--")) and "list" in str(_type(options, argv[position - 1])):
-            spelled[-1] = json.dumps(arg.split(","))
+            spelled[-1] = json.dumps([name.strip() for name in arg.split(",")])
         if _type(options, arg) is bool and following.startswith("--"):
             spelled.append("true")
     return spelled

@@ -34,9 +34,13 @@ class Fields:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
+            if value is None and "None" not in str(field.type):
+                raise UserError(f"{name} must have a value")
+            if name in PATHS and value is not None and value.startswith("~"):
+                object.__setattr__(self, name, str(Path(value).expanduser()))
             if name in POSITIVE and value is not None and not value > 0:
                 raise UserError(f"{name} must be positive, got {value}")
-            if name in NOT_NEGATIVE and not (value >= 0 and math.isfinite(value)):
+            if name in NOT_NEGATIVE and value is not None and not (value >= 0 and math.isfinite(value)):
                 raise UserError(f"{name} must be a finite number of at least 0, got {value}")
             if value == "":
                 raise UserError(f"{name} is empty; leave it out, or give it a value")
@@ -89,7 +93,8 @@ class DataConfig(Fields):
     label_column: str | None = None
     """None = `label`, else `gold_label`."""
     label_names: list[str] | None = None
-    """Class names, in the order of the integer labels, as `a,b,c`; None = from the data."""
+    """Class names, in the order of the integer labels, as `a,b,c`; None = from the data. Integers without names mean
+    entailment, neutral, contradiction where those are the classes."""
     max_train_samples: int | None = None
     """Use the first N pairs of the training split."""
     max_eval_samples: int | None = None
@@ -265,7 +270,17 @@ POSITIVE = (
     "eval_steps",
     "logging_steps",
 )
-NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "seed")
+NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "seed", "data_seed")
+PATHS = (
+    "model_name_or_path",
+    "dataset_name",
+    "train_file",
+    "validation_file",
+    "test_file",
+    "output_dir",
+    "input",
+    "output",
+)
 PROBABILITIES = ("dropout", "adam_beta1", "adam_beta2", "warmup_ratio", "label_smoothing_factor")
 
 

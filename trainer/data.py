@@ -30,6 +30,7 @@ SPLITS: dict[Role, tuple[str, ...]] = {
 }
 NLI = ("entailment", "neutral", "contradiction")
 NO_CONSENSUS = "-"
+LONGEST_ROW = 1 << 26  # bytes
 SUFFIXES = (".parquet", ".csv", ".tsv", ".txt", ".jsonl", ".json", ".ndjson", ".gz")
 PREMISE, HYPOTHESIS, LABEL = ("premise", "sentence1"), ("hypothesis", "sentence2"), ("label", "gold_label")
 # Name for messages, rows, and the class names of those columns whose integers have names.
@@ -118,12 +119,17 @@ def read_table(path: Path) -> pa.Table:
     """A parquet, csv, tsv, txt or jsonl file, each also gzipped, by its name. Raises UserError naming the file."""
     if not path.is_file():
         raise UserError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
+    with path.open("rb") as file:
+        beginning = file.read(2)
+    if beginning in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{path}: text in UTF-16; save it as UTF-8")
     kind = next((s for s in reversed(path.suffixes) if s != ".gz"), "")
     try:
         if kind == ".parquet":
             from pyarrow import parquet
 
-            return parquet.read_table(path)
+            with pa.input_stream(path) as stream:  # which inflates a .gz
+                return parquet.read_table(pa.BufferReader(stream.read()) if path.suffix == ".gz" else path)
         if kind in (".csv", ".tsv", ".txt"):
             return _read_csv(path, tabs=kind != ".csv")
         if kind in (".jsonl", ".json", ".ndjson"):
@@ -145,7 +151,8 @@ def _read_csv(path: Path, tabs: bool) -> pa.Table:
         quote_char=False if tabs else '"',
         newlines_in_values=not tabs,
     )
-    one_thread = csv.ReadOptions(use_threads=False)  # several do not know the row's number
+    # Several threads do not know the row's number.
+    one_thread = csv.ReadOptions(use_threads=False, block_size=LONGEST_ROW)
     with csv.open_csv(path, one_thread, parsing) as reader:
         header = reader.schema.names
     # A premise that says "1" or "null" is text, neither a number nor missing.
@@ -156,11 +163,15 @@ def _read_csv(path: Path, tabs: bool) -> pa.Table:
 def _read_jsonl(path: Path) -> pa.Table:
     from pyarrow import json
 
-    table = json.read_json(path)
+    options = json.ReadOptions(block_size=LONGEST_ROW)
+    with pa.input_stream(path) as stream:
+        if stream.read(1) == b"[":
+            raise ValueError("one JSON array; write one object a line")
+    table = json.read_json(path, options)
     dates = [field.name for field in table.schema if pa.types.is_temporal(field.type)]
     if dates:  # text that happens to look like dates is still text
         texts = json.ParseOptions(explicit_schema=pa.schema([(name, pa.string()) for name in dates]))
-        table = json.read_json(path, parse_options=texts)
+        table = json.read_json(path, options, texts)
     return table
 
 
@@ -286,16 +297,21 @@ def _class_numbers(
         raise UserError(f"{place}, row {texts.index('').as_py()}: label is empty")
     if seen and all(_is_fraction(text) for text in seen):
         raise UserError(f"{place}: labels such as {min(seen)} are scores, not classes; crossrank trains classifiers")
-    if seen and all(text.lstrip("-").isdigit() for text in seen):  # integers in a csv file
+    if seen and all(re.fullmatch("-?[0-9]{1,18}", text) for text in seen):  # integers in a csv file
         integers = pc.replace_substring_regex(texts, "^-$", "-1").cast(pa.int64())
         return _from_integers(integers, place, label_names, own_names)
-    names = tuple(label_names or (NLI if seen <= set(NLI) else sorted(seen)))
+    names = tuple(label_names or (NLI if seen <= set(NLI) else _nli_order(sorted(seen))))
     encoded = pc.index_in(texts, pa.array(names, pa.string()))
     wrong = (encoded.is_null().to_numpy()) & (pc.not_equal(texts, NO_CONSENSUS).to_numpy())
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         raise UserError(f"{place}, row {row}: {unknown('label', texts[row].as_py(), names)}")
     return pc.fill_null(encoded, -1).to_numpy().astype(np.int64), names
+
+
+def _nli_order(names: list[str]) -> list[str]:
+    """`names` as entailment, neutral, contradiction if they are that in any case and order; else as they are."""
+    return sorted(names, key=lambda n: NLI.index(n.lower())) if {n.lower() for n in names} == set(NLI) else names
 
 
 def _is_fraction(text: str) -> bool:
@@ -308,6 +324,8 @@ def _is_fraction(text: str) -> bool:
 def _from_integers(
     column: pa.ChunkedArray, place: str, label_names: Sequence[str] | None, own_names: list[str] | None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
+    if not own_names and label_names:
+        own_names = _nli_order(list(label_names))
     values = column.to_numpy()
     numbers = values.astype(np.int64)
     found = np.unique(numbers[numbers >= 0])

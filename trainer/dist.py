@@ -22,8 +22,6 @@ import torch.distributed as dist
 
 from trainer.config import UserError
 
-PATIENCE = 20.0  # seconds that a failing rank leaves to the one that reports
-
 
 @dataclass(frozen=True)
 class World:
@@ -132,11 +130,11 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def may_report_failure() -> bool:
+def may_report_failure(patience: float) -> bool:
     """Whether this rank is the one to print its error: the first that fails. The others fail as a consequence.
 
     Before the ranks have met, it is each node's first one: a file may be missing on one node alone. The others wait,
-    because the launcher kills all ranks as soon as one is gone, and that one must have printed by then.
+    `patience` seconds, because the launcher kills all ranks as soon as one is gone, and that one must have printed.
     """
     if dist.is_initialized():
         try:
@@ -144,8 +142,8 @@ def may_report_failure() -> bool:
         except (RuntimeError, ValueError):  # the store went away with rank 0: that one has reported
             first = False
         if not first:
-            time.sleep(PATIENCE)
+            time.sleep(patience)
         return first
     if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) != 0:
-        time.sleep(PATIENCE)  # who is alive after that fails alone
+        time.sleep(patience)  # who is alive after that fails alone
     return True

@@ -35,9 +35,14 @@ def cross_entropy(labels: np.ndarray, logits: np.ndarray) -> float:
     return float(-log_softmax(logits)[np.arange(len(labels)), labels].mean())
 
 
+MOST_SOURCES = 50  # a column of more values than that says something else
+
+
 def scores_by_source(labels: np.ndarray, logits: np.ndarray, sources: Sequence[str], num_labels: int) -> dict[str, Any]:
-    """classification_scores of each source, and its number of samples."""
+    """classification_scores of each source, and its number of samples; empty where there are too many."""
     names = np.asarray(sources)
+    if len(set(sources)) > MOST_SOURCES:
+        return {}
     return {
         str(name): {
             "num_samples": int((names == name).sum()),

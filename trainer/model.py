@@ -150,6 +150,8 @@ def load_trained(config: ModelConfig) -> tuple[Any, Any, list[str]]:
         raise UserError(f"{path} is not a model folder: it has no config.json{hint}")
     settings = _load_settings(config)
     model, new = _load_weights(config, settings)
+    if settings.num_labels < 2:
+        raise UserError(f"{path} has one output, a score; crossrank needs a classifier of two classes or more")
     if new:
         raise UserError(f"{path} is no trained classifier: its weights lack {', '.join(new[:3])}; train it first")
     return model, load_tokenizer(config), [settings.id2label[i] for i in range(settings.num_labels)]
@@ -243,5 +245,5 @@ def _explained(load: Callable[[], Any], name: str, what: str, fix: str) -> Any:
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
     raise UserError(
         f"{what} of {name!r} could not be loaded from the hub{offline} ({reason}). Without network, give a local "
-        f"folder as --model_name_or_path"
+        f"folder in its place"
     )

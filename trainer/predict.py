@@ -94,8 +94,15 @@ def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, ou
             raise UserError(
                 f"{output.output_dir} holds {made}, which is never overwritten; choose another --output_dir"
             )
+    if output.output_dir is not None:
+        try:
+            Path(output.output_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {output.output_dir}: {error.strerror}") from None
     world = dist.start(inference.ddp_timeout)
     predictor = Predictor(folder, inference, world)
+    if data.label_names and sorted(data.label_names) != sorted(predictor.label_names):
+        raise UserError(f"label_names {data.label_names} are not the model's classes {predictor.label_names}")
     metrics = {}
     for role in ("dev", "test"):
         pairs = load_pairs(data, role, predictor.label_names)
@@ -122,6 +129,8 @@ def predict_file(folder: str, config: PredictConfig, inference: InferenceConfig)
         raise UserError(f"{config.output}: unknown kind of file; use .jsonl, .csv or .tsv")
     if config.output != "-" and Path(config.output).exists():
         raise UserError(f"{config.output} exists and is never overwritten; choose another --output")
+    if config.output != "-" and not Path(config.output).absolute().parent.is_dir():
+        raise UserError(f"{config.output}: no such folder")
     world = dist.start(inference.ddp_timeout)
     if world.size > 1 and config.input == "-":
         raise UserError("stdin reaches one rank alone; give several ranks a file as --input")
@@ -137,14 +146,17 @@ def predict_file(folder: str, config: PredictConfig, inference: InferenceConfig)
 def read_stdin() -> pa.Table:
     """jsonl, or premise and hypothesis separated by a tab."""
     try:
-        text = sys.stdin.read()
+        text = sys.stdin.read().removeprefix("\ufeff")
     except UnicodeDecodeError:
         raise UserError("stdin is not UTF-8 text") from None
     if text.lstrip().startswith("{"):
         with tempfile.NamedTemporaryFile("w", suffix=".jsonl", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            return read_table(Path(file.name))
+            try:
+                return read_table(Path(file.name))
+            except UserError as error:
+                raise UserError(str(error).replace(file.name, "stdin")) from None
     rows = [line.split("\t") for line in text.split("\n") if line.strip()]
     for number, row in enumerate(rows):
         if len(row) != 2:
@@ -156,12 +168,15 @@ def write(output: str, label_names: list[str], probabilities: np.ndarray) -> Non
     """One row a pair: label and the probability of every class."""
     separator = {".csv": ",", ".tsv": "\t"}.get(Path(output).suffix)
     rows = _as_csv(label_names, probabilities, separator) if separator else _as_jsonl(label_names, probabilities)
-    if output == "-":
-        sys.stdout.writelines(rows)
-        return
     try:
+        if output == "-":
+            sys.stdout.writelines(rows)
+            sys.stdout.flush()
+            return
         with Path(output).open("w", encoding="utf-8", newline="") as file:
             file.writelines(rows)
+    except BrokenPipeError:  # the reader has had enough
+        raise
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}") from None
 

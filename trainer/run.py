@@ -30,7 +30,10 @@ def folder_of(config: Config) -> Path:
     folder = Path(config.output_dir or f"runs/{config.run_name or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}")
     if (folder / "config.yaml").exists() or (folder / "model").exists():
         raise UserError(f"{folder} holds a run, which is never overwritten; choose another --output_dir")
-    if not os.access(next(p for p in (folder, *folder.absolute().parents) if p.exists()), os.W_OK):
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise UserError(f"cannot write the run folder {folder}: {nearest} is a file")
+    if not os.access(nearest, os.W_OK):
         raise UserError(f"cannot write the run folder {folder}: permission denied")
     return folder
 
