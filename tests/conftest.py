@@ -82,6 +82,7 @@ class Result(subprocess.CompletedProcess):
 multiprocessing.set_forkserver_preload(
     ["trainer.train", "trainer.predict", "evaluate", "sklearn.metrics", "transformers.models.bert.modeling_bert"]
 )
+os.environ["DS_ACCELERATOR"] = "cpu"
 SERVER = multiprocessing.get_context("forkserver")
 
 

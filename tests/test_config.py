@@ -65,6 +65,7 @@ FIELDS = [
     "gradient_checkpointing",
     "torch_compile",
     "ddp_comm_hook",
+    "deepspeed",
     "backend",
     "ddp_timeout",
     "eval_strategy",

@@ -60,7 +60,9 @@ VERBS: dict[str, Callable[[list[str]], None]] = {"train": train, "evaluate": eva
 
 
 def main(argv: list[str] | None = None) -> int:
-    verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    argv = sys.argv[1:] if argv is None else argv
+    # DeepSpeed's launcher puts the rank before the verb; it is in the environment, too.
+    verb, *rest = [arg for arg in argv if not arg.startswith("--local_rank=")] or ["--help"]
     if verb in ("-h", "--help"):
         print(USAGE, end="")
         return 0

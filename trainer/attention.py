@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from trainer.batch import Batch, Group
@@ -66,11 +66,10 @@ class Layout:
         self.keys: list[torch.Tensor]  # of each group (pairs, longest), dropout keys
         self.visible: list[torch.Tensor | None]  # of each group (pairs, 1, 1, longest), True at real tokens; None = all
         self.hidden: torch.Tensor  # (1, tokens, hidden) what the last layer's keys and values are computed from
-        self.last_key: torch.Tensor  # (tokens, heads * size)
-        self.last_value: torch.Tensor
 
     def set(self, batch: Batch) -> None:
         self.groups, self.first, self.batch = batch.groups, batch.first, batch
+        self.num_tokens = len(batch.ids)
         self.num_slots = sum(group.pairs * group.longest for group in batch.groups)
         self.places = {1: self._places(1)}
         keys, real = self.pad(batch.keys), self.pad(torch.ones_like(batch.ids, dtype=torch.bool))
@@ -152,24 +151,18 @@ def _narrow(layer: nn.Module, family: Family, layout: Layout) -> None:
         return hidden[0].index_select(0, layout.first)[:, None]
 
     def take_first(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        layout.hidden = args[0]
-        return first(layout.hidden), *args[1:]
+        hidden = args[0]
+        # The model views keys and values as (pairs, 1, any number of heads, size), so their number must be a multiple
+        # of the pairs. `attention` takes the rows back from there.
+        layout.hidden = pad(hidden, (0, 0, 0, -hidden.shape[1] % len(layout.first)))
+        return first(hidden), *args[1:]
 
     if not family.key:
         layer.register_forward_hook(lambda module, args, output: first(output))
         return
     layer.register_forward_pre_hook(take_first)
-    for name, attribute in ((family.key, "last_key"), (family.value, "last_value")):
-        linear = layer.get_submodule(name)
-        linear.register_forward_pre_hook(lambda module, args: (layout.hidden,))
-
-        def keep(module: nn.Module, args: Any, output: torch.Tensor, attribute: str = attribute) -> torch.Tensor:
-            # `attention` takes it from the layout. The model itself, which expects as many keys as queries, gets the
-            # right shape and nothing in it.
-            setattr(layout, attribute, output[0])
-            return output.new_empty(len(layout.first), 1, output.shape[-1])
-
-        linear.register_forward_hook(keep)
+    for name in (family.key, family.value):
+        layer.get_submodule(name).register_forward_pre_hook(lambda module, args: (layout.hidden,))
 
 
 def attention(
@@ -192,13 +185,14 @@ def attention(
     _, heads, _, size = query.shape
 
     def grouped(x: torch.Tensor) -> list[torch.Tensor]:
-        return layout.split(layout.pad(x.reshape(-1, size), heads), heads)
+        rows = x.transpose(1, 2).reshape(-1, size)[: layout.num_tokens * heads]
+        return layout.split(layout.pad(rows, heads), heads)
 
     if first_only:
         queries = list(query.split([group.pairs for group in layout.groups]))
-        keys, values = grouped(layout.last_key), grouped(layout.last_value)
+        keys, values = grouped(key), grouped(value)
     elif layout.unpad:
-        queries, keys, values = (grouped(x[0].transpose(0, 1)) for x in (query, key, value))
+        queries, keys, values = grouped(query), grouped(key), grouped(value)
     else:
         queries, keys, values = [query], [key], [value]
     mixed = []

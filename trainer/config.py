@@ -177,8 +177,10 @@ class RunConfig(Fields):
 class ParallelConfig(Fields):
     """Parallel"""
 
-    backend: Literal["auto", "single", "ddp"] = "auto"
-    """How ranks are wired; auto = single on one rank, ddp on several."""
+    backend: Literal["auto", "single", "ddp", "deepspeed", "fsdp"] = "auto"
+    """How ranks are wired; auto = single on one rank, ddp on several, deepspeed where that field is set."""
+    deepspeed: str | None = None
+    """A config of DeepSpeed: zero0, zero1, zero2, zero3, zero2_offload, zero3_offload, or a JSON file of your own."""
     ddp_comm_hook: Literal["none", "bf16"] = "none"
     """ddp: what travels between ranks; bf16 = gradients rounded to bfloat16, half the bytes, no longer the same run."""
     ddp_timeout: int = 1800
@@ -248,6 +250,8 @@ class Config(
             raise UserError(unknown("metric_for_best_model", self.metric_for_best_model, METRICS))
         if self.load_best_model_at_end and self.eval_strategy == "no":
             raise UserError("load_best_model_at_end needs eval_strategy steps or epoch")
+        if self.deepspeed is not None and self.backend not in ("auto", "deepspeed"):
+            raise UserError(f"deepspeed is set, but backend is {self.backend}; leave one of them out")
         if self.dataset_name is None and self.train_file is None:
             raise UserError("no data: give --train_file FILE, --dataset_name NAME, or a --recipe that names a data set")
         if self.label_names is not None and len(set(self.label_names)) != len(self.label_names):

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from trainer.config import UserError
 
@@ -113,6 +114,13 @@ def start(timeout_seconds: int) -> World:
         wiring = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(wiring, timeout=timedelta(seconds=timeout_seconds))
     return World(rank, size, local_rank, device)
+
+
+def form_group(world: World) -> None:
+    """A process group even of one rank, for backends that cannot do without."""
+    if not dist.is_initialized():
+        wiring = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(wiring, store=HashStore(), rank=0, world_size=1)
 
 
 def _meet_through_slurm(env: MutableMapping[str, str]) -> None:

@@ -44,7 +44,7 @@ def evaluate(
     return Evaluation(world.broadcast(scores), logits)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict_logits(model: CrossEncoder, tokens: Tokens, world: World, batch_size: int, bf16: bool) -> np.ndarray | None:
     """Logits (n, classes) in fp32 in the order of `tokens` on rank 0, None elsewhere.
 
@@ -54,13 +54,18 @@ def predict_logits(model: CrossEncoder, tokens: Tokens, world: World, batch_size
     longest_first = np.argsort(-tokens.lengths, kind="stable")
     batches = [longest_first[i : i + batch_size] for i in range(0, len(longest_first), batch_size)]
     costs = np.array([tokens.lengths[batch].sum() for batch in batches])
-    mine = [batches[i] for i in deal(costs, world.size)[world.rank]]
+    shares = deal(costs, world.size)
+    mine = [batches[i] for i in shares[world.rank]]
+    # A sharded model needs all ranks for a forward: one that has a batch less computes another for nothing.
+    idle = 0 if not batches else max(map(len, shares)) - len(mine)
     labels = np.zeros(len(tokens.lengths), dtype=np.int64)
     order, results = [], []
-    for rows in mine:
+    for number, rows in enumerate(mine + batches[:1] * idle):
         batch = model.batch(tokens, labels, rows, world.device)
         with products(world.device, bf16), autocast(world.device, bf16):
             logits = model(batch)
+        if number >= len(mine):
+            break
         order.append(batch.rows)
         results.append(logits.float().cpu().numpy())
     num_classes = model.num_classes

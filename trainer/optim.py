@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,12 +11,16 @@ from torch import nn
 from trainer.config import OptimisationConfig
 
 
-def make_optimizer(model: nn.Module, config: OptimisationConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) in its fused form; no weight decay on biases and norms."""
+def parameter_groups(model: nn.Module, config: OptimisationConfig) -> list[dict[str, Any]]:
+    """The parameters that decay, and biases and norms, which do not."""
     # Biases and the weights of norms are vectors.
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: OptimisationConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) in its fused form."""
     return torch.optim.AdamW(
         groups,
         lr=config.learning_rate,

@@ -25,7 +25,7 @@ from trainer.dist import World
 from trainer.dropout import hash_key
 from trainer.evaluate import Evaluation, evaluate, write_predictions
 from trainer.model import CrossEncoder, compile_layers, load_for_training, longest_input, save_trained
-from trainer.optim import learning_rate, make_optimizer
+from trainer.optim import learning_rate
 from trainer.precision import allow_tf32, autocast, check_bf16, products
 from trainer.run import Journal
 from trainer.sampler import GlobalBatchSampler, Step, deal
@@ -81,7 +81,7 @@ class Trainer:
         """Every optimizer step that is left, with its logging and evaluations."""
         config, world = self.config, self.world
         lengths = self.tokens["train"].lengths
-        self.forward = self.backend.prepare(self.model, make_optimizer(self.model, config))
+        self.forward = self.backend.prepare(self.model)
         self.fit_micro_batches()
         if config.eval_on_start:
             self.evaluate("dev", step=self.sampler.step)
@@ -117,7 +117,7 @@ class Trainer:
         config, device = self.config, self.world.device
         tokens, labels = self.tokens["train"], self.splits["train"].label
         batch = self.model.batch(tokens, labels, rows, device, seed=config.seed, step=current.step)
-        with self.backend.accumulate(last):
+        with products(device, config.bf16), self.backend.accumulate(last):
             with autocast(device, config.bf16):
                 logits = self.forward(batch)
             # A sum over this share divided by the global count: any split gives the same gradient.
@@ -236,10 +236,8 @@ class Trainer:
         if self.config.load_best_model_at_end:
             from safetensors.torch import load_file
 
-            if self.world.is_main:
-                self.model.model.load_state_dict(load_file(self.folder / "model" / "model.safetensors"))
-            for value in self.model.model.state_dict().values():
-                self.world.share(value)
+            best = load_file(self.folder / "model" / "model.safetensors") if self.world.is_main else {}
+            self.backend.load_weights(self.model.model, best)
         else:
             self.save_model()
         metrics = {}
@@ -352,9 +350,8 @@ def train(config: Config) -> dict[str, Any]:
     world = dist.start(config.ddp_timeout)
     trainer = prepare(config, world)
     try:
-        with products(world.device, config.bf16):
-            trainer.loop()
-            results = trainer.finish()
+        trainer.loop()
+        results = trainer.finish()
     except torch.OutOfMemoryError:
         raise TrainingFailed(
             f"the GPU's memory is used up by {trainer.micro_batch_size} pairs a forward; lower "

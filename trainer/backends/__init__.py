@@ -8,8 +8,16 @@ __all__ = ["Single", "make_backend"]
 
 
 def make_backend(config: Config, world: World) -> Single:
-    """The backend that `config` names; auto is single on one rank and ddp on several."""
+    """The backend that `config` names; auto is single on one rank and ddp on several, or deepspeed if that is set."""
     name = config.backend
+    if name == "deepspeed" or (name == "auto" and config.deepspeed):
+        from trainer.backends.deepspeed import DeepSpeed
+
+        return DeepSpeed(world, config)
+    if name == "fsdp":
+        from trainer.backends.fsdp import FSDP
+
+        return FSDP(world, config)
     if name == "single" or (name == "auto" and world.size == 1):
         if world.size > 1:
             raise UserError(f"backend single cannot wire {world.size} ranks; use --backend ddp")

@@ -23,8 +23,8 @@ def in_bf16(state: None, bucket: Any) -> torch.futures.Future[torch.Tensor]:
 class DDP(Single):
     name = "ddp"
 
-    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-        super().prepare(module, optimizer)
+    def prepare(self, module: nn.Module) -> nn.Module:
+        super().prepare(module)
         if self.world.size == 1:
             return module
         with warnings.catch_warnings():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 
 from trainer.config import Config
 from trainer.dist import World
+from trainer.optim import make_optimizer, parameter_groups
 
 
 class Single:
@@ -26,10 +28,13 @@ class Single:
         self.module: nn.Module
         self.optimizer: torch.optim.Optimizer
 
-    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-        """Takes the model, on its device, and its optimizer; returns what the loop calls for a forward."""
-        self.module, self.optimizer = module, optimizer
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Takes the model, on its device, and makes its optimizer; returns what the loop calls for a forward."""
+        self.module, self.optimizer = module, self.make_optimizer(parameter_groups(module, self.config))
         return module
+
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return make_optimizer(groups, self.config)
 
     def accumulate(self, last: bool) -> AbstractContextManager[object]:
         """Wraps forward and backward of one micro-batch; `last` of its step or not."""
@@ -53,6 +58,13 @@ class Single:
         if not self.world.is_main:
             return {}
         return {name: value.detach().cpu() for name, value in module.state_dict().items()}
+
+    def load_weights(self, module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+        """The reverse: `weights` on rank 0, empty elsewhere, into every rank's `module`."""
+        if self.world.is_main:
+            module.load_state_dict(weights)
+        for value in module.state_dict().values():
+            self.world.share(value)
 
     def close(self) -> None:
         """Lets go of what the ranks share."""

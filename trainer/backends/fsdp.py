@@ -1,0 +1,62 @@
+"""torch's FSDP2 (`fully_shard`): weights, gradients and optimizer dealt out over the ranks, layer by layer.
+
+In bf16, weights travel as bfloat16, which is what autocast would make of them; gradients are summed in fp32.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from trainer import dist
+from trainer.backends.single import Single
+from trainer.config import Config
+from trainer.dist import World
+from trainer.optim import parameter_groups
+
+
+class FSDP(Single):
+    name = "fsdp"
+    replicated = False
+
+    def __init__(self, world: World, config: Config) -> None:
+        super().__init__(world, config)
+        dist.form_group(world)
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        number = torch.bfloat16 if self.config.bf16 else torch.float32
+        policy = MixedPrecisionPolicy(param_dtype=number, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        layers = {name for m in module.modules() for name in getattr(m, "_no_split_modules", None) or ()}
+        for part in module.modules():
+            if type(part).__name__ in layers:
+                fully_shard(part, mp_policy=policy)
+        self.root: Any = fully_shard(module, mp_policy=policy)
+        self.module = module
+        self.optimizer = self.make_optimizer(parameter_groups(module, self.config))  # of the shards
+        return module
+
+    def accumulate(self, last: bool) -> AbstractContextManager[object]:
+        self.root.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # Ranks are averaged; ours are shares of one sum.
+        super().backward(loss * self.world.size)
+
+    def step(self, learning_rate: float, max_grad_norm: float) -> torch.Tensor:
+        norm: Any = super().step(learning_rate, max_grad_norm)
+        return norm.full_tensor()
+
+    def full_weights(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights: Any = get_model_state_dict(module, options=options)
+        return weights
+
+    def load_weights(self, module: nn.Module, weights: dict[str, Any]) -> None:
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(module, weights, options=options)
