@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import crossrank, events, losses
+from conftest import ROOT, crossrank, events, free_port, losses
 from safetensors.torch import load_file
 
-from trainer.backends.deepspeed import CONFIGS
+from trainer.backends.deepspeed import CONFIGS, fill, read_settings
+from trainer.cli import parse_train
+from trainer.config import UserError
 
 # 31 steps, the last of 1 pair, of which one rank has none; a gradient norm that is always clipped.
 RUN = ["--recipe", "demo", "--max_train_samples", "481", "--train_batch_size", "16", "--num_train_epochs", "1",
@@ -52,3 +54,110 @@ def test_the_same_run(single, tmp_path, backend, per_device):
     for split, scores in results["metrics"].items():
         for metric in ("f1_macro", "f1_micro", "f1_weighted"):
             assert scores[metric] == reference["metrics"][split][metric]
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
+def test_bf16_is_nearly_the_same_run(single, tmp_path, backend):
+    """Autocast in every backend, over fp32 weights; under fsdp embeddings and norms are rounded as well."""
+    if backend.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    options = [*BACKENDS[backend], "--per_device_train_batch_size", "8", "--bf16"]
+    crossrank("train", *RUN, *options, "--output_dir", tmp_path / "run", ranks=2)
+    assert np.allclose(losses(tmp_path / "run"), losses(single), rtol=0, atol=0.05)
+    assert not np.allclose(losses(tmp_path / "run"), losses(single), rtol=0, atol=1e-5)
+    assert {value.dtype for value in load_file(tmp_path / "run/model/model.safetensors").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("backend", ["fsdp", "zero3"])
+def test_one_rank_alone(single, tmp_path, backend):
+    if backend.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    crossrank(
+        "train", *RUN, *BACKENDS[backend], "--max_steps", "5", "--warmup_steps", "4", "--output_dir", tmp_path / "a"
+    )
+    crossrank("train", *RUN, "--max_steps", "5", "--warmup_steps", "4", "--output_dir", tmp_path / "b")
+    assert np.allclose(losses(tmp_path / "a"), losses(tmp_path / "b"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["fsdp", "zero2", "zero3"])
+def test_the_best_model_comes_back(tmp_path, backend):
+    """A learning rate that wrecks the model at the end; the final evaluation is of the weights that were best."""
+    if backend.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    options = ["--learning_rate", "0.03", "--lr_scheduler_type", "constant", "--warmup_ratio", "0", "--max_steps", "9",
+               "--eval_strategy", "steps", "--eval_steps", "3", "--load_best_model_at_end", "--metric_for_best_model",
+               "loss", *BACKENDS[backend]]  # fmt: skip
+    crossrank("train", *RUN, *options, "--output_dir", tmp_path / "run", ranks=2)
+    *during, final = [e["loss"] for e in events(tmp_path / "run", "eval") if e["split"] == "builtin-dev"]
+    assert final == pytest.approx(min(during))
+    assert final < during[-1]
+
+
+CONFIG = ["--recipe", "demo", "--deepspeed", "zero2"]
+
+
+@pytest.mark.parametrize("name", [path.stem for path in CONFIGS.glob("*.json")])
+def test_shipped_configs_are_valid_for_deepspeed_alone(name):
+    deepspeed = pytest.importorskip("deepspeed")
+    filled = fill(read_settings(name), name, parse_train(CONFIG), 1)
+    assert deepspeed.DeepSpeedConfig(filled).zero_config.stage == int(name[4])
+    assert '"auto"' not in json.dumps(filled)
+    rows = (CONFIGS / "README.md").read_text()
+    for key in {*read_settings(name), *read_settings(name)["zero_optimization"]} - {"zero_optimization"}:
+        assert key.split(".")[0] in rows, f"{key} is there for no reason that README.md gives"
+
+
+BAD = [
+    ({"train_batch_size": 32}, "train_batch_size is 32, but train_batch_size is 64"),
+    ({"gradient_clipping": 5.0}, "gradient_clipping is 5.0, but max_grad_norm is 1.0"),
+    ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps is 4"),
+    ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-2}}}, "optimizer.params.lr is 0.01, but learning_rate is"),
+    ({"optimizer": {"type": "SGD"}}, "optimizer.type is SGD"),
+    ({"scheduler": {"type": "WarmupLR"}}, "has a scheduler"),
+    ({"fp16": {"enabled": True}}, "fp16.enabled is set"),
+    ({"bf16": {"enabled": True}}, "bf16.enabled is set"),
+    ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled is True, but bf16 is False"),
+    ({"zero_optimization": {"stage": 4}}, "unknown zero_optimization.stage 4"),
+]
+
+
+@pytest.mark.parametrize(("settings", "expected"), BAD)
+def test_contradictions_are_refused(settings, expected):
+    with pytest.raises(UserError) as caught:
+        fill(settings, "mine.json", parse_train(CONFIG), 1)
+    assert expected in str(caught.value)
+    assert "mine.json" in str(caught.value)
+
+
+def test_auto_is_no_contradiction():
+    """A config as transformers' users have it."""
+    auto = {"enabled": "auto"}
+    theirs = {
+        "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto", "bf16": auto,
+        "fp16": auto, "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "weight_decay": "auto"}},
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto"},
+    }  # fmt: skip
+    assert fill(theirs, "theirs.json", parse_train(CONFIG), 2)["zero_optimization"] == {"stage": 3}
+
+
+def test_unknown_and_broken_configs(tmp_path):
+    with pytest.raises(UserError, match="did you mean 'zero3'"):
+        read_settings("zero33")
+    (tmp_path / "mine.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        read_settings(str(tmp_path / "mine.json"))
+    with pytest.raises(UserError, match="deepspeed is set, but backend is ddp"):
+        parse_train([*CONFIG, "--backend", "ddp"])
+
+
+def test_deepspeeds_own_launcher(single, tmp_path):
+    """`deepspeed` puts --local_rank before the verb."""
+    import subprocess
+    import sys
+
+    pytest.importorskip("deepspeed")
+    start = [Path(sys.executable).parent / "deepspeed", "--num_gpus", 2, "--master_port", free_port(), "--module"]
+    command = [*start, "trainer", "train", *RUN, "--deepspeed", "zero2", "--output_dir", tmp_path / "run"]  # fmt: skip
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert np.allclose(losses(tmp_path / "run"), losses(single), rtol=0, atol=1e-5)

@@ -20,10 +20,13 @@ ORDER = [
     "run",
     "backends.single",
     "backends.ddp",
+    "backends.deepspeed",
+    "backends.fsdp",
     "backends",
     "evaluate",
     "train",
     "predict",
+    "doctor",
     "cli",
     "__main__",
 ]

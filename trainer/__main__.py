@@ -18,6 +18,7 @@ USAGE = """usage: crossrank VERB ...
   train      fine-tune a cross-encoder           crossrank train --recipe demo
   evaluate   score a model on labelled pairs     crossrank evaluate MODEL_DIR --test_file pairs.parquet
   predict    classify new pairs                  crossrank predict MODEL_DIR --input pairs.jsonl
+  doctor     check this machine                  crossrank doctor --ranks 2
 
 `crossrank VERB --help` shows a verb's options. On several ranks: torchrun --nproc-per-node N -m trainer VERB ...
 """
@@ -56,7 +57,21 @@ def predict(argv: list[str]) -> None:
     predict_file(values["model"], pairs, inference)
 
 
-VERBS: dict[str, Callable[[list[str]], None]] = {"train": train, "evaluate": evaluate, "predict": predict}
+def doctor(argv: list[str]) -> None:
+    from trainer.cli import given_fields, make_parser, parse
+    from trainer.doctor import DoctorConfig, diagnose
+
+    parser = make_parser("crossrank doctor", (DoctorConfig,), usage="crossrank doctor [--json] [--ranks N]")
+    if not diagnose(DoctorConfig(**given_fields(parse(parser, argv), DoctorConfig))):
+        raise TrainingFailed("something is wrong; the fixes are above")
+
+
+VERBS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "predict": predict,
+    "doctor": doctor,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

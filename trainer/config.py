@@ -271,6 +271,7 @@ POSITIVE = (
     "adam_epsilon",
     "num_train_epochs",
     "ddp_timeout",
+    "ranks",
     "eval_steps",
     "logging_steps",
 )

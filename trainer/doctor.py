@@ -1,0 +1,165 @@
+"""Is this machine ready? Each part of the environment with its value, and with the fix where something is wrong.
+
+`python -m trainer.doctor` under torchrun is what `crossrank doctor --ranks N` starts: one real collective.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.config import Fields, UserError
+
+NEEDED = ("transformers", "tokenizers", "datasets", "evaluate", "safetensors", "pyarrow")
+OPTIONAL = {"deepspeed": 'pip install "crossrank[deepspeed]" for --backend deepspeed', "codecarbon": ""}
+LITTLE_SPACE = 5 * 2**30  # bytes; a few checkpoints of a base model with its optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig(Fields):
+    """Doctor"""
+
+    json: bool = False
+    """Print one JSON object a check."""
+    ranks: int = 1
+    """Let so many processes meet in a real collective."""
+    output_dir: str = "runs"
+    """Where runs are to be written."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """`ok` None: nothing is wrong, but something is not there. `fix` says what to do where ok is not True."""
+
+    name: str
+    value: str
+    ok: bool | None = True
+    fix: str = ""
+
+
+def diagnose(config: DoctorConfig) -> bool:
+    """Prints every check. Returns whether all that is needed is there."""
+    fine = True
+    for check in _checks(config):
+        fine &= check.ok is not False
+        if config.json:
+            print(json.dumps(dataclasses.asdict(check)), flush=True)
+        else:
+            mark = {True: "ok", False: "WRONG", None: "-"}[check.ok]
+            print(f"{mark:>5}  {check.name}: {check.value}" + (f"  ({check.fix})" if check.fix else ""), flush=True)
+    return fine
+
+
+def _checks(config: DoctorConfig) -> Iterator[Check]:
+    new_enough = sys.version_info >= (3, 10)
+    yield Check("Python", platform.python_version(), new_enough, "" if new_enough else "install Python 3.10 or later")
+    yield from _torch()
+    for package in NEEDED:
+        yield _package(package, False, f"pip install {package}")
+    for package, fix in OPTIONAL.items():
+        yield _package(package, None, fix)
+    yield from _deepspeed_ops()
+    yield _disk(Path(config.output_dir))
+    yield _slurm()
+    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+    yield Check("hub", "offline (HF_HUB_OFFLINE is set)" if offline else "online", None if offline else True)
+    if config.ranks > 1:
+        yield _meeting(config.ranks)
+
+
+def _torch() -> Iterator[Check]:
+    import torch
+
+    from trainer.precision import has_bf16
+
+    yield Check("torch", torch.__version__)
+    if not torch.cuda.is_available():
+        fix = "install a CUDA build of torch, and check nvidia-smi" if shutil.which("nvidia-smi") else ""
+        yield Check("GPU", "none", False if fix else None, fix)
+        fast = has_bf16(torch.device("cpu"))
+        yield Check("bf16", "by the CPU" if fast else "computed in fp32", None if not fast else True)
+        return
+    yield Check("CUDA", str(torch.version.cuda))
+    yield Check("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        yield Check(f"GPU {i}", f"{torch.cuda.get_device_name(i)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+    fast = has_bf16(torch.device("cuda"))
+    yield Check("bf16", "by the GPU" if fast else "no", fast, "" if fast else "use --bf16 false")
+
+
+def _package(name: str, absent: bool | None, fix: str) -> Check:
+    try:
+        return Check(name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Check(name, "not installed", absent, fix)
+
+
+def _deepspeed_ops() -> Iterator[Check]:
+    try:
+        from deepspeed.ops.op_builder.all_ops import ALL_OPS
+    except ImportError:
+        return
+    compiler = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
+    for name in ("cpu_adam", "fused_adam"):
+        builder = ALL_OPS.get(name)
+        if builder is None:
+            continue
+        buildable = not compiler and bool(builder.is_compatible(verbose=False))
+        fix = f"install {' and '.join(compiler)}" if compiler else "" if buildable else "see ds_report"
+        yield Check(f"DeepSpeed's {name}", "buildable" if buildable else "not buildable", buildable or None, fix)
+
+
+def _disk(folder: Path) -> Check:
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    writable = existing.is_dir() and os.access(existing, os.W_OK)
+    fix = "" if writable else "choose an --output_dir that you may write"
+    if writable and free < LITTLE_SPACE:
+        fix = "make space, or choose another --output_dir"
+    return Check(f"disk at {folder}", f"{free / 2**30:.0f} GiB free", not fix, fix)
+
+
+def _slurm() -> Check:
+    if shutil.which("sbatch") is None:
+        return Check("Slurm", "not here", None)
+    version = subprocess.run(["sbatch", "--version"], capture_output=True, text=True)
+    return Check("Slurm", version.stdout.strip() or version.stderr.strip(), version.returncode == 0)
+
+
+def _meeting(ranks: int) -> Check:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    result = subprocess.run([*command, "-m", "trainer.doctor"], capture_output=True, text=True)
+    said = result.stdout.strip().splitlines()
+    if result.returncode == 0 and said:
+        return Check(f"{ranks} ranks", said[-1])
+    reason = next((line for line in reversed(result.stderr.splitlines()) if "Error" in line), "no answer")
+    return Check(f"{ranks} ranks", reason.strip(), False, "check MASTER_ADDR, the network interface and the firewall")
+
+
+def meet() -> None:
+    """One collective on the device and one on the CPU, whose results are checked."""
+    import torch
+
+    from trainer import dist
+
+    world = dist.start(120)
+    total = float(world.sum(torch.tensor([float(world.rank)], device=world.device)))
+    if total != world.size * (world.size - 1) / 2 or world.broadcast("hello") != "hello":
+        raise UserError(f"rank {world.rank} received wrong numbers")
+    if world.is_main:
+        print(f"met on {world.device.type}, and their sum is right")
+    dist.stop()
+
+
+if __name__ == "__main__":
+    meet()
