@@ -18,6 +18,8 @@ ORDER = [
     "attention",
     "model",
     "run",
+    "preempt",
+    "checkpoint",
     "backends.single",
     "backends.ddp",
     "backends.deepspeed",

@@ -1,6 +1,7 @@
 """`crossrank VERB ...`, which is also `python -m trainer VERB ...` on every rank of torchrun or srun.
 
-Exit codes: 0 done, 1 a failure of the program, 2 a mistake in the input, 130 interrupted.
+Exit codes: 0 done, 1 a failure of the program, 2 a mistake in the input, 85 stopped on request and saved (start the
+same command again to go on), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from trainer.config import DataConfig, TrainingFailed, UserError, unknown
+from trainer.config import DataConfig, Preempted, TrainingFailed, UserError, unknown
+
+EXIT_CODE = 85  # preempted: start the same command again
 
 USAGE = """usage: crossrank VERB ...
 
@@ -81,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     if verb in ("-h", "--help"):
         print(USAGE, end="")
         return 0
+    code = 0
     try:
         if verb not in VERBS:
             raise UserError(unknown("verb", verb, VERBS))
@@ -91,6 +95,9 @@ def main(argv: list[str] | None = None) -> int:
         return fail(1, f"failed: {error}")
     except KeyboardInterrupt:
         return fail(130, "interrupted")
+    except Preempted as stop:
+        print(f"crossrank: {stop}", file=sys.stderr, end="\n" if str(stop) else "")
+        code = EXIT_CODE
     except BrokenPipeError:  # the reader of our output has had enough
         sys.stderr.close()
         return 1
@@ -100,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         from trainer import dist
 
         dist.stop()
-    return 0
+    return code
 
 
 def fail(code: int, text: str) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,14 +27,18 @@ class TrainingFailed(RuntimeError):
     """The run cannot go on, through no mistake in the input; printed without a traceback."""
 
 
+class Preempted(Exception):
+    """The ranks have agreed to stop, since one was asked to; the message is for the user."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fields:
     """A group of fields, whose numbers are checked at construction."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if value is None and "None" not in str(field.type):
+        for own in dataclasses.fields(self):
+            name, value = own.name, getattr(self, own.name)
+            if value is None and "None" not in str(own.type):
                 raise UserError(f"{name} must have a value")
             if name in PATHS and value is not None and value.startswith("~"):
                 object.__setattr__(self, name, str(Path(value).expanduser()))
@@ -204,6 +208,24 @@ class EvaluationConfig(Fields):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Fields):
+    """Checkpoints"""
+
+    save_strategy: Literal["no", "steps", "epoch"] = "steps"
+    """When to write a checkpoint; one is also written at the last step and when the run is asked to stop."""
+    save_steps: int = 500
+    """Steps between checkpoints."""
+    save_total_limit: int | None = 2
+    """Checkpoints to keep; null = all."""
+    resume_from_checkpoint: str = "auto"
+    """auto = go on with the unfinished run in output_dir; none = never; or a checkpoint's or a run's folder."""
+    preemption_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGINT", "SIGUSR1"])
+    """Signals at which the run saves and stops, with exit code 85."""
+    skip_nonfinite: int = 0
+    """Steps with a non-finite gradient that may be skipped; then each step waits for the device. Not for deepspeed."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoggingConfig(Fields):
     """Logging"""
 
@@ -219,6 +241,7 @@ GROUPS: tuple[type, ...] = (
     RunConfig,
     ParallelConfig,
     EvaluationConfig,
+    CheckpointConfig,
     LoggingConfig,
 )
 
@@ -226,6 +249,7 @@ GROUPS: tuple[type, ...] = (
 @dataclass(frozen=True, kw_only=True)
 class Config(
     LoggingConfig,
+    CheckpointConfig,
     EvaluationConfig,
     ParallelConfig,
     RunConfig,
@@ -252,12 +276,43 @@ class Config(
             raise UserError("load_best_model_at_end needs eval_strategy steps or epoch")
         if self.deepspeed is not None and self.backend not in ("auto", "deepspeed"):
             raise UserError(f"deepspeed is set, but backend is {self.backend}; leave one of them out")
+        for name in self.preemption_signals:
+            if name not in SIGNALS:
+                raise UserError(unknown("preemption signal", name, SIGNALS))
+        if self.skip_nonfinite and (self.backend == "deepspeed" or self.deepspeed):
+            raise UserError("skip_nonfinite does not work with DeepSpeed, which steps by itself")
         if self.dataset_name is None and self.train_file is None:
             raise UserError("no data: give --train_file FILE, --dataset_name NAME, or a --recipe that names a data set")
         if self.label_names is not None and len(set(self.label_names)) != len(self.label_names):
             raise UserError(f"label_names holds a name twice: {self.label_names}")
 
 
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")
+# What a resumed run may change: it decides where and how fast, not what is computed. Files are compared by content.
+HARMLESS = (
+    "output_dir",
+    "run_name",
+    "resume_from_checkpoint",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "preemption_signals",
+    "logging_steps",
+    "train_file",
+    "dataset_name",
+    "dataset_config_name",
+    "dataset_revision",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "backend",
+    "deepspeed",
+    "ddp_timeout",
+    "gradient_checkpointing",
+    "torch_compile",
+    "unpad",
+    "skip_nonfinite",
+)
 METRICS = ("accuracy", "f1_macro", "f1_micro", "f1_weighted", "loss")
 POSITIVE = (
     "max_length",
@@ -273,9 +328,11 @@ POSITIVE = (
     "ddp_timeout",
     "ranks",
     "eval_steps",
+    "save_steps",
+    "save_total_limit",
     "logging_steps",
 )
-NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "seed", "data_seed")
+NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "seed", "data_seed", "skip_nonfinite")
 PATHS = (
     "model_name_or_path",
     "dataset_name",
@@ -309,7 +366,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read config file {path}: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold `field: value` lines, found a {type(values).__name__}")
-    fields = {field.name for field in dataclasses.fields(Config)}
+    fields = {own.name for own in dataclasses.fields(Config)}
     for name in values:
         if name not in fields:
             raise UserError(f"{path}: {unknown('field', str(name), fields)}")
@@ -322,6 +379,16 @@ def recipe_path(name: str) -> Path:
     if name not in valid:
         raise UserError(unknown("recipe", name, valid))
     return RECIPES / f"{name}.yaml"
+
+
+def differences(saved: dict[str, Any], config: Config) -> list[str]:
+    """The fields in which a run's saved config differs from `config`, so that it would be another run."""
+    now = dataclasses.asdict(config)
+    return [
+        f"{name}: saved {saved[name]!r}, now {now[name]!r}"
+        for name in now
+        if name not in HARMLESS and name in saved and saved[name] != now[name]
+    ]
 
 
 def write_yaml(config: Config, path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
 from trainer.config import UserError
 
@@ -112,8 +112,21 @@ def start(timeout_seconds: int) -> World:
             _meet_through_slurm(os.environ)
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
         wiring = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(wiring, timeout=timedelta(seconds=timeout_seconds))
+        patience = timedelta(seconds=timeout_seconds)
+        dist.init_process_group(wiring, timeout=patience, store=_attempt(patience), rank=rank, world_size=size)
     return World(rank, size, local_rank, device)
+
+
+def _attempt(patience: timedelta) -> Any:
+    """Under torchrun, a part of its store for this attempt alone; None = as torch does it.
+
+    A restarted rank would otherwise find the addresses of the dead.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, timeout=patience)
+    return PrefixStore(f"crossrank/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def form_group(world: World) -> None:

@@ -7,6 +7,7 @@ with the index of their sample.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,16 @@ class Evaluation:
 
 
 def evaluate(
-    model: CrossEncoder, pairs: Pairs, tokens: Tokens, world: World, batch_size: int, bf16: bool
+    model: CrossEncoder,
+    pairs: Pairs,
+    tokens: Tokens,
+    world: World,
+    batch_size: int,
+    bf16: bool,
+    check: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Scores of `model` on `pairs`; see metrics.classification_scores. With sources, also `by_source`."""
-    logits = predict_logits(model, tokens, world, batch_size, bf16)
+    logits = predict_logits(model, tokens, world, batch_size, bf16, check)
     scores = None
     if logits is not None:
         scores = classification_scores(pairs.label, logits, len(pairs.label_names))
@@ -45,10 +52,18 @@ def evaluate(
 
 
 @torch.no_grad()
-def predict_logits(model: CrossEncoder, tokens: Tokens, world: World, batch_size: int, bf16: bool) -> np.ndarray | None:
+def predict_logits(
+    model: CrossEncoder,
+    tokens: Tokens,
+    world: World,
+    batch_size: int,
+    bf16: bool,
+    check: Callable[[], None] = lambda: None,
+) -> np.ndarray | None:
     """Logits (n, classes) in fp32 in the order of `tokens` on rank 0, None elsewhere.
 
-    Raises RuntimeError if a sample is missing or was computed twice.
+    Every rank calls `check` before each batch, equally often; it may raise to stop. Raises RuntimeError if a sample is
+    missing or was computed twice.
     """
     model.eval()
     longest_first = np.argsort(-tokens.lengths, kind="stable")
@@ -61,6 +76,7 @@ def predict_logits(model: CrossEncoder, tokens: Tokens, world: World, batch_size
     labels = np.zeros(len(tokens.lengths), dtype=np.int64)
     order, results = [], []
     for number, rows in enumerate(mine + batches[:1] * idle):
+        check()
         batch = model.batch(tokens, labels, rows, world.device)
         with products(world.device, bf16), autocast(world.device, bf16):
             logits = model(batch)

@@ -6,15 +6,17 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from trainer.config import Config, UserError, write_yaml
+from trainer.config import Config, UserError, differences, read_yaml, write_yaml
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "evaluate", "numpy", "safetensors")
 
@@ -25,37 +27,83 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
-def folder_of(config: Config) -> Path:
-    """Where the run is to be written. Raises UserError if a run is there, which is never overwritten."""
+def open_run(config: Config) -> tuple[Path, bool]:
+    """The run's folder, and whether an unfinished run is in it that this one goes on with.
+
+    Raises UserError if a finished run is there, or another one, or where nothing can be written.
+    """
     folder = Path(config.output_dir or f"runs/{config.run_name or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if (folder / "config.yaml").exists() or (folder / "model").exists():
-        raise UserError(f"{folder} holds a run, which is never overwritten; choose another --output_dir")
     nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not nearest.is_dir():
         raise UserError(f"cannot write the run folder {folder}: {nearest} is a file")
     if not os.access(nearest, os.W_OK):
         raise UserError(f"cannot write the run folder {folder}: permission denied")
-    return folder
+    if not (folder / "config.yaml").exists():
+        if (folder / "model").exists():
+            raise UserError(f"{folder} holds a model, which is never overwritten; choose another --output_dir")
+        return folder, False
+    if (folder / "results.json").exists():
+        raise UserError(f"{folder} holds a run, which is never overwritten; choose another --output_dir")
+    if config.resume_from_checkpoint == "none":
+        raise UserError(f"{folder} holds an unfinished run; choose another --output_dir, or leave out "
+                        "--resume_from_checkpoint none to go on with it")  # fmt: skip
+    if differing := differences(read_yaml(folder / "config.yaml"), config):
+        raise UserError(f"{folder} holds an unfinished run of another config ({'; '.join(differing)}); use its config "
+                        "to go on with it, or choose another --output_dir")  # fmt: skip
+    return folder, True
 
 
-def claim(folder: Path, config: Config) -> None:
-    """Creates the run folder, with its config."""
+def claim(folder: Path, config: Config) -> FileLock:
+    """Creates the run folder, with its config. The lock that it returns dies with this process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").touch(exist_ok=False)
-        write_yaml(config, folder / "config.yaml")
-    except FileExistsError:
-        raise UserError(f"another run took {folder} in the meantime; choose another --output_dir") from None
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+        write_yaml(config, folder / ".config.yaml")
+        (folder / ".config.yaml").replace(folder / "config.yaml")
+        old, model = folder / ".model.old", folder / "model"
+        if old.exists() and not model.exists():  # killed between two renames
+            old.rename(model)
+        for remains in folder.glob(".model.*"):
+            shutil.rmtree(remains, ignore_errors=True)
+    except Timeout:
+        raise UserError(f"another run is writing {folder}; choose another --output_dir") from None
     except OSError as error:
         raise UserError(f"cannot write the run folder {folder}: {error.strerror}") from None
+    return lock
+
+
+def rewind(path: Path, step: int, pending_evaluation: bool) -> int:
+    """Cuts metrics.jsonl back to what had happened at `step`: the rest is computed, and written, again.
+
+    Returns how many lines were damaged, as a line is that a killed process had begun.
+    """
+    if not path.exists():
+        return 0
+    kept, damaged = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            event = json.loads(line)
+            late = event["step"] > step or (event["event"] == "eval" and event["step"] == step and pending_evaluation)
+        except (ValueError, KeyError, TypeError):
+            damaged += 1
+            continue
+        if not late:
+            kept.append(line)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
+    return damaged
 
 
 class Journal:
     """metrics.jsonl, log lines and the progress bar. Silent without a folder, as on every rank but 0."""
 
-    def __init__(self, folder: Path | None, num_steps: int) -> None:
+    def __init__(self, folder: Path | None, num_steps: int, step: int = 0) -> None:
         self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8") if folder else None
-        self.bar = tqdm(total=num_steps, unit="step", disable=None if folder else True, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=num_steps, initial=step, unit="step", disable=None if folder else True, dynamic_ncols=True
+        )
 
     def train(self, values: dict[str, Any]) -> None:
         self._write("train", values)

@@ -77,6 +77,12 @@ class GlobalBatchSampler:
             self.step += 1
             yield current
 
+    def at(self, step: int) -> Step:
+        """One step of the run, wherever the sampler is."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        order = epoch_order(self.num_samples, self.seed, epoch)
+        return Step(step, epoch, order[number * self.batch_size : (number + 1) * self.batch_size])
+
     def heaviest(self, lengths: np.ndarray) -> Step:
         """The step of the run whose pairs have the most tokens; `lengths` (num_samples,) of all pairs."""
         starts = np.arange(0, self.num_samples, self.batch_size)
@@ -84,10 +90,8 @@ class GlobalBatchSampler:
         for epoch in range(-(-self.num_steps // self.steps_per_epoch)):
             order = epoch_order(self.num_samples, self.seed, epoch)
             tokens = np.add.reduceat(lengths[order], starts)[: self.num_steps - epoch * self.steps_per_epoch]
-            i = int(tokens.argmax())
-            rows = order[i * self.batch_size : (i + 1) * self.batch_size]
-            steps.append((int(tokens[i]), Step(epoch * self.steps_per_epoch + i, epoch, rows)))
-        return max(steps, key=lambda step: step[0])[1]
+            steps.append((int(tokens.max()), epoch * self.steps_per_epoch + int(tokens.argmax())))
+        return self.at(max(steps)[1])
 
     def state_dict(self) -> dict[str, int | str]:
         epoch, step = divmod(self.step, self.steps_per_epoch)

@@ -69,16 +69,18 @@ def tokenize(
     folder: Path | None,
     warn: Callable[[str], None],
     progress: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> Tokens:
     """The tokens of `pairs`, from the cache in `folder` if it has them; one process writes, the node's others wait.
 
-    `folder` None: no cache. One that cannot be written is a warning, not an error.
+    `folder` None: no cache. One that cannot be written is a warning, not an error. `check` is called now and then, and
+    may raise to stop.
     """
     rust = _backend(tokenizer, max_length)
     has_types = "token_type_ids" in tokenizer.model_input_names
     fingerprint = _fingerprint(pairs, rust, has_types)
     if folder is None:
-        return _encode(pairs, rust, has_types, fingerprint, progress)
+        return _encode(pairs, rust, has_types, fingerprint, progress, check)
     tokens = None
     path = folder / f"{fingerprint}.safetensors"
     try:
@@ -86,11 +88,11 @@ def tokenize(
         with FileLock(path.with_suffix(".lock")):
             tokens = _read(path, fingerprint, warn)
             if tokens is None:
-                tokens = _encode(pairs, rust, has_types, fingerprint, progress)
+                tokens = _encode(pairs, rust, has_types, fingerprint, progress, check)
                 _write(tokens, path)
     except (OSError, SafetensorError) as error:
         warn(f"no token cache, tokenising at every start: {error}")
-    return tokens or _encode(pairs, rust, has_types, fingerprint, progress)
+    return tokens or _encode(pairs, rust, has_types, fingerprint, progress, check)
 
 
 def _backend(tokenizer: Any, max_length: int) -> Any:
@@ -113,7 +115,9 @@ def _fingerprint(pairs: Pairs, rust: Any, has_types: bool) -> str:
     return digest.hexdigest()
 
 
-def _encode(pairs: Pairs, rust: Any, has_types: bool, fingerprint: str, progress: bool) -> Tokens:
+def _encode(
+    pairs: Pairs, rust: Any, has_types: bool, fingerprint: str, progress: bool, check: Callable[[], None]
+) -> Tokens:
     vocabulary = rust.get_vocab_size()
     number = np.uint16 if vocabulary <= 1 << 16 else np.int32
     flat, lengths, second, truncated = [], [], [], []
@@ -126,6 +130,10 @@ def _encode(pairs: Pairs, rust: Any, has_types: bool, fingerprint: str, progress
             second += [len(e.ids) - sum(e.type_ids) if has_types else len(e.ids) for e in encodings]
             truncated += [bool(e.overflowing) for e in encodings]
             bar.update(len(encodings))
+            check()
+    if 0 in lengths:
+        row = pairs.row[lengths.index(0)]
+        raise UserError(f"{pairs.name}, row {row}: the tokenizer makes no token of this pair, not even a special one")
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     return Tokens(np.concatenate(flat), offsets, np.array(second, np.int32), np.array(truncated), fingerprint)
 

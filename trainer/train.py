@@ -6,20 +6,33 @@ hyperparameters' meaning as in transformers' TrainingArguments.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch.nn.functional import cross_entropy
 
 from trainer import dist, run
 from trainer.backends import Single, make_backend
 from trainer.batch import IGNORED
-from trainer.config import METRICS, Config, TrainingFailed, UserError, global_batch_size, num_forwards, total_steps
+from trainer.checkpoint import Checkpoint, Checkpoints, load_given
+from trainer.config import (
+    METRICS,
+    Config,
+    Preempted,
+    TrainingFailed,
+    UserError,
+    global_batch_size,
+    num_forwards,
+    total_steps,
+)
 from trainer.data import Pairs, Role, load_splits, split_name
 from trainer.dist import World
 from trainer.dropout import hash_key
@@ -27,6 +40,7 @@ from trainer.evaluate import Evaluation, evaluate, write_predictions
 from trainer.model import CrossEncoder, compile_layers, load_for_training, longest_input, save_trained
 from trainer.optim import learning_rate
 from trainer.precision import allow_tf32, autocast, check_bf16, products
+from trainer.preempt import Preemption
 from trainer.run import Journal
 from trainer.sampler import GlobalBatchSampler, Step, deal
 from trainer.tokens import Tokens, cache_folder, tokenize
@@ -34,15 +48,23 @@ from trainer.tokens import Tokens, cache_folder, tokenize
 
 @dataclass
 class Window:
-    """What has happened since the last log line; the loss stays on the device until it is logged."""
+    """What has happened since the last log line; what is on the device stays there until it is logged."""
 
     loss: torch.Tensor
+    nonfinite: torch.Tensor  # (2,) first step + 1 whose own loss, or whose gradient norm, was not finite; 0 = none
     steps: int = 0
     samples: int = 0
     tokens: int = 0
     started: float = field(default_factory=time.perf_counter)
 
-    def add(self, samples: int, tokens: int) -> None:
+    @classmethod
+    def new(cls, device: torch.device) -> Window:
+        return cls(torch.zeros((), device=device), torch.zeros(2, dtype=torch.int64, device=device))
+
+    def add(self, step: int, loss: torch.Tensor, norm: torch.Tensor, samples: int, tokens: int) -> None:
+        self.loss += loss
+        bad = ~torch.isfinite(torch.stack([loss, norm.to(loss.device)]))
+        self.nonfinite = torch.where((self.nonfinite == 0) & bad, step + 1, self.nonfinite)
         self.steps, self.samples, self.tokens = self.steps + 1, self.samples + samples, self.tokens + tokens
 
 
@@ -55,6 +77,8 @@ class Totals:
     samples: int = 0
     tokens: int = 0
     evaluated: int = 0
+    interruptions: int = 0
+    skipped_steps: int = 0
 
 
 @dataclass
@@ -73,44 +97,166 @@ class Trainer:
     max_length: int
     backend: Single
     micro_batch_size: int
+    preemption: Preemption
+    checkpoints: Checkpoints
+    start: Checkpoint | None  # where to go on from; on rank 0 alone
+    lock: FileLock | None
+    state: dict[str, Any] | None  # of `start`, on every rank
     forward: Any = None
     totals: Totals = field(default_factory=Totals)
     best: float | None = None
+    saved_step: int = -1
+    pending_evaluation: bool = False
 
     def loop(self) -> None:
-        """Every optimizer step that is left, with its logging and evaluations."""
-        config, world = self.config, self.world
+        """Every optimizer step that is left, with its logging, evaluations and checkpoints."""
+        config, device = self.config, self.world.device
         lengths = self.tokens["train"].lengths
         self.forward = self.backend.prepare(self.model)
         self.fit_micro_batches()
-        if config.eval_on_start:
-            self.evaluate("dev", step=self.sampler.step)
-        window = Window(torch.zeros((), device=world.device))
+        self.window = Window.new(device)
+        self.restore()
+        if config.eval_on_start and self.state is None:
+            self.evaluate("dev", step=0)
         for current in self.sampler:
             rate = learning_rate(current.step, self.sampler.num_steps, config)
             self.model.train()
-            seed_torch(config.seed, current.step, world.rank)
+            seed_torch(config.seed, current.step, self.world.rank)
+            loss = torch.zeros((), device=device)
             shares = self.shares(current)
             for rows in shares:
-                window.loss += self.backward(current, rows, last=rows is shares[-1])
+                loss += self.backward(current, rows, last=rows is shares[-1])
             norm = self.backend.step(rate, config.max_grad_norm)
-            window.add(len(current.rows), int(lengths[current.rows].sum()))
+            if not self.skipped(current.step, norm):
+                self.window.add(current.step, loss, norm, len(current.rows), int(lengths[current.rows].sum()))
             self.journal.bar.update()
             done = current.step + 1
             if done % config.logging_steps == 0 or done == self.sampler.num_steps:
-                self.log(window, done, norm, rate)
-                window = Window(torch.zeros((), device=world.device))
-            if self.evaluation_due(done):
-                started = time.perf_counter()
-                self.keep_if_best(self.evaluate("dev", step=done).scores)
-                window.started += time.perf_counter() - started
+                self.log(done, norm, rate)
+            if self.due(config.eval_strategy, config.eval_steps, done, last=config.load_best_model_at_end):
+                self.evaluate_and_keep_best(done)
+            if self.due(config.save_strategy, config.save_steps, done, last=True):
+                self.save()
+            self.preemption.check()
 
-    def shares(self, current: Step) -> list[np.ndarray]:
-        """The rows of each of this rank's micro-batches; an empty one still takes part."""
+    def restore(self) -> None:
+        """Goes on where the checkpoint was written: weights, moments, position, and what had been counted."""
+        if self.state is None:
+            return
+        state = self.state
+        self.backend.load_state(self.start.tensors if self.start else {}, state["num_updates"])
+        self.start = None  # its tensors are as large as the model's state
+        self.totals, self.best, self.saved_step = Totals(**state["totals"]), state["best"], self.sampler.step
+        self.totals.interruptions += 1
+        window = state["window"]
+        self.window.loss += window["loss"] if self.world.is_main else 0.0
+        self.window.steps, self.window.samples, self.window.tokens = (window[k] for k in ("steps", "samples", "tokens"))
+        self.window.started -= window["seconds"]
+        if state["pending_evaluation"]:
+            self.evaluate_and_keep_best(self.sampler.step)
+
+    def save(self) -> None:
+        """Begins to write a checkpoint of everything that the run needs to go on exactly."""
+        if self.saved_step == self.sampler.step:
+            return
+        self.refuse_nonfinite()
+        window = self.window
+        state = {
+            "sampler": self.sampler.state_dict(),
+            "num_updates": self.sampler.step - self.totals.skipped_steps,
+            "totals": dataclasses.asdict(self.totals),
+            "best": self.best,
+            "window": {
+                "loss": float(self.world.sum(window.loss.clone())),
+                "steps": window.steps,
+                "samples": window.samples,
+                "tokens": window.tokens,
+                "seconds": time.perf_counter() - window.started,
+            },
+            "pending_evaluation": self.pending_evaluation,
+            "world_size": self.world.size,
+            "backend": self.backend.name,
+            "versions": run.versions(),
+        }
+        tensors = self.backend.save_state()
+        if self.world.is_main:
+            self.checkpoints.save(self.sampler.step, tensors, state)
+        self.saved_step = self.sampler.step
+
+    def leave(self) -> None:
+        """Saves on request. Raises Preempted with what to tell the user."""
+        where = "before the first step"
+        if self.sampler.step > 0:
+            self.save()
+            self.checkpoints.wait()
+            where = f"at step {self.sampler.step}"
+        self.world.barrier()
+        cause = self.preemption.requested or "another rank"
+        raise Preempted(
+            f"stopped {where} by {cause}; start the same command again to go on" if self.world.is_main else ""
+        )
+
+    def due(self, strategy: str, every: int, done: int, last: bool) -> bool:
+        """Whether something that happens every so often, and maybe at the last step, happens after step `done`."""
+        if strategy == "no":
+            return False
+        if done == self.sampler.num_steps:
+            return last
+        return done % (every if strategy == "steps" else self.sampler.steps_per_epoch) == 0
+
+    def skipped(self, step: int, norm: torch.Tensor) -> bool:
+        """Whether the step was left out for its gradient, as skip_nonfinite allows. Raises TrainingFailed."""
+        if self.config.skip_nonfinite == 0 or math.isfinite(float(norm)):
+            return False
+        self.totals.skipped_steps += 1
+        if self.totals.skipped_steps > self.config.skip_nonfinite:
+            raise TrainingFailed(
+                f"step {step + 1}: gradient norm {float(norm)}, and {self.config.skip_nonfinite} such steps were "
+                "skipped before; lower --learning_rate"
+            )
+        self.say(f"warning: step {step + 1} is skipped: its gradient norm is {float(norm)}")
+        return True
+
+    def refuse_nonfinite(self) -> None:
+        """Raises TrainingFailed, on every rank, where a loss or gradient norm was not finite since the last log."""
+        found = torch.zeros(self.world.size, 2, dtype=torch.int64)
+        found[self.world.rank] = self.window.nonfinite.cpu()
+        found = self.world.sum(found)
+        if not found.any():
+            return
+        step = int(found[found > 0].min()) - 1
+        ranks = [rank for rank in range(self.world.size) if found[rank, 0] == step + 1]
+        pairs = self.splits["train"]
+        rows = self.sampler.at(step).rows
+        if ranks:
+            rows = np.concatenate([np.concatenate(self.shares(self.sampler.at(step), rank)) for rank in ranks])
+        shown = ", ".join(map(str, np.sort(pairs.row[rows])[:16])) + (", ..." if len(rows) > 16 else "")
+        what = f"loss on rank {', '.join(map(str, ranks))}" if ranks else "gradient norm"
+        raise TrainingFailed(
+            f"step {step + 1}: the {what} is not finite; the pairs are rows {shown} of {pairs.name}, and their tokens "
+            f"are sound. Lower --learning_rate, or look for damaged weights in {self.config.model_name_or_path}; "
+            "the checkpoints are of earlier steps"
+        )
+
+    def evaluate_and_keep_best(self, done: int) -> None:
+        """While it lasts, a checkpoint says that it is still to be done."""
+        started = time.perf_counter()
+        self.pending_evaluation = True
+        self.keep_if_best(self.evaluate("dev", step=done).scores)
+        self.pending_evaluation = False
+        self.window.started += time.perf_counter() - started
+
+    def say(self, text: str) -> None:
+        if self.world.is_main:
+            run.say(text)
+
+    def shares(self, current: Step, rank: int | None = None) -> list[np.ndarray]:
+        """The rows of each of a rank's micro-batches, this one's unless said; an empty one still takes part."""
+        rank = self.world.rank if rank is None else rank
         lengths = self.tokens["train"].lengths[current.rows]
         count = num_forwards(self.micro_batch_size, len(current.rows), self.world.size)
         parts = deal(lengths, self.world.size * count)
-        return [current.rows[part] for part in parts[self.world.rank * count :][:count]]
+        return [current.rows[part] for part in parts[rank * count :][:count]]
 
     def backward(self, current: Step, rows: np.ndarray, last: bool) -> torch.Tensor:
         """Forward and backward of one micro-batch. Returns its part of the step's loss, on the device."""
@@ -146,7 +292,7 @@ class Trainer:
                                      "--gradient_checkpointing true")  # fmt: skip
             self.micro_batch_size = -(-self.micro_batch_size // 2)
             if self.world.is_main:
-                run.say(f"the GPU's memory is too small; going on with {self.micro_batch_size} pairs a forward, "
+                self.say(f"the GPU's memory is too small; going on with {self.micro_batch_size} pairs a forward, "
                         "the same mathematics")  # fmt: skip
 
     def fits(self, step: Step) -> bool:
@@ -164,18 +310,15 @@ class Trainer:
             torch.cuda.empty_cache()
         return True
 
-    def log(self, window: Window, done: int, norm: torch.Tensor, rate: float) -> None:
-        """The only place of the loop that waits for the device."""
-        loss = float(self.world.sum(window.loss)) / window.steps
+    def log(self, done: int, norm: torch.Tensor, rate: float) -> None:
+        """The only place of the loop that waits for the device, and begins a new window."""
+        window = self.window
+        self.refuse_nonfinite()
+        loss = float(self.world.sum(window.loss)) / max(1, window.steps)
         seconds = time.perf_counter() - window.started
         self.totals.train_seconds += seconds
         self.totals.samples += window.samples
         self.totals.tokens += window.tokens
-        if not (math.isfinite(loss) and math.isfinite(float(norm))):
-            raise TrainingFailed(
-                f"loss {loss}, gradient norm {float(norm)} in step {done} or the {window.steps - 1} before it; lower "
-                f"--learning_rate, or look for damaged weights in {self.config.model_name_or_path}"
-            )
         self.journal.train(
             {
                 "step": done,
@@ -187,15 +330,7 @@ class Trainer:
                 "tokens_per_second": window.tokens / seconds,
             }
         )
-
-    def evaluation_due(self, done: int) -> bool:
-        strategy, per_epoch = self.config.eval_strategy, self.sampler.steps_per_epoch
-        if "dev" not in self.splits or strategy == "no":
-            return False
-        # The last step's evaluation is the final one, unless the best model is yet to be chosen.
-        if done == self.sampler.num_steps:
-            return self.config.load_best_model_at_end
-        return done % (self.config.eval_steps if strategy == "steps" else per_epoch) == 0
+        self.window = Window.new(self.world.device)
 
     def evaluate(self, role: Role, step: int) -> Evaluation:
         started = time.perf_counter()
@@ -206,6 +341,7 @@ class Trainer:
             self.world,
             self.config.per_device_eval_batch_size,
             self.config.bf16,
+            self.preemption.check,
         )
         self.totals.eval_seconds += time.perf_counter() - started
         self.totals.evaluated += len(self.splits[role])
@@ -249,6 +385,7 @@ class Trainer:
                     path = self.folder / "predictions" / f"{split_name(self.config, role)}.parquet"
                     write_predictions(path, self.splits[role], result.logits)
         results = self.results(metrics)
+        self.checkpoints.wait()
         if self.world.is_main:
             run.write_json(self.folder / "results.json", results)
         return results
@@ -263,6 +400,8 @@ class Trainer:
                 "tokens_per_second": totals.tokens / totals.train_seconds,
                 "steps": self.sampler.num_steps,
                 "epochs": self.sampler.num_steps / self.sampler.steps_per_epoch,
+                "interruptions": totals.interruptions,
+                "skipped_steps": totals.skipped_steps,
             },
             "eval": {
                 "seconds": totals.eval_seconds,
@@ -283,21 +422,27 @@ def seed_torch(seed: int, step: int, rank: int) -> None:
 def prepare(config: Config, world: World) -> Trainer:
     """Reads and checks everything that the run needs, before its first step. Raises UserError."""
     say = run.say if world.is_main else lambda text: None
+    preemption = Preemption(world, config.preemption_signals)
     backend = make_backend(config, world)
-    folder = Path(world.broadcast(str(run.folder_of(config)) if world.is_main else None))
+    name, resuming = world.broadcast([*map(str, run.open_run(config))] if world.is_main else None)
+    folder = Path(name)
     allow_tf32(config.tf32)
     if config.bf16 and (warning := check_bf16(world.device)):
         say(f"warning: {warning}")
     splits = load_splits(config)
     if "dev" not in splits and (config.eval_on_start or config.load_best_model_at_end):
         raise UserError("eval_on_start and load_best_model_at_end need a dev split: give --validation_file FILE")
-    label_names = splits["train"].label_names
-    model, tokenizer = load_for_training(config, label_names, config.seed)
+    model, tokenizer = load_for_training(config, splits["train"].label_names, config.seed)
     max_length = longest_input(model, tokenizer, config.max_length)
     tokens = {}
     for role, pairs in splits.items():
-        tokens[role] = tokenize(pairs, tokenizer, max_length, cache_folder(), say, progress=world.is_main)
+        tokens[role] = tokenize(
+            pairs, tokenizer, max_length, cache_folder(), say, world.is_main, preemption.check_alone
+        )
         say(describe(pairs, tokens[role], max_length))
+        if int(tokens[role].ids.max()) >= model.config.vocab_size:
+            raise UserError(f"the tokenizer has more tokens than the model's {model.config.vocab_size}; they do not "
+                            "belong together")  # fmt: skip
     cross_encoder = CrossEncoder(model, config.attn_implementation, config.unpad).to(world.device)
     if cross_encoder.note:
         say(cross_encoder.note)
@@ -309,28 +454,43 @@ def prepare(config: Config, world: World) -> Trainer:
     num_steps = total_steps(config, len(splits["train"]), batch_size)
     seed = config.seed if config.data_seed is None else config.data_seed
     sampler = GlobalBatchSampler(len(splits["train"]), batch_size, seed, num_steps, tokens["train"].fingerprint)
+    checkpoints = Checkpoints(folder / "checkpoints", config.save_total_limit)
+    start, lock = None, None
     if world.is_main:
-        run.claim(folder, config)
-    journal = Journal(folder if world.is_main else None, num_steps)
+        lock = run.claim(folder, config)
+        checkpoints.clear_remains()
+        start = find_start(config, checkpoints, resuming == "True", say)
+    state = world.broadcast(start.state if start else None)
+    if state is not None:
+        sampler.load_state_dict(state["sampler"])
+    if world.is_main and resuming == "True":
+        run.rewind(folder / "metrics.jsonl", sampler.step, bool(state and state["pending_evaluation"]))
+    journal = Journal(folder if world.is_main else None, num_steps, sampler.step)
     num_parameters = sum(p.numel() for p in model.parameters())
     say(
         f"{num_parameters:,} parameters on {world.device.type}, {world.size} rank(s), backend {backend.name}; "
         f"{num_steps} steps of {batch_size} pairs; writing {folder}"
     )
+    if start:
+        say(f"going on at step {sampler.step} from {start.path}")
     return Trainer(
-        config,
-        world,
-        folder,
-        journal,
-        splits,
-        tokens,
-        sampler,
-        cross_encoder,
-        tokenizer,
-        max_length,
-        backend,
-        config.per_device_train_batch_size,
-    )
+        config, world, folder, journal, splits, tokens, sampler, cross_encoder, tokenizer, max_length, backend,
+        config.per_device_train_batch_size, preemption, checkpoints, start, lock, state,
+    )  # fmt: skip
+
+
+def find_start(
+    config: Config, checkpoints: Checkpoints, resuming: bool, say: Callable[[str], None]
+) -> Checkpoint | None:
+    """The checkpoint to go on from: the one that the user names, else the newest whole one of an unfinished run."""
+    if config.resume_from_checkpoint not in ("auto", "none"):
+        return load_given(Path(config.resume_from_checkpoint).expanduser())
+    if not resuming:
+        return None
+    newest = checkpoints.newest(say)
+    if newest is None:
+        say(f"the run in {checkpoints.folder.parent} has no checkpoint yet: it starts anew")
+    return newest
 
 
 def describe(pairs: Pairs, tokens: Tokens, max_length: int) -> str:
@@ -346,12 +506,14 @@ def describe(pairs: Pairs, tokens: Tokens, max_length: int) -> str:
 
 
 def train(config: Config) -> dict[str, Any]:
-    """The whole run on this rank. Returns what results.json holds."""
+    """The whole run on this rank. Returns what results.json holds. Raises Preempted after a signal."""
     world = dist.start(config.ddp_timeout)
     trainer = prepare(config, world)
     try:
         trainer.loop()
         results = trainer.finish()
+    except Preempted:
+        trainer.leave()
     except torch.OutOfMemoryError:
         raise TrainingFailed(
             f"the GPU's memory is used up by {trainer.micro_batch_size} pairs a forward; lower "

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from trainer import dist
-from trainer.backends.single import Single
+from trainer.backends.single import Single, add_moments
 from trainer.config import Config, UserError, global_batch_size, num_forwards, unknown
 from trainer.dist import World
 from trainer.optim import parameter_groups
@@ -91,6 +91,49 @@ class DeepSpeed(Single):
             norm = nn.utils.clip_grad_norm_(self.module.parameters(), max_grad_norm or torch.inf)
         self.engine.step()
         return torch.as_tensor(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    def whole(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if self.stage == 0:
+            return super().whole(parameter, kind)
+        if kind == "weight":
+            return safe_get_full_fp32_param(parameter)
+        return safe_get_full_optimizer_state(parameter, kind)
+
+    def set_whole(self, parameter: nn.Parameter, kind: str, whole: torch.Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if self.stage == 0:
+            return super().set_whole(parameter, kind, whole)
+        if self.stage == 3:
+            return self._set_share(parameter, kind, whole)
+        if kind != "weight":
+            return safe_set_full_optimizer_state(parameter, whole, kind)
+        parameter.data.copy_(whole)
+        return safe_set_full_fp32_param(parameter, whole)
+
+    def _set_share(self, parameter: Any, kind: str, whole: torch.Tensor) -> None:
+        """This rank's part of a weight or moment under stage 3; DeepSpeed's own setter wants even parts."""
+        key = None if kind == "weight" else kind
+        share, _ = self.optimizer._get_fp32_opt_state_partition(  # type: ignore[attr-defined]
+            parameter, release_swap_buffers=False, optim_state_key=key
+        )
+        start = share.numel() * self.world.rank
+        mine = whole.flatten()[start : start + share.numel()]
+        share.data[: len(mine)].copy_(mine)
+        if kind == "weight":
+            parameter.ds_tensor.data[: len(mine)].copy_(mine)
+
+    def make_moments(self, num_updates: int) -> None:
+        wrapped: Any = self.optimizer
+        if self.stage == 0:
+            return super().make_moments(num_updates)
+        flat = wrapped.fp32_partitioned_groups_flat if self.stage == 3 else wrapped.single_partition_of_fp32_groups
+        add_moments(wrapped.optimizer, flat, num_updates)
+        if self.stage < 3:
+            wrapped._lazy_init_hp_params_optimizer_state()
+        return None
 
     def full_weights(self, module: nn.Module) -> dict[str, torch.Tensor]:
         with self._gathered(module):

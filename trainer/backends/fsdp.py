@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
 
 from trainer import dist
 from trainer.backends.single import Single
@@ -51,6 +52,15 @@ class FSDP(Single):
     def step(self, learning_rate: float, max_grad_norm: float) -> torch.Tensor:
         norm: Any = super().step(learning_rate, max_grad_norm)
         return norm.full_tensor()
+
+    def whole(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
+        share: Any = super().whole(parameter, kind)
+        return share.full_tensor()
+
+    def set_whole(self, parameter: nn.Parameter, kind: str, whole: torch.Tensor) -> None:
+        share: Any = super().whole(parameter, kind)
+        with torch.no_grad():
+            share.to_local().copy_(distribute_tensor(whole, share.device_mesh, share.placements).to_local())
 
     def full_weights(self, module: nn.Module) -> dict[str, torch.Tensor]:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -12,6 +12,18 @@ from trainer.config import Config
 from trainer.dist import World
 from trainer.optim import make_optimizer, parameter_groups
 
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+def add_moments(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], num_updates: int) -> None:
+    """AdamW's state of `parameters`: zero moments after `num_updates`."""
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(num_updates), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+
 
 class Single:
     """How a model is wired to its ranks.
@@ -47,11 +59,50 @@ class Single:
         """Clips, steps, clears. Returns the global gradient norm before clipping, still on the device."""
         limit = max_grad_norm if max_grad_norm > 0 else torch.inf
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+        if self.config.skip_nonfinite and not torch.isfinite(norm):
+            self.optimizer.zero_grad()
+            return norm
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
+
+    def save_state(self) -> dict[str, torch.Tensor]:
+        """Weights and the optimizer's moments, whole and copied to the CPU of rank 0; empty elsewhere.
+
+        Every backend saves the same, so each loads what another saved, on any number of ranks.
+        """
+        state = {}
+        for name, parameter in self.module.named_parameters():
+            for kind in KINDS:
+                whole = self.whole(parameter, kind)
+                if self.world.is_main:
+                    state[f"{kind}/{name}"] = whole.detach().to("cpu", copy=True).contiguous()
+        return state
+
+    def load_state(self, state: dict[str, torch.Tensor], num_updates: int) -> None:
+        """The reverse: `state` on rank 0, after `num_updates` of the optimizer, into every rank's shares."""
+        self.make_moments(num_updates)
+        for name, parameter in self.module.named_parameters():
+            for kind in KINDS:
+                shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the whole one's there
+                whole = state[f"{kind}/{name}"] if self.world.is_main else torch.empty(shape)
+                whole = whole.to(self.world.device)
+                self.world.share(whole)
+                self.set_whole(parameter, kind, whole)
+
+    def whole(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
+        """A parameter, or one of its moments, as one tensor on every rank."""
+        return parameter if kind == "weight" else self.optimizer.state[parameter].get(kind, torch.zeros_like(parameter))
+
+    def set_whole(self, parameter: nn.Parameter, kind: str, whole: torch.Tensor) -> None:
+        with torch.no_grad():
+            self.whole(parameter, kind).copy_(whole)
+
+    def make_moments(self, num_updates: int) -> None:
+        """The optimizer's state before its first step, as if it had made `num_updates`."""
+        add_moments(self.optimizer, list(self.module.parameters()), num_updates)
 
     def full_weights(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """The whole fp32 weights of `module`, a part of the prepared one, on the CPU of rank 0; empty elsewhere."""

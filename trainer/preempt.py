@@ -1,0 +1,63 @@
+"""Being asked to stop: a signal sets a flag, ranks agree at a step boundary, save, and leave together.
+
+The trainer knows nothing of Slurm or of any other scheduler: exit code 85 says "preempted, start me again".
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from trainer.config import Preempted
+from trainer.dist import World
+
+
+class Preemption:
+    """Whether this run has been asked to stop, and whether all ranks know.
+
+    A second Ctrl-C leaves at once.
+    """
+
+    def __init__(self, world: World, signals: list[str]) -> None:
+        self.world = world
+        self.requested: str | None = None
+        self.ballot = torch.zeros(1)
+        self.work: dist.Work | None = None
+        for name in signals:
+            signal.signal(getattr(signal, name), self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            os._exit(130)
+        self.requested = self.requested or signal.Signals(number).name
+
+    def agreed(self) -> bool:
+        """Whether some rank had been asked to stop when this was last called. Every rank calls it equally often.
+
+        The vote travels while the next step computes, so that asking costs no wait.
+        """
+        if self.world.size == 1:
+            return self.requested is not None
+        result = self.work is not None and self._count() > 0
+        self.ballot = torch.tensor([float(self.requested is not None)])
+        self.work = dist.all_reduce(self.ballot, async_op=True)
+        return result
+
+    def check(self) -> None:
+        """Raises Preempted where the ranks have agreed; between steps, or between an evaluation's batches."""
+        if self.agreed():
+            raise Preempted
+
+    def check_alone(self) -> None:
+        """The same for this rank alone, where there is nothing to save and nobody to agree with."""
+        if self.requested:
+            raise Preempted
+
+    def _count(self) -> float:
+        if self.work is not None:
+            self.work.wait()
+        return float(self.ballot)
