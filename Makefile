@@ -2,12 +2,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python -m
 
-.PHONY: train test lint venv clean
+.PHONY: train test test-full lint venv clean
 
 train: venv            ## train on the embedded data set; ends with F1 and where the model lies
 	$(BIN)/crossrank train --recipe demo
 
-test: lint             ## the whole test suite
+test: lint             ## the test suite
+	HF_HUB_OFFLINE=1 $(RUN) pytest -m "not full"
+
+test-full: lint        ## and the slow tests: half an hour or more
 	HF_HUB_OFFLINE=1 $(RUN) pytest
 
 lint: venv

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 from trainer import dist
@@ -53,6 +53,16 @@ class FSDP(Single):
         norm: Any = super().step(learning_rate, max_grad_norm)
         return norm.full_tensor()
 
+    def save_state(self) -> dict[str, torch.Tensor]:
+        self._reshard()
+        return super().save_state()
+
+    def _reshard(self) -> None:
+        """An evaluation leaves weights gathered, since no backward follows that would let go of them."""
+        for part in self.root.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+
     def whole(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
         share: Any = super().whole(parameter, kind)
         return share.full_tensor()
@@ -63,10 +73,12 @@ class FSDP(Single):
             share.to_local().copy_(distribute_tensor(whole, share.device_mesh, share.placements).to_local())
 
     def full_weights(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        self._reshard()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights: Any = get_model_state_dict(module, options=options)
         return weights
 
     def load_weights(self, module: nn.Module, weights: dict[str, Any]) -> None:
+        self._reshard()
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(module, weights, options=options)
