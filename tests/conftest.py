@@ -133,15 +133,18 @@ class Ranks:
     def wait(self) -> Result:
         """Until all have ended; when one fails, the others are told to end, as launchers do."""
         waiting = {process.sentinel: process for process in self.processes}
-        code = 0
+        code, patience = 0, None
         while waiting:
-            for sentinel in multiprocessing.connection.wait(list(waiting)):
-                process = waiting.pop(sentinel)
+            ended = multiprocessing.connection.wait(list(waiting), patience)
+            for process in [waiting.pop(sentinel) for sentinel in ended]:
                 process.join()
                 code = code or process.exitcode
-                if process.exitcode:
-                    for other in waiting.values():
-                        other.terminate()
+            for process in waiting.values():
+                if code and ended:
+                    process.terminate()
+                elif code:
+                    process.kill()
+            patience = 10 if code else None
         return Result("crossrank", code, *((self.folder / name).read_text() for name in ("out", "err")))
 
     @property

@@ -20,6 +20,7 @@ RUN = ["--recipe", "demo", "--max_train_samples", "330", "--max_eval_samples", "
 DROPOUT = ["--dropout", "0.1"]
 ZERO = {path.stem: ["--deepspeed", path.stem] for path in CONFIGS.glob("*.json")}
 BACKENDS = {"ddp": [], "fsdp": ["--backend", "fsdp"], **ZERO}
+MORE = [pytest.param(*names, 2, marks=pytest.mark.full) for names in (("ddp", "fsdp"), ("fsdp", "zero1"))]
 FULL = [pytest.param(name, marks=pytest.mark.full) for name in sorted(ZERO) if name not in ("zero2", "zero3")]
 
 
@@ -80,7 +81,7 @@ def test_resumed_is_bit_equal(whole, tmp_path, backend, options):
 
 @pytest.mark.parametrize(
     ("saved", "resumed", "ranks"),
-    [("single", "ddp", 3), ("ddp", "single", 0), ("zero3", "fsdp", 3), ("fsdp", "zero1", 2), ("zero2", "single", 0)],
+    [("single", "ddp", 3), ("zero3", "fsdp", 3), ("zero2", "single", 0), *MORE],
 )
 def test_resume_on_other_ranks_and_backends(whole, tmp_path, saved, resumed, ranks):
     if "zero" in saved + resumed:

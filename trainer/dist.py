@@ -146,6 +146,24 @@ def _meet_through_slurm(env: MutableMapping[str, str]) -> None:
     env["MASTER_PORT"] = str(20000 + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 10000)
 
 
+def explain(error: RuntimeError, world: World, timeout_seconds: int) -> str | None:
+    """What a collective's error means for the user, with the ranks that are missing; None if it is another error."""
+    text = str(error)
+    if world.size == 1:
+        return None
+    if "onnection closed" in text or "onnection reset" in text or "roken pipe" in text:
+        return "the connection to another rank broke off; look for what ended that one"
+    if "imed out" not in text:
+        return None
+    # Whoever waits comes here, sooner or later; the others are those that were waited for.
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"crossrank/waited/{world.rank}", "1")
+    time.sleep(2)
+    missing = [rank for rank in range(world.size) if not store.check([f"crossrank/waited/{rank}"])]
+    ranks = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing)) or '?'}"
+    return f"{ranks} did not arrive within {timeout_seconds} s (ddp_timeout)"
+
+
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -519,6 +519,10 @@ def train(config: Config) -> dict[str, Any]:
             f"the GPU's memory is used up by {trainer.micro_batch_size} pairs a forward; lower "
             "--per_device_train_batch_size, which does not change the run"
         ) from None
+    except RuntimeError as error:
+        if reason := dist.explain(error, world, config.ddp_timeout):
+            raise TrainingFailed(f"step {trainer.sampler.step}: {reason}") from None
+        raise
     trainer.backend.close()
     trainer.journal.close()
     if world.is_main:

@@ -131,9 +131,19 @@ class DeepSpeed(Single):
             return super().make_moments(num_updates)
         flat = wrapped.fp32_partitioned_groups_flat if self.stage == 3 else wrapped.single_partition_of_fp32_groups
         add_moments(wrapped.optimizer, flat, num_updates)
-        if self.stage < 3:
-            wrapped._lazy_init_hp_params_optimizer_state()
+        self._link_moments()
         return None
+
+    def save_state(self) -> dict[str, torch.Tensor]:
+        self._link_moments()
+        return super().save_state()
+
+    def _link_moments(self) -> None:
+        """DeepSpeed 0.19 links moments to parameters after the first group's first step, when the others have none."""
+        wrapped: Any = self.optimizer
+        if self.stage in (1, 2):
+            wrapped._hp_optimizer_states_linked = False
+            wrapped._lazy_init_hp_params_optimizer_state()
 
     def full_weights(self, module: nn.Module) -> dict[str, torch.Tensor]:
         with self._gathered(module):

@@ -1,0 +1,257 @@
+"""Real processes, real signals: a run that is killed anywhere ends as one that was left alone.
+
+`make test` runs each kind of fault once; `make test-full` many times, at random moments, whose seeds it prints.
+"""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Ranks, crossrank, events, losses, torchrun
+from safetensors.torch import load_file
+
+RUN = ["--recipe", "demo", "--max_train_samples", "330", "--max_eval_samples", "101", "--max_test_samples", "101",
+       "--logging_steps", "1", "--num_train_epochs", "8", "--save_steps", "3", "--eval_steps", "8", "--dropout", "0.1",
+       "--eval_on_start", "false"]  # fmt: skip
+
+
+def full(*values: object):
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict[int, Path]:
+    """The uninterrupted run of 48 steps, on one process and on two ranks."""
+    folders = {}
+    for ranks in (0, 2):
+        folders[ranks] = tmp_path_factory.mktemp("whole") / "run"
+        crossrank("train", *RUN, "--output_dir", folders[ranks], ranks=ranks)
+    return folders
+
+
+def assert_same_run(folder: Path, reference: Path) -> None:
+    ours, theirs = (load_file(f / "model" / "model.safetensors") for f in (folder, reference))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert losses(folder) == losses(reference)
+    scores = [events(f, "eval") for f in (folder, reference)]
+    assert scores[0] == scores[1]
+
+
+def steps_of(folder: Path) -> int:
+    """Steps logged so far."""
+    file = folder / "metrics.jsonl"
+    return file.read_bytes().count(b'"event": "train"') if file.exists() else 0
+
+
+def wait_for(condition, ranks: Ranks) -> bool:
+    """Until it holds; False where the run has ended before."""
+    while not condition():
+        if not all(process.is_alive() for process in ranks.processes):
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def kill_once(folder: Path, ranks: int, victims: list[int], when, number=signal.SIGKILL) -> int:
+    """Starts the run and sends `victims` a signal when `when()` holds. Returns the exit code; -1 if it was too late."""
+    started = Ranks(["train", *RUN, "--output_dir", folder], ranks, None, None, {})
+    if not wait_for(when, started):
+        return started.wait().returncode
+    for victim in victims:
+        os.kill(started.processes[victim].pid, number)
+    return started.wait().returncode
+
+
+def finish(folder: Path, ranks: int, reference: Path) -> str:
+    said = crossrank("train", *RUN, "--output_dir", folder, ranks=ranks).said
+    assert_same_run(folder, reference)
+    return said
+
+
+@pytest.mark.parametrize(("ranks", "victims"), [(0, [0]), (2, [1]), full(2, [0]), full(2, [0, 1])])
+def test_killed_at_a_step(whole, tmp_path, ranks, victims):
+    folder = tmp_path / "run"
+    assert kill_once(folder, ranks, victims, lambda: steps_of(folder) >= 7) not in (0, 2)
+    assert "going on at step" in finish(folder, ranks, whole[ranks])
+
+
+def test_killed_while_it_saves(whole, tmp_path):
+    folder = tmp_path / "run"
+    assert kill_once(folder, 0, [0], lambda: list(folder.glob("checkpoints/.step-*"))) == -signal.SIGKILL
+    finish(folder, 0, whole[0])
+    assert not list(folder.glob("checkpoints/.step-*"))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(5))
+def test_killed_again_and_again(whole, tmp_path, seed):
+    """At least ten kills a run: any rank or all, at any moment, be it start, step, save or evaluation."""
+    chance = random.Random(seed)
+    ranks = chance.choice([0, 2])
+    folder, kills, lost = tmp_path / "run", 0, []
+    while kills < 10:
+        target = time.monotonic() + chance.uniform(0.5, 4.0)
+        victims = list(range(max(1, ranks))) if chance.random() < 0.3 else [chance.randrange(max(1, ranks))]
+        code = kill_once(folder, ranks, victims, lambda target=target: time.monotonic() > target)
+        if code == 0:
+            break
+        kills += 1
+        saved = [int(p.name[5:]) for p in folder.glob("checkpoints/step-*")]
+        lost.append(steps_of(folder) - max(saved, default=0))
+    print(f"seed {seed}: {kills} kills on {ranks or 1} rank(s), steps lost at each {lost}")
+    if not (folder / "results.json").exists():
+        finish(folder, ranks, whole[ranks])
+    assert_same_run(folder, whole[ranks])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "victims", "name"), [full(0, [0], "SIGTERM"), (2, [1], "SIGUSR1"), full(2, [0, 1], "SIGINT")]
+)
+def test_asked_to_stop(whole, tmp_path, ranks, victims, name):
+    """One rank's signal is all ranks': they save the same step, leave with 85, and go on exactly."""
+    folder = tmp_path / "run"
+    assert kill_once(folder, ranks, victims, lambda: steps_of(folder) >= 7, getattr(signal, name)) == 85
+    saved = [int(p.name[5:]) for p in folder.glob("checkpoints/step-*")]
+    assert max(saved) == steps_of(folder)  # not a step was lost
+    finish(folder, ranks, whole[ranks])
+
+
+def test_asked_to_stop_while_it_evaluates(whole, tmp_path):
+    """The evaluation is left at the next batch, and done again."""
+    folder, script = tmp_path / "run", tmp_path / "slow.py"
+    script.write_text(
+        "import sys, os, signal\nfrom trainer import __main__, evaluate\noriginal = evaluate.in_order\n"
+        "from trainer.model import CrossEncoder\nforward = CrossEncoder.forward\n"
+        "def once(self, batch):\n"
+        "    if not self.training and os.environ['RANK'] == '1':\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return forward(self, batch)\n"
+        "CrossEncoder.forward = once\nsys.exit(__main__.main(sys.argv[1:]))\n"
+    )
+    result = crossrank("train", *RUN, "--per_device_eval_batch_size", "8", "--output_dir", folder, ranks=2,
+                       script=script, check=False)  # fmt: skip
+    assert result.returncode == 85, result.said
+    assert "stopped at step 8 by another rank" in result.said
+    assert not events(folder, "eval")
+    crossrank("train", *RUN, "--per_device_eval_batch_size", "8", "--output_dir", folder, ranks=2)
+    assert losses(folder) == losses(whole[2])
+    assert len(events(folder, "eval")) == len(events(whole[2], "eval"))
+
+
+def test_asked_to_stop_while_it_tokenises(tmp_path):
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import sys, time\nfrom trainer import __main__, tokens\ntokens.CHUNK = 10\n"
+        "bar = tokens.tqdm.update\n"
+        "def slow(self, n):\n    time.sleep(0.1)\n    return bar(self, n)\n"
+        "tokens.tqdm.update = slow\nsys.exit(__main__.main(sys.argv[1:]))\n"
+    )
+    cache = tmp_path / "cache"
+    ranks = Ranks(["train", *RUN, "--output_dir", tmp_path / "run"], 0, None, script, {"CROSSRANK_CACHE": str(cache)})
+    assert wait_for(lambda: list(cache.glob("tokens/*.lock")), ranks)
+    os.kill(ranks.processes[0].pid, signal.SIGTERM)
+    result = ranks.wait()
+    assert result.returncode == 85, result.said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path):
+    folder, script = tmp_path / "run", tmp_path / "stuck.py"
+    script.write_text(
+        "import sys, time\nfrom trainer import __main__, train\n"
+        "def stuck(self):\n"
+        "    print('stuck', flush=True)\n"
+        "    for _ in range(6000):\n        time.sleep(0.1)\n"
+        "train.Trainer.fit_micro_batches = stuck\nsys.exit(__main__.main(sys.argv[1:]))\n"
+    )
+    ranks = Ranks(["train", *RUN, "--output_dir", folder], 0, None, script, {})
+    assert wait_for(lambda: "stuck" in ranks.said, ranks)
+    os.kill(ranks.processes[0].pid, signal.SIGINT)
+    time.sleep(0.5)
+    os.kill(ranks.processes[0].pid, signal.SIGINT)
+    assert ranks.wait().returncode == 130
+
+
+def test_torchrun_restarts_a_killed_rank(whole, tmp_path):
+    """`--max-restarts`: the agent starts the ranks again, and they go on by themselves."""
+    folder, script = tmp_path / "run", tmp_path / "once.py"
+    script.write_text(
+        "import os, signal, sys\nfrom trainer import __main__, train\nlog = train.Trainer.log\n"
+        "def die(self, done, norm, rate):\n"
+        "    log(self, done, norm, rate)\n"
+        "    if done == 10 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "train.Trainer.log = die\nsys.exit(__main__.main(sys.argv[1:]))\n"
+    )
+    result = torchrun("train", *RUN, "--output_dir", folder, ranks=2, options=("--max-restarts", "2"), script=script)
+    assert re.search(r"going on at step [69] ", result.said), result.said
+    assert_same_run(folder, whole[2])
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("only root can mount a small file system")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_disk_full_while_it_saves(whole, small_disk):
+    """A checkpoint has 3.8 MB: the third one does not fit. Two stay, and the run goes on when there is space."""
+    folder = small_disk / "run"
+    keep = ["--save_total_limit", "null"]
+    result = crossrank("train", *RUN, *keep, "--output_dir", folder, check=False)
+    assert result.returncode == 1
+    assert "make space and start the same command again" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(list(folder.glob("checkpoints/step-*"))) == 2
+    assert not list(folder.glob("checkpoints/.step-*"))
+    subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
+    said = crossrank("train", *RUN, *keep, "--output_dir", folder).said
+    assert "going on at step 6" in said
+    assert_same_run(folder, whole[0])
+
+
+def test_a_rank_that_does_not_come(tmp_path):
+    """The time limit of a collective ends the job with an error that says who is missing."""
+    script = tmp_path / "late.py"
+    script.write_text(
+        "import os, sys, time\nfrom trainer import __main__, train\nbackward = train.Trainer.backward\n"
+        "def late(self, current, rows, last):\n"
+        "    if current.step == 5 and self.world.rank == 1:\n        time.sleep(1000)\n"
+        "    return backward(self, current, rows, last)\n"
+        "train.Trainer.backward = late\nsys.exit(__main__.main(sys.argv[1:]))\n"
+    )
+    result = crossrank("train", *RUN, "--ddp_timeout", "5", "--output_dir", tmp_path / "run", ranks=2, script=script,
+                       check=False)  # fmt: skip
+    assert result.returncode != 0
+    assert "step 6: rank 1 did not arrive within 5 s" in result.said
+    assert "Traceback" not in result.said
+
+
+def test_the_agent_of_torchrun_is_killed(whole, tmp_path):
+    """Its ranks are orphans that go on; nobody else gets into their folder before they are done."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trainer"]
+    agent = subprocess.Popen([*command, "train", *RUN, "--output_dir", str(folder)], cwd=ROOT,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    while steps_of(folder) < 7:
+        assert agent.poll() is None
+        time.sleep(0.01)
+    agent.kill()
+    agent.wait()
+    while not (folder / "results.json").exists():
+        result = crossrank("train", *RUN, "--output_dir", folder, ranks=2, check=False)
+        assert result.returncode in (0, 2), result.said
+    assert_same_run(folder, whole[2])
