@@ -66,9 +66,7 @@ def run_json(module: str, *arguments: object, ranks: int = 1, env: dict[str, str
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m",
                  module]  # fmt: skip
     command = [*start, *map(str, arguments)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": ""} | (env or {})
-    if not environment["DS_ACCELERATOR"]:
-        del environment["DS_ACCELERATOR"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)} | (env or {})
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     if result.returncode != 0:
         sys.exit(f"{' '.join(command)} failed:\n{result.stdout}{result.stderr}")

@@ -1,0 +1,141 @@
+"""Where the time of a training step goes, and how much of this device's matrix-product peak it reaches.
+
+    python -m benchmarks.roofline [--bf16 false] [--model minilm]
+
+The peak is measured in the same run. Only FLOPs that are needed count: of real tokens, and in the last layer of what
+reaches the classifier. A backward has twice the FLOPs of its forward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import common
+from benchmarks.contenders import crossrank_config
+
+WAITS = ("aten::item", "aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynchronize")
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak(device: torch.device, number: torch.dtype) -> float:
+    """FLOP/s of a (2048, 768) x (768, 3072) product, the shape of a feed-forward; the fastest of 20."""
+    a, b = (torch.randn(*shape, device=device, dtype=number) for shape in ((2048, 768), (768, 3072)))
+    seconds = []
+    for _ in range(20):
+        started = time.perf_counter()
+        a @ b
+        wait_for(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * 2048 * 768 * 3072 / min(seconds)
+
+
+def needed_flops(config: Any, lengths: np.ndarray) -> float:
+    """Of a step on pairs of `lengths` tokens: 2 a multiply-add, times 3 for forward and backward."""
+    hidden, wide, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    tokens, pairs = float(lengths.sum()), len(lengths)
+    layer = tokens * (4 * hidden**2 + 2 * hidden * wide) + 2 * hidden * float((lengths**2).sum())
+    last = tokens * 2 * hidden**2 + pairs * (2 * hidden**2 + 2 * hidden * wide) + 2 * hidden * tokens
+    head = pairs * hidden**2
+    return 3 * 2 * ((layers - 1) * layer + last + head)
+
+
+def main() -> None:
+    options = common.parser(__doc__)
+    options.add_argument("--steps", type=int, default=8, help="timed steps, after two that warm up")
+    chosen = options.parse_args()
+    from trainer import dist
+    from trainer.batch import IGNORED
+    from trainer.precision import autocast, has_bf16, products
+    from trainer.train import Window, prepare
+
+    run = argparse.Namespace(
+        model=common.model_folder(chosen.model, chosen.tokenizer), data=chosen.data, batch=chosen.batch,
+        bf16=chosen.bf16, steps=chosen.steps + 3, window=1000, more=[],
+    )  # fmt: skip
+    folder = tempfile.TemporaryDirectory()
+    trainer = prepare(crossrank_config(run, Path(folder.name) / "run"), dist.start(600))
+    device, tokens, labels = trainer.world.device, trainer.tokens["train"], trainer.splits["train"].label
+    trainer.forward, trainer.window = trainer.backend.prepare(trainer.model), Window.new(trainer.world.device)
+    trainer.model.train()
+    times: dict[str, list[float]] = {"data": [], "forward": [], "backward": [], "optimizer": []}
+    flops, profile = [], None
+
+    def step(current: Any) -> list[float]:
+        marks = [time.perf_counter()]
+        batch = trainer.model.batch(tokens, labels, current.rows, device, seed=42, step=current.step)
+        marks.append(time.perf_counter())
+        with products(device, chosen.bf16):
+            with autocast(device, chosen.bf16):
+                logits = trainer.forward(batch)
+            loss = torch.nn.functional.cross_entropy(logits.float(), batch.labels, ignore_index=IGNORED)
+            wait_for(device)
+            marks.append(time.perf_counter())
+            trainer.backend.backward(loss)
+        wait_for(device)
+        marks.append(time.perf_counter())
+        trainer.backend.step(1e-5, 1.0)
+        wait_for(device)
+        return [*marks, time.perf_counter()]
+
+    for current in trainer.sampler:
+        if current.step == chosen.steps + 2:
+            with torch.profiler.profile() as profile:
+                step(current)
+            continue
+        marks = step(current)
+        if current.step >= 2:
+            flops.append(needed_flops(trainer.model.model.config, tokens.lengths[current.rows]))
+            for name, seconds in zip(times, np.diff(marks), strict=True):
+                times[name].append(float(seconds))
+    number = torch.bfloat16 if chosen.bf16 and has_bf16(device) else torch.float32
+    best = peak(device, number)
+    parts = {name: statistics.median(seconds) for name, seconds in times.items()}
+    whole = sum(parts.values())
+    reached = statistics.median(flops) / whole
+    rows = sorted(profile.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    total = sum(row.self_cpu_time_total for row in rows)
+    operations = {row.key: row.self_cpu_time_total / total for row in rows[:20]}
+    waits = {row.key: row.count for row in rows if row.key in WAITS}
+    print(f"peak {best / 1e9:.0f} GFLOP/s; a step needs {statistics.median(flops) / 1e9:.0f} GFLOP and takes "
+          f"{whole:.3f} s: {reached / 1e9:.0f} GFLOP/s, {100 * reached / best:.0f} % of the peak")  # fmt: skip
+    for name, seconds in parts.items():
+        print(f"  {name:<10} {1e3 * seconds:8.1f} ms  {100 * seconds / whole:5.1f} %")
+    for name, share in operations.items():
+        print(f"  {name:<40} {100 * share:5.1f} %")
+    print(f"calls that make the host wait for the device: {waits or 'none'}")
+    result = {"peak_flops_per_second": best, "reached_fraction": reached / best, "seconds": parts,
+              "step_flops": statistics.median(flops), "operations": operations, "waits": waits}  # fmt: skip
+    name = f"roofline-{chosen.model.split('/')[-1]}-{'bf16' if chosen.bf16 else 'fp32'}"
+    plot(parts, operations, common.save(name, chosen, result).with_suffix(".png"), 100 * reached / best)
+    folder.cleanup()
+
+
+def plot(parts: dict[str, float], operations: dict[str, float], path: Path, percent: float) -> None:
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print('no plot: pip install "crossrank[bench]"')
+        return
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    left.bar(parts.keys(), [1e3 * seconds for seconds in parts.values()], color="#4878a8")
+    left.set(ylabel="ms", title=f"a training step: {percent:.0f} % of the matrix-product peak")
+    shown = dict(list(operations.items())[:12])
+    right.barh(list(shown)[::-1], [100 * share for share in list(shown.values())[::-1]], color="#4878a8")
+    right.set(xlabel="% of the step", title="operations")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
