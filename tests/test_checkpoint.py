@@ -148,10 +148,12 @@ def test_damage_is_seen(whole, tmp_path, file, harm):
     HARM[harm](newest.path / file)
     with pytest.raises(Damaged):
         load(newest.path)
+    assert newest.path.is_dir()
     assert checkpoints.newest(said.append).path.name == "step-000010"
     assert len(said) == 1
     assert "skipping" in said[0]
     assert "step-000012" in said[0]
+    assert newest.path.with_name("step-000012.damaged-1").is_dir()
 
 
 def test_two_damaged_and_then_all(whole, tmp_path):

@@ -96,7 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail(130, "interrupted")
     except Preempted as stop:
-        print(f"crossrank: {stop}", file=sys.stderr, end="\n" if str(stop) else "")
+        if str(stop):  # rank 0 speaks for all
+            print(f"crossrank: {stop}", file=sys.stderr)
         code = EXIT_CODE
     except BrokenPipeError:  # the reader of our output has had enough
         sys.stderr.close()

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from trainer.config import TrainingFailed, UserError
+from trainer.run import sync
 
 FORMAT = "crossrank-checkpoint-1"
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -83,6 +84,7 @@ class Checkpoints:
                 return load(path)
             except Damaged as damage:
                 say(f"warning: skipping the checkpoint {path}: {damage}")
+                _put_aside(path)  # it must not count among those that are kept
         return None
 
     def clear_remains(self) -> None:
@@ -103,13 +105,14 @@ class Checkpoints:
             (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
             files = {name: _describe(temporary / name) for name in (TENSORS, STATE)}
             for name in files:
-                _sync(temporary / name)
+                sync(temporary / name)
             (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n")
-            _sync(temporary / MANIFEST)
-            _sync(temporary)
-            _make_way(final)
+            sync(temporary / MANIFEST)
+            sync(temporary)
+            if final.exists():
+                _put_aside(final)
             temporary.rename(final)
-            _sync(self.folder)
+            sync(self.folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -136,7 +139,7 @@ def load(path: Path) -> Checkpoint:
         return Checkpoint(path, state, load_file(path / TENSORS))
     except FileNotFoundError as error:
         raise Damaged(f"{Path(error.filename).name} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise Damaged(f"it cannot be read: {type(error).__name__}: {error}") from None
 
 
@@ -171,20 +174,9 @@ def _sha256(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
-    """Flushes a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _make_way(final: Path) -> None:
-    """A damaged checkpoint of the same step is kept under another name."""
-    number = 0
-    while final.exists() and number < 1000:
+def _put_aside(path: Path) -> None:
+    """Gives a damaged checkpoint another name, for whoever wants to look at it."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
         number += 1
-        aside = final.with_name(f"{final.name}.damaged-{number}")
-        if not aside.exists():
-            final.rename(aside)
+    path.rename(aside)

@@ -105,15 +105,20 @@ def start(timeout_seconds: int) -> World:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         # A task that sees one GPU alone finds it at index 0, whatever its local rank.
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        local_rank = 0 if torch.cuda.device_count() == 1 and "SLURM_LOCALID" in os.environ else local_rank
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} has no GPU, there are {torch.cuda.device_count()}; start fewer ranks, or "
+                "set CUDA_VISIBLE_DEVICES= (nothing) to compute on the CPU"
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if size > 1:
         if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
             _meet_through_slurm(os.environ)
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
-        wiring = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         patience = timedelta(seconds=timeout_seconds)
-        dist.init_process_group(wiring, timeout=patience, store=_attempt(patience), rank=rank, world_size=size)
+        dist.init_process_group(_wiring(device), timeout=patience, store=_attempt(patience), rank=rank, world_size=size)
     return World(rank, size, local_rank, device)
 
 
@@ -129,11 +134,15 @@ def _attempt(patience: timedelta) -> Any:
     return PrefixStore(f"crossrank/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
+def _wiring(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
 def form_group(world: World) -> None:
     """A process group even of one rank, for backends that cannot do without."""
     if not dist.is_initialized():
-        wiring = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(wiring, store=HashStore(), rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed asks for
+        dist.init_process_group(_wiring(world.device), store=HashStore(), rank=0, world_size=1)
 
 
 def _meet_through_slurm(env: MutableMapping[str, str]) -> None:

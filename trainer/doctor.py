@@ -142,7 +142,7 @@ def _meeting(ranks: int) -> Check:
     said = result.stdout.strip().splitlines()
     if result.returncode == 0 and said:
         return Check(f"{ranks} ranks", said[-1])
-    reason = next((line for line in reversed(result.stderr.splitlines()) if "Error" in line), "no answer")
+    reason = next((line for line in result.stderr.splitlines() if "Error" in line), "no answer")
     return Check(f"{ranks} ranks", reason.strip(), False, "check MASTER_ADDR, the network interface and the firewall")
 
 

@@ -17,6 +17,7 @@ from trainer import builtin
 from trainer.attention import Layout, adopt
 from trainer.batch import Batch, assemble
 from trainer.config import ModelConfig, UserError, first_line
+from trainer.run import sync
 from trainer.tokens import Tokens
 
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
@@ -215,6 +216,8 @@ def save_trained(model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, m
     model.save_pretrained(temporary, state_dict=weights)
     tokenizer.model_max_length = max_length
     tokenizer.save_pretrained(temporary)
+    for path in (*temporary.iterdir(), temporary):
+        sync(path)
     if folder.exists():
         old = folder.with_name(f".{folder.name}.old")
         folder.rename(old)
@@ -222,6 +225,7 @@ def save_trained(model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, m
         shutil.rmtree(old)
     else:
         temporary.rename(folder)
+    sync(folder.parent)
 
 
 def _set_dropout(settings: Any, dropout: float | None) -> None:

@@ -42,7 +42,10 @@ class Preemption:
         """
         if self.world.size == 1:
             return self.requested is not None
-        result = self.work is not None and self._count() > 0
+        result = False
+        if self.work is not None:
+            self.work.wait()
+            result = float(self.ballot) > 0
         self.ballot = torch.tensor([float(self.requested is not None)])
         self.work = dist.all_reduce(self.ballot, async_op=True)
         return result
@@ -56,8 +59,3 @@ class Preemption:
         """The same for this rank alone, where there is nothing to save and nobody to agree with."""
         if self.requested:
             raise Preempted
-
-    def _count(self) -> float:
-        if self.work is not None:
-            self.work.wait()
-        return float(self.ballot)

@@ -73,27 +73,15 @@ def claim(folder: Path, config: Config) -> FileLock:
     return lock
 
 
-def rewind(path: Path, step: int, pending_evaluation: bool) -> int:
-    """Cuts metrics.jsonl back to what had happened at `step`: the rest is computed, and written, again.
-
-    Returns how many lines were damaged, as a line is that a killed process had begun.
-    """
+def rewind(path: Path, state: dict[str, Any] | None) -> None:
+    """Cuts metrics.jsonl back to what had been written when the checkpoint of `state` was: the rest comes again."""
     if not path.exists():
-        return 0
-    kept, damaged = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            event = json.loads(line)
-            late = event["step"] > step or (event["event"] == "eval" and event["step"] == step and pending_evaluation)
-        except (ValueError, KeyError, TypeError):
-            damaged += 1
-            continue
-        if not late:
-            kept.append(line)
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = lines[: state["num_events"]] if state else []
     temporary = path.with_name(f".{path.name}")
     temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     temporary.replace(path)
-    return damaged
 
 
 class Journal:
@@ -101,6 +89,7 @@ class Journal:
 
     def __init__(self, folder: Path | None, num_steps: int, step: int = 0) -> None:
         self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8") if folder else None
+        self.num_events = len((folder / "metrics.jsonl").read_bytes().splitlines()) if folder else 0
         self.bar = tqdm(
             total=num_steps, initial=step, unit="step", disable=None if folder else True, dynamic_ncols=True
         )
@@ -130,13 +119,25 @@ class Journal:
         if self.file:
             self.file.write(json.dumps({"event": event, **values}) + "\n")
             self.file.flush()
+            self.num_events += 1
 
 
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    sync(temporary)
     temporary.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Flushes a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def versions() -> dict[str, str]:

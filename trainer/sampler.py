@@ -93,6 +93,11 @@ class GlobalBatchSampler:
             steps.append((int(tokens.max()), epoch * self.steps_per_epoch + int(tokens.argmax())))
         return self.at(max(steps)[1])
 
+    def longest(self, lengths: np.ndarray) -> Step:
+        """The step of the first epoch that holds the longest pair of all."""
+        place = int(lengths[epoch_order(self.num_samples, self.seed, 0)].argmax())
+        return self.at(min(place // self.batch_size, self.num_steps - 1))
+
     def state_dict(self) -> dict[str, int | str]:
         epoch, step = divmod(self.step, self.steps_per_epoch)
         return {"epoch": epoch, "step": step, **self._identity()}

@@ -146,7 +146,9 @@ class Trainer:
         state = self.state
         self.backend.load_state(self.start.tensors if self.start else {}, state["num_updates"])
         self.start = None  # its tensors are as large as the model's state
-        self.totals, self.best, self.saved_step = Totals(**state["totals"]), state["best"], self.sampler.step
+        self.totals, self.saved_step = Totals(**state["totals"]), self.sampler.step
+        # Another run's best model is not here; the best of this one begins anew.
+        self.best = state["best"] if self.world.broadcast((self.folder / "model").exists()) else None
         self.totals.interruptions += 1
         window = state["window"]
         self.window.loss += window["loss"] if self.world.is_main else 0.0
@@ -174,6 +176,7 @@ class Trainer:
                 "seconds": time.perf_counter() - window.started,
             },
             "pending_evaluation": self.pending_evaluation,
+            "num_events": self.journal.num_events,
             "world_size": self.world.size,
             "backend": self.backend.name,
             "versions": run.versions(),
@@ -192,9 +195,10 @@ class Trainer:
             where = f"at step {self.sampler.step}"
         self.world.barrier()
         cause = self.preemption.requested or "another rank"
-        raise Preempted(
-            f"stopped {where} by {cause}; start the same command again to go on" if self.world.is_main else ""
-        )
+        same = "the same command again"
+        if self.config.output_dir is None:
+            same = f"the same command with --output_dir {self.folder}"
+        raise Preempted(f"stopped {where} by {cause}; start {same} to go on" if self.world.is_main else "")
 
     def due(self, strategy: str, every: int, done: int, last: bool) -> bool:
         """Whether something that happens every so often, and maybe at the last step, happens after step `done`."""
@@ -286,7 +290,8 @@ class Trainer:
         if self.world.device.type != "cuda" or not self.backend.replicated:
             return
         heaviest = self.sampler.heaviest(self.tokens["train"].lengths)
-        while not self.world.all(self.fits(heaviest)):
+        longest = self.sampler.longest(self.tokens["train"].lengths)
+        while not self.world.all(self.fits(heaviest) and self.fits(longest)):
             if self.micro_batch_size == 1:
                 raise TrainingFailed("a single pair does not fit into the GPU's memory; lower --max_length, or set "
                                      "--gradient_checkpointing true")  # fmt: skip
@@ -324,7 +329,7 @@ class Trainer:
                 "step": done,
                 "epoch": done / self.sampler.steps_per_epoch,
                 "loss": loss,
-                "grad_norm": float(norm),
+                "grad_norm": float(norm) if math.isfinite(float(norm)) else None,  # None: that step was skipped
                 "learning_rate": rate,
                 "samples_per_second": window.samples / seconds,
                 "tokens_per_second": window.tokens / seconds,
@@ -464,7 +469,8 @@ def prepare(config: Config, world: World) -> Trainer:
     if state is not None:
         sampler.load_state_dict(state["sampler"])
     if world.is_main and resuming == "True":
-        run.rewind(folder / "metrics.jsonl", sampler.step, bool(state and state["pending_evaluation"]))
+        own = start is not None and start.path.parent == checkpoints.folder
+        run.rewind(folder / "metrics.jsonl", state if own else None)
     journal = Journal(folder if world.is_main else None, num_steps, sampler.step)
     num_parameters = sum(p.numel() for p in model.parameters())
     say(
@@ -482,13 +488,11 @@ def prepare(config: Config, world: World) -> Trainer:
 def find_start(
     config: Config, checkpoints: Checkpoints, resuming: bool, say: Callable[[str], None]
 ) -> Checkpoint | None:
-    """The checkpoint to go on from: the one that the user names, else the newest whole one of an unfinished run."""
-    if config.resume_from_checkpoint not in ("auto", "none"):
+    """The checkpoint to go on from: the newest whole one of an unfinished run, else the one that the user names."""
+    newest = checkpoints.newest(say) if resuming else None
+    if newest is None and config.resume_from_checkpoint not in ("auto", "none"):
         return load_given(Path(config.resume_from_checkpoint).expanduser())
-    if not resuming:
-        return None
-    newest = checkpoints.newest(say)
-    if newest is None:
+    if newest is None and resuming:
         say(f"the run in {checkpoints.folder.parent} has no checkpoint yet: it starts anew")
     return newest
 
@@ -523,7 +527,8 @@ def train(config: Config) -> dict[str, Any]:
         if reason := dist.explain(error, world, config.ddp_timeout):
             raise TrainingFailed(f"step {trainer.sampler.step}: {reason}") from None
         raise
-    trainer.backend.close()
+    finally:
+        trainer.checkpoints.wait()  # a rank that fails leaves at once, but not in the middle of a checkpoint
     trainer.journal.close()
     if world.is_main:
         for split, scores in results["metrics"].items():

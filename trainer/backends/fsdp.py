@@ -1,6 +1,7 @@
 """torch's FSDP2 (`fully_shard`): weights, gradients and optimizer dealt out over the ranks, layer by layer.
 
-In bf16, weights travel as bfloat16, which is what autocast would make of them; gradients are summed in fp32.
+In bf16 it is autocast that rounds, as in the other backends: a bfloat16 policy would also round what autocast leaves in
+fp32, norms and embeddings. Gradients are summed in fp32.
 """
 
 from __future__ import annotations
@@ -30,8 +31,7 @@ class FSDP(Single):
         dist.form_group(world)
 
     def prepare(self, module: nn.Module) -> nn.Module:
-        number = torch.bfloat16 if self.config.bf16 else torch.float32
-        policy = MixedPrecisionPolicy(param_dtype=number, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         layers = {name for m in module.modules() for name in getattr(m, "_no_split_modules", None) or ()}
         for part in module.modules():
             if type(part).__name__ in layers:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.config import Config
+from trainer.config import Config, UserError
 from trainer.dist import World
 from trainer.optim import make_optimizer, parameter_groups
 
@@ -83,6 +83,10 @@ class Single:
 
     def load_state(self, state: dict[str, torch.Tensor], num_updates: int) -> None:
         """The reverse: `state` on rank 0, after `num_updates` of the optimizer, into every rank's shares."""
+        shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self.module.named_parameters()}
+        saved = {key.removeprefix("weight/"): list(v.shape) for key, v in state.items() if key.startswith("weight/")}
+        if not self.world.broadcast(not self.world.is_main or saved == shapes):
+            raise UserError("the checkpoint is of another model: its weights have other names or shapes")
         self.make_moments(num_updates)
         for name, parameter in self.module.named_parameters():
             for kind in KINDS:
@@ -116,6 +120,3 @@ class Single:
             module.load_state_dict(weights)
         for value in module.state_dict().values():
             self.world.share(value)
-
-    def close(self) -> None:
-        """Lets go of what the ranks share."""
