@@ -129,12 +129,20 @@ def test_batches_lay_pairs_end_to_end(pairs, tokenizer, tmp_path):
     tokens = tokenize(pairs, tokenizer, 64, tmp_path, silent)
     rows = np.array([7, 3, 200])
     batch = assemble(tokens, pairs.label, rows, torch.device("cpu"))
+    assert sorted(batch.rows) == sorted(rows)
+    assert (np.diff(tokens.lengths[batch.rows]) <= 0).all()
+    rows = batch.rows
     expected = [tokens.ids[tokens.offsets[r] : tokens.offsets[r + 1]].tolist() for r in rows]
     assert batch.ids.tolist() == [i for ids in expected for i in ids]
     assert batch.positions.tolist() == [p for ids in expected for p in range(len(ids))]
     assert batch.pair.tolist() == [n for n, ids in enumerate(expected) for _ in ids]
     assert batch.ids[batch.first].tolist() == [ids[0] for ids in expected]
     assert batch.labels.tolist() == pairs.label[rows].tolist()
-    assert batch.longest == max(map(len, expected))
+    lengths = [len(ids) for ids in expected]
+    assert [(g.pairs, g.longest, g.tokens) for g in batch.groups] == [(3, max(lengths), sum(lengths))]
+    assert batch.widths.tolist() == [max(lengths)] * 3
+    one_each = assemble(tokens, pairs.label, rows, torch.device("cpu"), likeness=1.0)
+    assert [group.longest for group in one_each.groups] == sorted(set(lengths), reverse=True)
+    assert one_each.widths.tolist() == lengths
     empty = assemble(tokens, pairs.label, rows[:0], torch.device("cpu"))
     assert empty.labels.tolist() == [IGNORED]

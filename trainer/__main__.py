@@ -7,6 +7,7 @@ same command again to go on), 130 interrupted.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -118,6 +119,7 @@ def fail(code: int, text: str) -> int:
         return code
     from trainer import dist
 
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run that has failed has nothing to save
     # Ctrl-C reaches every rank by itself.
     if dist.may_report_failure(patience=0.0 if code == 130 else 20.0):
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "?"))

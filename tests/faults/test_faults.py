@@ -240,6 +240,7 @@ def test_a_rank_that_does_not_come(tmp_path):
     assert "Traceback" not in result.said
 
 
+@pytest.mark.full
 def test_the_agent_of_torchrun_is_killed(whole, tmp_path):
     """Its ranks are orphans that go on; nobody else gets into their folder before they are done."""
     folder = tmp_path / "run"
