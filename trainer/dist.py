@@ -190,7 +190,7 @@ def may_report_failure(patience: float) -> bool:
         except (RuntimeError, ValueError):  # the store went away with rank 0: that one has reported
             first = False
         if not first:
-            time.sleep(patience)
+            time.sleep(min(patience, 3.0))  # it is at its message already
         return first
     if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) != 0:
         time.sleep(patience)  # who is alive after that fails alone
