@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn import functional
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from trainer.batch import Batch, Group
@@ -154,7 +155,7 @@ def _narrow(layer: nn.Module, family: Family, layout: Layout) -> None:
         hidden = args[0]
         # The model views keys and values as (pairs, 1, any number of heads, size), so their number must be a multiple
         # of the pairs. `attention` takes the rows back from there.
-        layout.hidden = pad(hidden, (0, 0, 0, -hidden.shape[1] % len(layout.first)))
+        layout.hidden = functional.pad(hidden, (0, 0, 0, -hidden.shape[1] % len(layout.first)))
         return first(hidden), *args[1:]
 
     if not family.key:

@@ -58,4 +58,4 @@ class Preemption:
     def check_alone(self) -> None:
         """The same for this rank alone, where there is nothing to save and nobody to agree with."""
         if self.requested:
-            raise Preempted
+            raise Preempted(f"stopped by {self.requested} before the first step" if self.world.is_main else "")

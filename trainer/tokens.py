@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,9 @@ class Tokens:
     truncated: np.ndarray
     fingerprint: str
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
+        """(n,) tokens of each pair; asked for in every step, so computed once."""
         return np.diff(self.offsets)
 
     @property

@@ -118,9 +118,9 @@ class Trainer:
         self.restore()
         if config.eval_on_start and self.state is None:
             self.evaluate("dev", step=0)
+        self.model.train()
         for current in self.sampler:
             rate = learning_rate(current.step, self.sampler.num_steps, config)
-            self.model.train()
             seed_torch(config.seed, current.step, self.world.rank)
             loss = torch.zeros((), device=device)
             shares = self.shares(current)
@@ -296,9 +296,8 @@ class Trainer:
                 raise TrainingFailed("a single pair does not fit into the GPU's memory; lower --max_length, or set "
                                      "--gradient_checkpointing true")  # fmt: skip
             self.micro_batch_size = -(-self.micro_batch_size // 2)
-            if self.world.is_main:
-                self.say(f"the GPU's memory is too small; going on with {self.micro_batch_size} pairs a forward, "
-                        "the same mathematics")  # fmt: skip
+            self.say(f"the GPU's memory is too small; going on with {self.micro_batch_size} pairs a forward, "
+                     "the same mathematics")  # fmt: skip
 
     def fits(self, step: Step) -> bool:
         """Whether this rank has the memory for `step`'s largest micro-batch, beside the optimizer's state."""
@@ -316,7 +315,7 @@ class Trainer:
         return True
 
     def log(self, done: int, norm: torch.Tensor, rate: float) -> None:
-        """The only place of the loop that waits for the device, and begins a new window."""
+        """Waits for the device, as only this and a checkpoint do in the loop, and begins a new window."""
         window = self.window
         self.refuse_nonfinite()
         loss = float(self.world.sum(window.loss)) / max(1, window.steps)
@@ -348,6 +347,7 @@ class Trainer:
             self.config.bf16,
             self.preemption.check,
         )
+        self.model.train()
         self.totals.eval_seconds += time.perf_counter() - started
         self.totals.evaluated += len(self.splits[role])
         if not math.isfinite(result.scores["loss"]):
@@ -429,7 +429,8 @@ def prepare(config: Config, world: World) -> Trainer:
     say = run.say if world.is_main else lambda text: None
     preemption = Preemption(world, config.preemption_signals)
     backend = make_backend(config, world)
-    name, resuming = world.broadcast([*map(str, run.open_run(config))] if world.is_main else None)
+    opened, resuming = run.open_run(config) if world.is_main else (None, None)
+    name, resuming = world.broadcast([str(opened), resuming])
     folder = Path(name)
     allow_tf32(config.tf32)
     if config.bf16 and (warning := check_bf16(world.device)):
@@ -464,11 +465,11 @@ def prepare(config: Config, world: World) -> Trainer:
     if world.is_main:
         lock = run.claim(folder, config)
         checkpoints.clear_remains()
-        start = find_start(config, checkpoints, resuming == "True", say)
+        start = find_start(config, checkpoints, resuming, say)
     state = world.broadcast(start.state if start else None)
     if state is not None:
         sampler.load_state_dict(state["sampler"])
-    if world.is_main and resuming == "True":
+    if world.is_main and resuming:
         own = start is not None and start.path.parent == checkpoints.folder
         run.rewind(folder / "metrics.jsonl", state if own else None)
     journal = Journal(folder if world.is_main else None, num_steps, sampler.step)

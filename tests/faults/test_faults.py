@@ -159,6 +159,7 @@ def test_asked_to_stop_while_it_tokenises(tmp_path):
     os.kill(ranks.processes[0].pid, signal.SIGTERM)
     result = ranks.wait()
     assert result.returncode == 85, result.said
+    assert "stopped by SIGTERM before the first step" in result.stderr
     assert not (tmp_path / "run").exists()
 
 
