@@ -58,7 +58,7 @@ def main() -> None:
     from trainer import dist
     from trainer.batch import IGNORED
     from trainer.precision import autocast, has_bf16, products
-    from trainer.train import Window, prepare
+    from trainer.train import prepare
 
     run = argparse.Namespace(
         model=common.model_folder(chosen.model, chosen.tokenizer), data=chosen.data, batch=chosen.batch,
@@ -67,7 +67,6 @@ def main() -> None:
     folder = tempfile.TemporaryDirectory()
     trainer = prepare(crossrank_config(run, Path(folder.name) / "run"), dist.start(600))
     device, tokens, labels = trainer.world.device, trainer.tokens["train"], trainer.splits["train"].label
-    trainer.forward, trainer.window = trainer.backend.prepare(trainer.model), Window.new(trainer.world.device)
     trainer.model.train()
     times: dict[str, list[float]] = {"data": [], "forward": [], "backward": [], "optimizer": []}
     flops, profile = [], None

@@ -26,6 +26,7 @@ ORDER = [
     "backends.fsdp",
     "backends",
     "evaluate",
+    "loop",
     "train",
     "predict",
     "doctor",

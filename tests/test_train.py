@@ -205,22 +205,53 @@ def test_a_run_is_never_overwritten(runs):
     assert (runs / "0" / "results.json").read_bytes() == before
 
 
+SHORT = [*SMALL, "--max_steps", "4", "--eval_strategy", "no"]
+
+
+def test_a_micro_batch_that_does_not_fit_is_split(tmp_path):
+    """A GPU's memory that holds ten pairs a forward, played by an error: the same losses from smaller forwards."""
+    script = tmp_path / "small_gpu.py"
+    script.write_text(
+        "import sys, torch\nfrom trainer import __main__, train\n"
+        "prepare, backward = train.prepare, train.Trainer.backward\n"
+        "def on_a_gpu(*args):\n"
+        "    trainer = prepare(*args)\n    train.fit_micro_batches(trainer)\n    return trainer\n"
+        "def small(self, current, rows, last):\n"
+        "    if len(rows) > 10:\n        raise torch.OutOfMemoryError\n"
+        "    return backward(self, current, rows, last)\n"
+        "train.prepare, train.Trainer.backward = on_a_gpu, small\nsys.exit(__main__.main(sys.argv[1:]))\n"
+    )
+    crossrank("train", *SHORT, "--output_dir", tmp_path / "whole")
+    result = crossrank("train", *SHORT, "--output_dir", tmp_path / "split", script=script)
+    assert "going on with 8 pairs a forward" in result.stderr
+    assert np.allclose(losses(tmp_path / "split"), losses(tmp_path / "whole"), rtol=0, atol=1e-6)
+
+
+@pytest.mark.full
+def test_compiled_layers_compute_the_same(tmp_path):
+    for compiled in ("false", "true"):
+        crossrank("train", *SHORT, "--torch_compile", compiled, "--output_dir", tmp_path / compiled)
+    assert np.allclose(losses(tmp_path / "true"), losses(tmp_path / "false"), rtol=0, atol=1e-5)
+
+
 FAILING = """
 import os, sys
-from trainer import __main__, train
+from trainer import __main__, loop, train
 if os.environ["RANK"] == "{rank}":
     def fail(*args, **kwargs):
         raise {error}
-    train.{where} = fail
+    {where} = fail
 sys.exit(__main__.main(sys.argv[1:]))
 """
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("where", ["load_splits", "write_predictions", "save_trained", "learning_rate"])
+@pytest.mark.parametrize(
+    "where", ["train.load_splits", "train.write_predictions", "loop.save_trained", "loop.learning_rate"]
+)
 def test_the_failing_ranks_error_is_printed_once(tmp_path, rank, where):
     """One rank alone fails, in whatever phase: its message once, no hang, and the job fails."""
-    if rank == 1 and where in ("write_predictions", "save_trained"):
+    if rank == 1 and where in ("train.write_predictions", "loop.save_trained"):
         pytest.skip("only rank 0 writes")
     script = tmp_path / "failing.py"
     script.write_text(
@@ -229,7 +260,7 @@ def test_the_failing_ranks_error_is_printed_once(tmp_path, rank, where):
         )
     )
     options = [*SMALL, "--max_train_samples", "64", "--max_eval_samples", "30", "--max_test_samples", "30"]
-    start = torchrun if (rank, where) == (1, "learning_rate") else crossrank
+    start = torchrun if (rank, where) == (1, "loop.learning_rate") else crossrank
     result = start("train", *options, "--output_dir", tmp_path / "run", ranks=2, check=False, script=script)
     assert result.returncode != 0
     assert result.said.count("no such luck") == 1

@@ -1,27 +1,15 @@
-"""The training run: set up, loop, finish.
-
-Sources of the method: AdamW with linear warmup and decay on sentence pairs as in Devlin et al. 2019; the
-hyperparameters' meaning as in transformers' TrainingArguments.
-"""
+"""A training run from end to end: read and check everything, train, leave the model and its scores."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from filelock import FileLock
-from torch.nn.functional import cross_entropy
 
 from trainer import dist, run
-from trainer.backends import Single, make_backend
-from trainer.batch import IGNORED
+from trainer.backends import make_backend
 from trainer.checkpoint import Checkpoint, Checkpoints, load_given
 from trainer.config import (
     METRICS,
@@ -30,398 +18,18 @@ from trainer.config import (
     TrainingFailed,
     UserError,
     global_batch_size,
-    num_forwards,
     total_steps,
 )
-from trainer.data import Pairs, Role, load_splits, split_name
+from trainer.data import Pairs, load_splits, split_name
 from trainer.dist import World
-from trainer.dropout import hash_key
-from trainer.evaluate import Evaluation, evaluate, write_predictions
-from trainer.model import CrossEncoder, compile_layers, load_for_training, longest_input, save_trained
-from trainer.optim import learning_rate
-from trainer.precision import allow_tf32, autocast, check_bf16, products
+from trainer.evaluate import write_predictions
+from trainer.loop import Trainer
+from trainer.model import CrossEncoder, compile_layers, load_for_training, longest_input
+from trainer.precision import allow_tf32, check_bf16
 from trainer.preempt import Preemption
 from trainer.run import Journal
-from trainer.sampler import GlobalBatchSampler, Step, deal
+from trainer.sampler import GlobalBatchSampler, Step
 from trainer.tokens import Tokens, cache_folder, tokenize
-
-
-@dataclass
-class Window:
-    """What has happened since the last log line; what is on the device stays there until it is logged."""
-
-    loss: torch.Tensor
-    nonfinite: torch.Tensor  # (2,) first step + 1 whose own loss, or whose gradient norm, was not finite; 0 = none
-    steps: int = 0
-    samples: int = 0
-    tokens: int = 0
-    started: float = field(default_factory=time.perf_counter)
-
-    @classmethod
-    def new(cls, device: torch.device) -> Window:
-        return cls(torch.zeros((), device=device), torch.zeros(2, dtype=torch.int64, device=device))
-
-    def add(self, step: int, loss: torch.Tensor, norm: torch.Tensor, samples: int, tokens: int) -> None:
-        self.loss += loss
-        bad = ~torch.isfinite(torch.stack([loss, norm.to(loss.device)]))
-        self.nonfinite = torch.where((self.nonfinite == 0) & bad, step + 1, self.nonfinite)
-        self.steps, self.samples, self.tokens = self.steps + 1, self.samples + samples, self.tokens + tokens
-
-
-@dataclass
-class Totals:
-    """Of the whole run so far; seconds do not overlap."""
-
-    train_seconds: float = 0.0
-    eval_seconds: float = 0.0
-    samples: int = 0
-    tokens: int = 0
-    evaluated: int = 0
-    interruptions: int = 0
-    skipped_steps: int = 0
-
-
-@dataclass
-class Trainer:
-    """A run under way: what the loop needs, and how far it is."""
-
-    config: Config
-    world: World
-    folder: Path
-    journal: Journal
-    splits: dict[Role, Pairs]
-    tokens: dict[Role, Tokens]
-    sampler: GlobalBatchSampler
-    model: CrossEncoder
-    tokenizer: Any
-    max_length: int
-    backend: Single
-    micro_batch_size: int
-    preemption: Preemption
-    checkpoints: Checkpoints
-    start: Checkpoint | None  # where to go on from; on rank 0 alone
-    lock: FileLock | None
-    state: dict[str, Any] | None  # of `start`, on every rank
-    forward: Any = None
-    totals: Totals = field(default_factory=Totals)
-    best: float | None = None
-    saved_step: int = -1
-    pending_evaluation: bool = False
-
-    def loop(self) -> None:
-        """Every optimizer step that is left, with its logging, evaluations and checkpoints."""
-        config, device = self.config, self.world.device
-        lengths = self.tokens["train"].lengths
-        self.forward = self.backend.prepare(self.model)
-        self.fit_micro_batches()
-        self.window = Window.new(device)
-        self.restore()
-        if config.eval_on_start and self.state is None:
-            self.evaluate("dev", step=0)
-        self.model.train()
-        for current in self.sampler:
-            rate = learning_rate(current.step, self.sampler.num_steps, config)
-            seed_torch(config.seed, current.step, self.world.rank)
-            loss = torch.zeros((), device=device)
-            shares = self.shares(current)
-            for rows in shares:
-                loss += self.backward(current, rows, last=rows is shares[-1])
-            norm = self.backend.step(rate, config.max_grad_norm)
-            if not self.skipped(current.step, norm):
-                self.window.add(current.step, loss, norm, len(current.rows), int(lengths[current.rows].sum()))
-            self.journal.bar.update()
-            done = current.step + 1
-            if done % config.logging_steps == 0 or done == self.sampler.num_steps:
-                self.log(done, norm, rate)
-            if self.due(config.eval_strategy, config.eval_steps, done, last=config.load_best_model_at_end):
-                self.evaluate_and_keep_best(done)
-            if self.due(config.save_strategy, config.save_steps, done, last=True):
-                self.save()
-            self.preemption.check()
-
-    def restore(self) -> None:
-        """Goes on where the checkpoint was written: weights, moments, position, and what had been counted."""
-        if self.state is None:
-            return
-        state = self.state
-        self.backend.load_state(self.start.tensors if self.start else {}, state["num_updates"])
-        self.start = None  # its tensors are as large as the model's state
-        self.totals, self.saved_step = Totals(**state["totals"]), self.sampler.step
-        # Another run's best model is not here; the best of this one begins anew.
-        self.best = state["best"] if self.world.broadcast((self.folder / "model").exists()) else None
-        self.totals.interruptions += 1
-        window = state["window"]
-        self.window.loss += window["loss"] if self.world.is_main else 0.0
-        self.window.steps, self.window.samples, self.window.tokens = (window[k] for k in ("steps", "samples", "tokens"))
-        self.window.started -= window["seconds"]
-        if state["pending_evaluation"]:
-            self.evaluate_and_keep_best(self.sampler.step)
-
-    def save(self) -> None:
-        """Begins to write a checkpoint of everything that the run needs to go on exactly."""
-        if self.saved_step == self.sampler.step:
-            return
-        self.refuse_nonfinite()
-        window = self.window
-        state = {
-            "sampler": self.sampler.state_dict(),
-            "num_updates": self.sampler.step - self.totals.skipped_steps,
-            "totals": dataclasses.asdict(self.totals),
-            "best": self.best,
-            "window": {
-                "loss": float(self.world.sum(window.loss.clone())),
-                "steps": window.steps,
-                "samples": window.samples,
-                "tokens": window.tokens,
-                "seconds": time.perf_counter() - window.started,
-            },
-            "pending_evaluation": self.pending_evaluation,
-            "num_events": self.journal.num_events,
-            "world_size": self.world.size,
-            "backend": self.backend.name,
-            "versions": run.versions(),
-        }
-        tensors = self.backend.save_state()
-        if self.world.is_main:
-            self.checkpoints.save(self.sampler.step, tensors, state)
-        self.saved_step = self.sampler.step
-
-    def leave(self) -> None:
-        """Saves on request. Raises Preempted with what to tell the user."""
-        where = "before the first step"
-        if self.sampler.step > 0:
-            self.save()
-            self.checkpoints.wait()
-            where = f"at step {self.sampler.step}"
-        self.world.barrier()
-        cause = self.preemption.requested or "another rank"
-        same = "the same command again"
-        if self.config.output_dir is None:
-            same = f"the same command with --output_dir {self.folder}"
-        raise Preempted(f"stopped {where} by {cause}; start {same} to go on" if self.world.is_main else "")
-
-    def due(self, strategy: str, every: int, done: int, last: bool) -> bool:
-        """Whether something that happens every so often, and maybe at the last step, happens after step `done`."""
-        if strategy == "no":
-            return False
-        if done == self.sampler.num_steps:
-            return last
-        return done % (every if strategy == "steps" else self.sampler.steps_per_epoch) == 0
-
-    def skipped(self, step: int, norm: torch.Tensor) -> bool:
-        """Whether the step was left out for its gradient, as skip_nonfinite allows. Raises TrainingFailed."""
-        if self.config.skip_nonfinite == 0 or math.isfinite(float(norm)):
-            return False
-        self.totals.skipped_steps += 1
-        if self.totals.skipped_steps > self.config.skip_nonfinite:
-            raise TrainingFailed(
-                f"step {step + 1}: gradient norm {float(norm)}, and {self.config.skip_nonfinite} such steps were "
-                "skipped before; lower --learning_rate"
-            )
-        self.say(f"warning: step {step + 1} is skipped: its gradient norm is {float(norm)}")
-        return True
-
-    def refuse_nonfinite(self) -> None:
-        """Raises TrainingFailed, on every rank, where a loss or gradient norm was not finite since the last log."""
-        found = torch.zeros(self.world.size, 2, dtype=torch.int64)
-        found[self.world.rank] = self.window.nonfinite.cpu()
-        found = self.world.sum(found)
-        if not found.any():
-            return
-        step = int(found[found > 0].min()) - 1
-        ranks = [rank for rank in range(self.world.size) if found[rank, 0] == step + 1]
-        pairs = self.splits["train"]
-        rows = self.sampler.at(step).rows
-        if ranks:
-            rows = np.concatenate([np.concatenate(self.shares(self.sampler.at(step), rank)) for rank in ranks])
-        shown = ", ".join(map(str, np.sort(pairs.row[rows])[:16])) + (", ..." if len(rows) > 16 else "")
-        what = f"loss on rank {', '.join(map(str, ranks))}" if ranks else "gradient norm"
-        raise TrainingFailed(
-            f"step {step + 1}: the {what} is not finite; the pairs are rows {shown} of {pairs.name}, and their tokens "
-            f"are sound. Lower --learning_rate, or look for damaged weights in {self.config.model_name_or_path}; "
-            "the checkpoints are of earlier steps"
-        )
-
-    def evaluate_and_keep_best(self, done: int) -> None:
-        """While it lasts, a checkpoint says that it is still to be done."""
-        started = time.perf_counter()
-        self.pending_evaluation = True
-        self.keep_if_best(self.evaluate("dev", step=done).scores)
-        self.pending_evaluation = False
-        self.window.started += time.perf_counter() - started
-
-    def say(self, text: str) -> None:
-        if self.world.is_main:
-            run.say(text)
-
-    def shares(self, current: Step, rank: int | None = None) -> list[np.ndarray]:
-        """The rows of each of a rank's micro-batches, this one's unless said; an empty one still takes part."""
-        rank = self.world.rank if rank is None else rank
-        lengths = self.tokens["train"].lengths[current.rows]
-        count = num_forwards(self.micro_batch_size, len(current.rows), self.world.size)
-        parts = deal(lengths, self.world.size * count)
-        return [current.rows[part] for part in parts[rank * count :][:count]]
-
-    def backward(self, current: Step, rows: np.ndarray, last: bool) -> torch.Tensor:
-        """Forward and backward of one micro-batch. Returns its part of the step's loss, on the device."""
-        config, device = self.config, self.world.device
-        tokens, labels = self.tokens["train"], self.splits["train"].label
-        batch = self.model.batch(tokens, labels, rows, device, seed=config.seed, step=current.step)
-        with products(device, config.bf16), self.backend.accumulate(last):
-            with autocast(device, config.bf16):
-                logits = self.forward(batch)
-            # A sum over this share divided by the global count: any split gives the same gradient.
-            loss = cross_entropy(
-                logits.float(),
-                batch.labels,
-                reduction="sum",
-                ignore_index=IGNORED,
-                label_smoothing=config.label_smoothing_factor,
-            ) / len(current.rows)
-            self.backend.backward(loss)
-        return loss.detach()
-
-    def fit_micro_batches(self) -> None:
-        """Halves the micro-batch until the heaviest one of the run fits into the GPU's memory, on every rank.
-
-        The order of the samples is known beforehand, so this can be tried before the first step. A step is then
-        computed in more forwards: the same mathematics.
-        """
-        if self.world.device.type != "cuda" or not self.backend.replicated:
-            return
-        heaviest = self.sampler.heaviest(self.tokens["train"].lengths)
-        longest = self.sampler.longest(self.tokens["train"].lengths)
-        while not self.world.all(self.fits(heaviest) and self.fits(longest)):
-            if self.micro_batch_size == 1:
-                raise TrainingFailed("a single pair does not fit into the GPU's memory; lower --max_length, or set "
-                                     "--gradient_checkpointing true")  # fmt: skip
-            self.micro_batch_size = -(-self.micro_batch_size // 2)
-            self.say(f"the GPU's memory is too small; going on with {self.micro_batch_size} pairs a forward, "
-                     "the same mathematics")  # fmt: skip
-
-    def fits(self, step: Step) -> bool:
-        """Whether this rank has the memory for `step`'s largest micro-batch, beside the optimizer's state."""
-        self.model.train()
-        rows = max(self.shares(step), key=lambda rows: self.tokens["train"].lengths[rows].sum())
-        try:
-            reserved = [torch.empty_like(p) for p in self.model.parameters() for moment in range(2)]
-            self.backward(step, rows, last=False)
-            del reserved
-        except torch.OutOfMemoryError:
-            return False
-        finally:
-            self.model.zero_grad()
-            torch.cuda.empty_cache()
-        return True
-
-    def log(self, done: int, norm: torch.Tensor, rate: float) -> None:
-        """Waits for the device, as only this and a checkpoint do in the loop, and begins a new window."""
-        window = self.window
-        self.refuse_nonfinite()
-        loss = float(self.world.sum(window.loss)) / max(1, window.steps)
-        seconds = time.perf_counter() - window.started
-        self.totals.train_seconds += seconds
-        self.totals.samples += window.samples
-        self.totals.tokens += window.tokens
-        self.journal.train(
-            {
-                "step": done,
-                "epoch": done / self.sampler.steps_per_epoch,
-                "loss": loss,
-                "grad_norm": float(norm) if math.isfinite(float(norm)) else None,  # None: that step was skipped
-                "learning_rate": rate,
-                "samples_per_second": window.samples / seconds,
-                "tokens_per_second": window.tokens / seconds,
-            }
-        )
-        self.window = Window.new(self.world.device)
-
-    def evaluate(self, role: Role, step: int) -> Evaluation:
-        started = time.perf_counter()
-        result = evaluate(
-            self.model,
-            self.splits[role],
-            self.tokens[role],
-            self.world,
-            self.config.per_device_eval_batch_size,
-            self.config.bf16,
-            self.preemption.check,
-        )
-        self.model.train()
-        self.totals.eval_seconds += time.perf_counter() - started
-        self.totals.evaluated += len(self.splits[role])
-        if not math.isfinite(result.scores["loss"]):
-            raise TrainingFailed(
-                f"the model's loss on {self.splits[role].name} is {result.scores['loss']} at step {step}"
-            )
-        place = {"step": step, "epoch": step / self.sampler.steps_per_epoch, "split": split_name(self.config, role)}
-        self.journal.eval(place | result.scores)
-        return result
-
-    def keep_if_best(self, scores: dict[str, Any]) -> None:
-        """Saves the model when it is the best so far, if the best is what the run shall end with."""
-        name = self.config.metric_for_best_model
-        value = -scores[name] if name == "loss" else scores[name]
-        if self.config.load_best_model_at_end and (self.best is None or value > self.best):
-            self.best = value
-            self.save_model()
-
-    def save_model(self) -> None:
-        weights = self.backend.full_weights(self.model.model)
-        if self.world.is_main:
-            save_trained(self.model.model, weights, self.tokenizer, self.max_length, self.folder / "model")
-        self.world.barrier()
-
-    def finish(self) -> dict[str, Any]:
-        """The model, the final scores and predictions, results.json."""
-        if self.config.load_best_model_at_end:
-            from safetensors.torch import load_file
-
-            best = load_file(self.folder / "model" / "model.safetensors") if self.world.is_main else {}
-            self.backend.load_weights(self.model.model, best)
-        else:
-            self.save_model()
-        metrics = {}
-        for role in ("dev", "test"):
-            if role in self.splits:
-                result = self.evaluate(role, step=self.sampler.num_steps)
-                metrics[split_name(self.config, role)] = result.scores
-                if result.logits is not None:
-                    path = self.folder / "predictions" / f"{split_name(self.config, role)}.parquet"
-                    write_predictions(path, self.splits[role], result.logits)
-        results = self.results(metrics)
-        self.checkpoints.wait()
-        if self.world.is_main:
-            run.write_json(self.folder / "results.json", results)
-        return results
-
-    def results(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        totals = self.totals
-        return {
-            "metrics": metrics,
-            "train": {
-                "seconds": totals.train_seconds,
-                "samples_per_second": totals.samples / totals.train_seconds,
-                "tokens_per_second": totals.tokens / totals.train_seconds,
-                "steps": self.sampler.num_steps,
-                "epochs": self.sampler.num_steps / self.sampler.steps_per_epoch,
-                "interruptions": totals.interruptions,
-                "skipped_steps": totals.skipped_steps,
-            },
-            "eval": {
-                "seconds": totals.eval_seconds,
-                "samples_per_second": totals.evaluated / totals.eval_seconds if totals.evaluated else None,
-            },
-            "world_size": self.world.size,
-            "backend": self.backend.name,
-            "versions": run.versions(),
-            "git": run.git_state(),
-        }
-
-
-def seed_torch(seed: int, step: int, rank: int) -> None:
-    """torch's own random stream, for what does not draw by sample: a function of (seed, step, rank)."""
-    torch.manual_seed(int(hash_key(seed, step, rank)) >> 1)
 
 
 def prepare(config: Config, world: World) -> Trainer:
@@ -440,11 +48,11 @@ def prepare(config: Config, world: World) -> Trainer:
         raise UserError("eval_on_start and load_best_model_at_end need a dev split: give --validation_file FILE")
     model, tokenizer = load_for_training(config, splits["train"].label_names, config.seed)
     max_length = longest_input(model, tokenizer, config.max_length)
-    tokens = {}
+    tokens = {
+        role: tokenize(pairs, tokenizer, max_length, cache_folder(), say, world.is_main, preemption.check_alone)
+        for role, pairs in splits.items()
+    }
     for role, pairs in splits.items():
-        tokens[role] = tokenize(
-            pairs, tokenizer, max_length, cache_folder(), say, world.is_main, preemption.check_alone
-        )
         say(describe(pairs, tokens[role], max_length))
         if int(tokens[role].ids.max()) >= model.config.vocab_size:
             raise UserError(f"the tokenizer has more tokens than the model's {model.config.vocab_size}; they do not "
@@ -481,9 +89,25 @@ def prepare(config: Config, world: World) -> Trainer:
     if start:
         say(f"going on at step {sampler.step} from {start.path}")
     return Trainer(
-        config, world, folder, journal, splits, tokens, sampler, cross_encoder, tokenizer, max_length, backend,
-        config.per_device_train_batch_size, preemption, checkpoints, start, lock, state,
-    )  # fmt: skip
+        config=config,
+        world=world,
+        folder=folder,
+        journal=journal,
+        splits=splits,
+        tokens=tokens,
+        sampler=sampler,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        backend=backend,
+        preemption=preemption,
+        checkpoints=checkpoints,
+        start=start,
+        lock=lock,
+        state=state,
+        model=cross_encoder,
+        forward=backend.prepare(cross_encoder),
+        micro_batch_size=config.per_device_train_batch_size,
+    )
 
 
 def find_start(
@@ -510,13 +134,98 @@ def describe(pairs: Pairs, tokens: Tokens, max_length: int) -> str:
     return f"{', '.join(parts)} ({tokens.bytes_per_pair:.0f} bytes a pair)"
 
 
+def fit_micro_batches(trainer: Trainer) -> None:
+    """Halves the micro-batch until the heaviest one of the run fits into the GPU's memory, on every rank.
+
+    The order of the samples is known beforehand, so this can be tried before the first step. A step is then
+    computed in more forwards: the same mathematics.
+    """
+    if not trainer.backend.replicated:
+        return
+    heaviest = trainer.sampler.heaviest(trainer.tokens["train"].lengths)
+    longest = trainer.sampler.longest(trainer.tokens["train"].lengths)
+    while not trainer.world.all(fits(trainer, heaviest) and fits(trainer, longest)):
+        if trainer.micro_batch_size == 1:
+            raise TrainingFailed("a single pair does not fit into the GPU's memory; lower --max_length, or set "
+                                 "--gradient_checkpointing true")  # fmt: skip
+        trainer.micro_batch_size = -(-trainer.micro_batch_size // 2)
+        trainer.say(f"the GPU's memory is too small; going on with {trainer.micro_batch_size} pairs a forward, "
+                 "the same mathematics")  # fmt: skip
+
+
+def fits(trainer: Trainer, step: Step) -> bool:
+    """Whether this rank has the memory for `step`'s largest micro-batch, beside the optimizer's state."""
+    trainer.model.train()
+    rows = max(trainer.shares(step), key=lambda rows: trainer.tokens["train"].lengths[rows].sum())
+    try:
+        reserved = [torch.empty_like(p) for p in trainer.model.parameters() for moment in range(2)]
+        trainer.backward(step, rows, last=False)
+        del reserved
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        trainer.model.zero_grad()
+        torch.cuda.empty_cache()
+    return True
+
+
+def finish(trainer: Trainer) -> dict[str, Any]:
+    """The model, the final scores and predictions, results.json."""
+    if trainer.config.load_best_model_at_end:
+        from safetensors.torch import load_file
+
+        best = load_file(trainer.folder / "model" / "model.safetensors") if trainer.world.is_main else {}
+        trainer.backend.load_weights(trainer.model.model, best)
+    else:
+        trainer.save_model()
+    metrics = {}
+    for role in ("dev", "test"):
+        if role in trainer.splits:
+            result = trainer.evaluate(role, step=trainer.sampler.num_steps)
+            metrics[split_name(trainer.config, role)] = result.scores
+            if result.logits is not None:
+                path = trainer.folder / "predictions" / f"{split_name(trainer.config, role)}.parquet"
+                write_predictions(path, trainer.splits[role], result.logits)
+    summary = summarise(trainer, metrics)
+    trainer.checkpoints.wait()
+    if trainer.world.is_main:
+        run.write_json(trainer.folder / "results.json", summary)
+    return summary
+
+
+def summarise(trainer: Trainer, metrics: dict[str, Any]) -> dict[str, Any]:
+    totals = trainer.totals
+    return {
+        "metrics": metrics,
+        "train": {
+            "seconds": totals.train_seconds,
+            "samples_per_second": totals.samples / totals.train_seconds,
+            "tokens_per_second": totals.tokens / totals.train_seconds,
+            "steps": trainer.sampler.num_steps,
+            "epochs": trainer.sampler.num_steps / trainer.sampler.steps_per_epoch,
+            "interruptions": totals.interruptions,
+            "skipped_steps": totals.skipped_steps,
+        },
+        "eval": {
+            "seconds": totals.eval_seconds,
+            "samples_per_second": totals.evaluated / totals.eval_seconds if totals.evaluated else None,
+        },
+        "world_size": trainer.world.size,
+        "backend": trainer.backend.name,
+        "versions": run.versions(),
+        "git": run.git_state(),
+    }
+
+
 def train(config: Config) -> dict[str, Any]:
     """The whole run on this rank. Returns what results.json holds. Raises Preempted after a signal."""
     world = dist.start(config.ddp_timeout)
     trainer = prepare(config, world)
     try:
+        if world.device.type == "cuda":
+            fit_micro_batches(trainer)
         trainer.loop()
-        results = trainer.finish()
+        results = finish(trainer)
     except Preempted:
         trainer.leave()
     except torch.OutOfMemoryError:

@@ -170,7 +170,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
         "def stuck(self):\n"
         "    print('stuck', flush=True)\n"
         "    for _ in range(6000):\n        time.sleep(0.1)\n"
-        "train.Trainer.fit_micro_batches = stuck\nsys.exit(__main__.main(sys.argv[1:]))\n"
+        "train.Trainer.restore = stuck\nsys.exit(__main__.main(sys.argv[1:]))\n"
     )
     ranks = Ranks(["train", *RUN, "--output_dir", folder], 0, None, script, {})
     assert wait_for(lambda: "stuck" in ranks.said, ranks)
