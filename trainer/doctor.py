@@ -132,8 +132,13 @@ def _disk(folder: Path) -> Check:
 def _slurm() -> Check:
     if shutil.which("sbatch") is None:
         return Check("Slurm", "not here", None)
-    version = subprocess.run(["sbatch", "--version"], capture_output=True, text=True)
-    return Check("Slurm", version.stdout.strip() or version.stderr.strip(), version.returncode == 0)
+    try:
+        version = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, timeout=10)
+    except subprocess.TimeoutExpired:
+        return Check("Slurm", "sbatch does not answer", False, "look at SLURM_CONF and at slurmctld")
+    if version.returncode != 0:  # the programs alone; a cluster is reached from its login node
+        return Check("Slurm", "sbatch is here, but knows of no cluster", None)
+    return Check("Slurm", version.stdout.strip())
 
 
 def _meeting(ranks: int) -> Check:
