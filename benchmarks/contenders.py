@@ -35,7 +35,7 @@ def speed(windows: list[tuple[int, int, float]]) -> dict[str, float]:
     return {"samples_per_second": samples / seconds, "tokens_per_second": tokens / seconds}
 
 
-def crossrank_config(options: argparse.Namespace, folder: Path, *more: str) -> Any:
+def crossrank_config(options: argparse.Namespace, folder: Path) -> Any:
     from trainer.cli import parse_train
 
     fields = {
@@ -43,7 +43,8 @@ def crossrank_config(options: argparse.Namespace, folder: Path, *more: str) -> A
         "train_batch_size": options.batch, "bf16": str(options.bf16).lower(), "max_steps": options.steps,
         "logging_steps": options.window, "eval_strategy": "no", "eval_on_start": "false", "output_dir": folder,
     }  # fmt: skip
-    return parse_train([f"--{name}={value}" for name, value in fields.items()] + [*more, *options.more])
+    more = [f"--{text}" for text in options.more]
+    return parse_train([f"--{name}={value}" for name, value in fields.items()] + more)
 
 
 def crossrank(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -197,7 +198,7 @@ CONTENDERS = {
 }
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("name", choices=CONTENDERS)
     options.add_argument("--model", type=Path, required=True)
@@ -208,8 +209,11 @@ def main() -> None:
     options.add_argument("--window", type=int, default=3, help="steps between log events")
     options.add_argument("--pairs", type=int, default=2000, help="of an evaluation")
     options.add_argument("--more", nargs="*", default=[], help="further options of crossrank train, without dashes")
-    chosen = options.parse_args()
-    chosen.more = [f"--{text}" if "=" in text else text for text in chosen.more]
+    return options
+
+
+def main() -> None:
+    chosen = parser().parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = CONTENDERS[chosen.name](chosen, Path(folder) / "run")
         if result:

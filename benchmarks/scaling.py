@@ -1,8 +1,8 @@
 """More ranks: speed, efficiency, and how evenly tokens are dealt.
 
-    python -m benchmarks.scaling [--backends] [--bf16 false] [--model minilm] [--ranks 1 2 4]
+    python -m benchmarks.scaling [--bf16 false] [--model minilm] [--ranks 1 2 4]
 
-With --backends, every backend on the last number of ranks, against ddp. On a CPU each rank has one thread.
+On a CPU each rank has one thread.
 """
 
 from __future__ import annotations
@@ -13,13 +13,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks import common
-
-BACKENDS = {
-    "ddp": [],
-    "ddp-bf16-gradients": ["ddp_comm_hook=bf16"],
-    "fsdp": ["backend=fsdp"],
-    **{name: [f"deepspeed={name}"] for name in ("zero0", "zero1", "zero2", "zero3")},
-}
 
 
 def imbalance(data: Any, model: Any, batch: int, ranks: int) -> dict[str, float]:
@@ -45,32 +38,25 @@ def imbalance(data: Any, model: Any, batch: int, ranks: int) -> dict[str, float]
 def main() -> None:
     options = common.parser(__doc__)
     options.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    options.add_argument("--backends", action="store_true", help="compare the backends")
     options.add_argument("--steps", type=int, default=8)
     chosen = options.parse_args()
     model = common.model_folder(chosen.model, chosen.tokenizer)
     settings = ["crossrank", "--model", model, "--data", chosen.data, "--batch", chosen.batch, "--bf16", chosen.bf16,
                 "--steps", chosen.steps, "--window", 2]  # fmt: skip
-    contenders = {str(n): (n, []) for n in chosen.ranks}
-    if chosen.backends:
-        contenders = {name: (chosen.ranks[-1], more) for name, more in BACKENDS.items()}
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in map(str, chosen.ranks)}
     for number in range(chosen.rounds):
-        for name, (ranks, more) in contenders.items():
-            extra = ["--more", *more] if more else []
-            one_thread = {"OMP_NUM_THREADS": "1"}
-            runs[name].append(common.run_json("benchmarks.contenders", *settings, *extra, ranks=ranks, env=one_thread))
+        for ranks in chosen.ranks:
+            name, one_thread = str(ranks), {"OMP_NUM_THREADS": "1"}
+            runs[name].append(common.run_json("benchmarks.contenders", *settings, ranks=ranks, env=one_thread))
             print(f"round {number + 1}, {name}: {runs[name][-1]['samples_per_second']:.1f} samples/s", flush=True)
     first = next(iter(runs))
     result: dict[str, Any] = {"runs": runs, "to_first": {name: common.ratio(runs[name], runs[first],
                               "samples_per_second") for name in runs}}  # fmt: skip
     for name, ratio in result["to_first"].items():
         print(f"{name} / {first}: {ratio['ratio']:.2f} ({ratio['lowest']:.2f} to {ratio['highest']:.2f})")
-    if not chosen.backends:
-        result["imbalance"] = {n: imbalance(chosen.data, model, chosen.batch, n) for n in (2, 4, 8)}
-        print("tokens of the busiest rank over the mean:", result["imbalance"])
-    kind = "backends" if chosen.backends else "scaling"
-    common.save(f"{kind}-{chosen.model.split('/')[-1]}-{'bf16' if chosen.bf16 else 'fp32'}", chosen, result)
+    result["imbalance"] = {n: imbalance(chosen.data, model, chosen.batch, n) for n in (2, 4, 8)}
+    print("tokens of the busiest rank over the mean:", result["imbalance"])
+    common.save(f"scaling-{chosen.model.split('/')[-1]}-{'bf16' if chosen.bf16 else 'fp32'}", chosen, result)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ import sys
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
 from trainer.batch import IGNORED, assemble
@@ -93,6 +94,19 @@ def test_damaged_cache_is_rebuilt(pairs, tokenizer, tmp_path, damage):
     assert len(warnings) == 1
     assert "damaged" in warnings[0]
     tokenize(pairs, tokenizer, 64, tmp_path, silent)
+
+
+def test_cache_of_another_version(pairs, tokenizer, tmp_path):
+    """Whole, but with other arrays than this version reads."""
+    from trainer.tokens import _checksum
+
+    good = tokenize(pairs, tokenizer, 64, tmp_path, silent)
+    arrays = {name.replace("second", "types"): array for name, array in good._arrays().items()}
+    save_file(arrays, tmp_path / f"{good.fingerprint}.safetensors", metadata={"sha256": _checksum(arrays)})
+    warnings: list[str] = []
+    again = tokenize(pairs, tokenizer, 64, tmp_path, warnings.append)
+    assert (again.second == good.second).all()
+    assert "built again" in warnings[0]
 
 
 def test_cache_that_cannot_be_written(pairs, tokenizer, tmp_path):

@@ -70,12 +70,7 @@ class Checkpoints:
             try:
                 pending.result()
             except (OSError, SafetensorError) as error:
-                full = "No space left" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
-                fix = "make space" if full else "mend that"
-                raise TrainingFailed(
-                    f"cannot write a checkpoint into {self.folder}: {error}; {fix} and start the same command again, "
-                    "which goes on from the newest one"
-                ) from None
+                raise cannot_write(self.folder, error) from None
 
     def newest(self, say: Callable[[str], None]) -> Checkpoint | None:
         """The newest one that is whole; says which ones it skips, and why."""
@@ -119,6 +114,15 @@ class Checkpoints:
         for old in self._all()[: -self.keep if self.keep else 0]:
             if old != final:
                 shutil.rmtree(old, ignore_errors=True)
+
+
+def cannot_write(folder: Path, error: OSError | SafetensorError) -> TrainingFailed:
+    """What to tell the user of a run whose files cannot be written. Nothing that was saved is lost by it."""
+    full = "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return TrainingFailed(
+        f"cannot write into {folder}: {error}; {'make space' if full else 'mend that'} and start the same command "
+        "again, which goes on from the newest checkpoint"
+    )
 
 
 def load(path: Path) -> Checkpoint:

@@ -37,7 +37,7 @@ def open_run(config: Config) -> tuple[Path, bool]:
     if not nearest.is_dir():
         raise UserError(f"cannot write the run folder {folder}: {nearest} is a file")
     if not os.access(nearest, os.W_OK):
-        raise UserError(f"cannot write the run folder {folder}: permission denied")
+        raise UserError(f"cannot write the run folder {folder}: {nearest} may not be written to")
     if not (folder / "config.yaml").exists():
         if (folder / "model").exists():
             raise UserError(f"{folder} holds a model, which is never overwritten; choose another --output_dir")

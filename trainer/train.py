@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from trainer import dist, run
 from trainer.backends import make_backend
-from trainer.checkpoint import Checkpoint, Checkpoints, load_given
+from trainer.checkpoint import Checkpoint, Checkpoints, cannot_write, load_given
 from trainer.config import (
     METRICS,
     Config,
@@ -233,6 +234,8 @@ def train(config: Config) -> dict[str, Any]:
             f"the GPU's memory is used up by {trainer.micro_batch_size} pairs a forward; lower "
             "--per_device_train_batch_size, which does not change the run"
         ) from None
+    except (OSError, SafetensorError) as error:  # everything has been read; what is left is writing
+        raise cannot_write(trainer.folder, error) from None
     except RuntimeError as error:
         if reason := dist.explain(error, world, config.ddp_timeout):
             raise TrainingFailed(f"step {trainer.sampler.step}: {reason}") from None

@@ -3,10 +3,12 @@
 `make test` runs each kind of fault once; `make test-full` many times, at random moments, whose seeds it prints.
 """
 
+import contextlib
 import os
 import random
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -95,17 +97,27 @@ def test_killed_again_and_again(whole, tmp_path, seed):
     """At least ten kills a run: any rank or all, at any moment, be it start, step, save or evaluation."""
     chance = random.Random(seed)
     ranks = chance.choice([0, 2])
-    folder, kills, lost = tmp_path / "run", 0, []
+    folder, kills, lost, recovery = tmp_path / "run", 0, [], []
     while kills < 10:
-        target = time.monotonic() + chance.uniform(0.5, 4.0)
+        started = Ranks(["train", *RUN, "--output_dir", folder], ranks, None, None, {})
+        begun, delay, back = time.monotonic(), chance.uniform(0.5, 4.0), None
+        while time.monotonic() < begun + delay and all(process.is_alive() for process in started.processes):
+            time.sleep(0.002)
+            if back is None and "going on at step" in started.said:
+                back = time.monotonic() - begun
+        if back is not None:
+            recovery.append(back)
         victims = list(range(max(1, ranks))) if chance.random() < 0.3 else [chance.randrange(max(1, ranks))]
-        code = kill_once(folder, ranks, victims, lambda target=target: time.monotonic() > target)
-        if code == 0:
+        for victim in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(started.processes[victim].pid, signal.SIGKILL)
+        if started.wait().returncode == 0:
             break
         kills += 1
         saved = [int(p.name[5:]) for p in folder.glob("checkpoints/step-*")]
         lost.append(steps_of(folder) - max(saved, default=0))
-    print(f"seed {seed}: {kills} kills on {ranks or 1} rank(s), steps lost at each {lost}")
+    seconds = f"{statistics.median(recovery):.1f} s" if recovery else "never seen"
+    print(f"seed {seed}: {kills} kills on {ranks or 1} rank(s), steps lost at each {lost}, median recovery {seconds}")
     if not (folder / "results.json").exists():
         finish(folder, ranks, whole[ranks])
     assert_same_run(folder, whole[ranks])
@@ -222,6 +234,50 @@ def test_disk_full_while_it_saves(whole, small_disk):
     said = crossrank("train", *RUN, *keep, "--output_dir", folder).said
     assert "going on at step 6" in said
     assert_same_run(folder, whole[0])
+
+
+@pytest.mark.parametrize("what", ["loop.save_trained", "train.write_predictions", "run.write_json"])
+def test_disk_full_at_the_end(whole, small_disk, what):
+    """Space runs out as the model, the predictions or the results are written: all but that is safe."""
+    script, folder = small_disk / "full.py", small_disk / "run"
+    script.write_text(
+        "import shutil, sys\nfrom trainer import __main__, loop, run, train\n"
+        f"write = {what}\n"
+        "def when_full(*args):\n"
+        f"    with open({str(small_disk / 'filler')!r}, 'wb', buffering=0) as filler:\n"
+        f"        while free := shutil.disk_usage({str(small_disk)!r}).free:\n"
+        "            filler.write(bytes(min(free, 65536)))\n"
+        "    return write(*args)\n"
+        f"{what} = when_full\nsys.exit(__main__.main(sys.argv[1:]))\n"
+    )
+    subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
+    result = crossrank("train", *RUN, "--output_dir", folder, script=script, check=False)
+    assert result.returncode == 1
+    assert f"cannot write into {folder}" in result.stderr
+    assert "make space and start the same command again" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (folder / "results.json").exists()
+    (small_disk / "filler").unlink()
+    assert "going on at step 48" in crossrank("train", *RUN, "--output_dir", folder).said
+    assert_same_run(folder, whole[0])
+    assert (folder / "results.json").exists()
+
+
+def test_disk_full_while_it_writes_the_token_cache(small_disk):
+    """The cache is a help, not a condition."""
+    cache = small_disk / "cache"
+    (small_disk / "filler").write_bytes(bytes(8 * 2**20 - 8192))
+    result = crossrank("train", *RUN, "--max_steps", "1", "--output_dir", small_disk.parent / "run",
+                       CROSSRANK_CACHE=str(cache))  # fmt: skip
+    assert "no token cache, tokenising at every start" in result.stderr
+    assert not list(cache.rglob("*.safetensors*"))
+
+
+def test_a_folder_that_cannot_be_written(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    result = crossrank("train", *RUN, "--output_dir", small_disk / "run", check=False)
+    assert result.returncode == 2
+    assert f"{small_disk} may not be written to" in result.stderr
 
 
 def test_a_rank_that_does_not_come(tmp_path):
