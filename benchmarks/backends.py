@@ -108,7 +108,7 @@ def main() -> None:
             runs[name].append(common.run_json("benchmarks.backends", *arguments, ranks=chosen.ranks, env=env))
             shown = ", ".join(f"{key} {value:.2f}" for key, value in runs[name][-1].items())
             print(f"round {number + 1}, {name}: {shown}", flush=True)
-    table = {
+    table: dict[str, dict[str, Any]] = {
         name: {
             "to_ddp": common.ratio(runs[name], runs["ddp"], "samples_per_second"),
             "bytes_per_parameter": common.median(runs[name], "bytes_per_parameter"),
@@ -118,12 +118,11 @@ def main() -> None:
         for name in BACKENDS
     }
     for name, row in table.items():
-        print(f"{name:<20} {row['to_ddp']['ratio']:.2f} x ddp, keeps {row['bytes_per_parameter']:.2f} bytes a "
-              f"parameter (formula {row['bytes_by_formula']:.2f}), sends {row['sent_bytes_per_parameter']:.2f}")  # fmt: skip
-    number_format = "bf16" if chosen.bf16 else "fp32"
-    common.save(
-        f"backends-{chosen.ranks}-{chosen.model.split('/')[-1]}-{number_format}", chosen, {"table": table, "runs": runs}
-    )
+        kept, formula, sent = (row[k] for k in ("bytes_per_parameter", "bytes_by_formula", "sent_bytes_per_parameter"))
+        print(f"{name:<20} {row['to_ddp']['ratio']:.2f} x ddp; bytes a parameter: keeps {kept:.2f} (formula "
+              f"{formula:.2f}), sends {sent:.2f} a step")  # fmt: skip
+    name = f"backends-{chosen.ranks}-{chosen.model.split('/')[-1]}-{'bf16' if chosen.bf16 else 'fp32'}"
+    common.save(name, chosen, {"table": table, "runs": runs})
 
 
 if __name__ == "__main__":

@@ -258,7 +258,7 @@ def test_disk_full_at_the_end(whole, small_disk, what):
     assert "Traceback" not in result.stderr
     assert not (folder / "results.json").exists()
     (small_disk / "filler").unlink()
-    assert "going on at step 48" in crossrank("train", *RUN, "--output_dir", folder).said
+    assert "going on at step 4" in crossrank("train", *RUN, "--output_dir", folder).said
     assert_same_run(folder, whole[0])
     assert (folder / "results.json").exists()
 
