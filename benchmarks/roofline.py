@@ -51,6 +51,42 @@ def needed_flops(config: Any, lengths: np.ndarray) -> float:
     return 3 * 2 * ((layers - 1) * layer + last + head)
 
 
+def saved_bytes(trainer: Any, tokens: Any, num_pairs: int, bf16: bool) -> int:
+    """What the forward of the first pairs of `tokens` keeps for its backward, each storage once, without parameters."""
+    from trainer.precision import autocast
+
+    own = {parameter.untyped_storage().data_ptr() for parameter in trainer.model.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    device = trainer.world.device
+    batch = trainer.model.batch(tokens, np.zeros(num_pairs, np.int64), np.arange(num_pairs), device, seed=1, step=1)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast(device, bf16):
+        logits = trainer.forward(batch)
+        del logits
+    return sum(saved.values())
+
+
+def memory(trainer: Any, batch: int, bf16: bool) -> dict[str, float]:
+    """Bytes of a training step: weights, gradients and moments, and what a forward of `batch` pairs keeps."""
+    from trainer.tokens import Tokens
+
+    real = trainer.tokens["train"]
+    longest = trainer.max_length
+    wide = Tokens(np.full(4 * longest, 5), np.arange(5) * longest, np.full(4, longest // 2), np.zeros(4, bool), "")
+    return {
+        "state": 16 * sum(p.numel() for p in trainer.model.parameters()),
+        "activations": saved_bytes(trainer, real, batch, bf16),
+        # Pairs do not share anything, so a few of them tell what a batch needs.
+        "activations_of_longest": batch / 4 * saved_bytes(trainer, wide, 4, bf16),
+    }
+
+
 def main() -> None:
     options = common.parser(__doc__)
     options.add_argument("--steps", type=int, default=8, help="timed steps, after two that warm up")
@@ -98,6 +134,7 @@ def main() -> None:
             flops.append(needed_flops(trainer.model.model.config, tokens.lengths[current.rows]))
             for name, seconds in zip(times, np.diff(marks), strict=True):
                 times[name].append(float(seconds))
+    bytes_needed = memory(trainer, chosen.batch, chosen.bf16)
     number = torch.bfloat16 if chosen.bf16 and has_bf16(device) else torch.float32
     best = peak(device, number)
     parts = {name: statistics.median(seconds) for name, seconds in times.items()}
@@ -114,8 +151,10 @@ def main() -> None:
     for name, share in operations.items():
         print(f"  {name:<40} {100 * share:5.1f} %")
     print(f"calls that make the host wait for the device: {waits or 'none'}")
+    print("memory of a step: " + ", ".join(f"{name} {value / 1e9:.2f} GB" for name, value in bytes_needed.items()))
     result = {"peak_flops_per_second": best, "reached_fraction": reached / best, "seconds": parts,
-              "step_flops": statistics.median(flops), "operations": operations, "waits": waits}  # fmt: skip
+              "step_flops": statistics.median(flops), "operations": operations, "waits": waits,
+              "memory_bytes": bytes_needed}  # fmt: skip
     name = f"roofline-{chosen.model.split('/')[-1]}-{'bf16' if chosen.bf16 else 'fp32'}"
     plot(parts, operations, common.save(name, chosen, result).with_suffix(".png"), 100 * reached / best)
     folder.cleanup()
