@@ -58,14 +58,16 @@ def test_the_same_run(single, tmp_path, backend, per_device):
             assert scores[metric] == reference["metrics"][split][metric]
 
 
-@pytest.mark.parametrize("backend", ["fsdp", "zero2", *(pytest.param(name, marks=pytest.mark.full) for name in SLOW)])
+@pytest.mark.parametrize(
+    "backend", ["fsdp", "zero3", *(pytest.param(name, marks=pytest.mark.full) for name in ("ddp", "zero2"))]
+)
 def test_bf16_is_nearly_the_same_run(single, tmp_path, backend):
-    """Autocast in every backend, over fp32 weights; under fsdp embeddings and norms are rounded as well."""
+    """Autocast in every backend, over fp32 weights."""
     if backend.startswith("zero"):
         pytest.importorskip("deepspeed")
     options = [*BACKENDS[backend], "--per_device_train_batch_size", "8", "--bf16"]
     crossrank("train", *RUN, *options, "--output_dir", tmp_path / "run", ranks=2)
-    assert np.allclose(losses(tmp_path / "run"), losses(single), rtol=0, atol=0.05)
+    assert np.allclose(losses(tmp_path / "run"), losses(single), rtol=0, atol=0.03)
     assert not np.allclose(losses(tmp_path / "run"), losses(single), rtol=0, atol=1e-5)
     assert {value.dtype for value in load_file(tmp_path / "run/model/model.safetensors").values()} == {torch.float32}
 

@@ -53,6 +53,9 @@ class FSDP(Single):
         norm: Any = super().step(learning_rate, max_grad_norm)
         return norm.full_tensor()
 
+    def clip(self, limit: float) -> torch.Tensor:
+        return nn.utils.clip_grad_norm_(self.module.parameters(), limit)  # the scale would have to be a DTensor
+
     def save_state(self) -> dict[str, torch.Tensor]:
         self._reshard()
         return super().save_state()

@@ -38,7 +38,7 @@ class Single:
     def __init__(self, world: World, config: Config) -> None:
         self.world, self.config = world, config
         self.module: nn.Module
-        self.optimizer: torch.optim.Optimizer
+        self.optimizer: Any
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """Takes the model, on its device, and makes its optimizer; returns what the loop calls for a forward."""
@@ -57,8 +57,7 @@ class Single:
 
     def step(self, learning_rate: float, max_grad_norm: float) -> torch.Tensor:
         """Clips, steps, clears. Returns the global gradient norm before clipping, still on the device."""
-        limit = max_grad_norm if max_grad_norm > 0 else torch.inf
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+        norm = self.clip(max_grad_norm if max_grad_norm > 0 else torch.inf)
         if self.config.skip_nonfinite and not torch.isfinite(norm):
             self.optimizer.zero_grad()
             return norm
@@ -66,6 +65,16 @@ class Single:
             group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return norm
+
+    def clip(self, limit: float) -> torch.Tensor:
+        """Sees to it that the step takes gradients of at most this norm. Returns the one that they have.
+
+        The fused optimizer divides by the scale where it reads a gradient anyway; clip_grad_norm_ would read and write
+        each of them once more.
+        """
+        norm = nn.utils.get_total_norm(p.grad for p in self.module.parameters() if p.grad is not None)
+        self.optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0)
         return norm
 
     def save_state(self) -> dict[str, torch.Tensor]:
