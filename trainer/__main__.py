@@ -11,6 +11,8 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from trainer.config import DataConfig, Preempted, TrainingFailed, UserError, unknown
@@ -23,6 +25,8 @@ USAGE = """usage: crossrank VERB ...
   evaluate   score a model on labelled pairs     crossrank evaluate MODEL_DIR --test_file pairs.parquet
   predict    classify new pairs                  crossrank predict MODEL_DIR --input pairs.jsonl
   doctor     check this machine                  crossrank doctor --ranks 2
+  launch     start a run: here, by torchrun      crossrank launch slurm --nodes 2 --gpus_per_node 4 -- train ...
+             or in a Slurm job
 
 `crossrank VERB --help` shows a verb's options. On several ranks: torchrun --nproc-per-node N -m trainer VERB ...
 """
@@ -70,11 +74,18 @@ def doctor(argv: list[str]) -> None:
         raise TrainingFailed("something is wrong; the fixes are above")
 
 
+def launch(argv: list[str]) -> None:
+    from launcher.command import launch
+
+    launch(argv)
+
+
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
     "doctor": doctor,
+    "launch": launch,
 }
 
 
@@ -100,6 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         if str(stop):  # rank 0 speaks for all
             print(f"crossrank: {stop}", file=sys.stderr)
         code = EXIT_CODE
+        leave_code(code)
     except BrokenPipeError:  # the reader of our output has had enough
         sys.stderr.close()
         return 1
@@ -112,9 +124,17 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
+def leave_code(code: int) -> None:
+    """Leaves the exit code where a batch script looks for it: torchrun turns every code of its ranks into 1."""
+    if name := os.environ.get("CROSSRANK_EXIT_FILE"):
+        with suppress(OSError):
+            Path(name).write_text(str(code))
+
+
 def fail(code: int, text: str) -> int:
     """Reports a failure once, by the first rank that fails, with its number."""
     if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", 1))) == 1:
+        leave_code(code)
         print(f"crossrank: {text}", file=sys.stderr)
         return code
     from trainer import dist
@@ -122,6 +142,7 @@ def fail(code: int, text: str) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run that has failed has nothing to save
     # Ctrl-C reaches every rank by itself.
     if dist.may_report_failure(patience=0.0 if code == 130 else 20.0):
+        leave_code(code)
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "?"))
         print(f"crossrank: [rank {rank}] {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()

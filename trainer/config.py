@@ -219,7 +219,7 @@ class CheckpointConfig(Fields):
     """Checkpoints to keep; null = all."""
     resume_from_checkpoint: str = "auto"
     """auto = go on with the unfinished run in output_dir; none = never; or a checkpoint's or a run's folder."""
-    preemption_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGINT", "SIGUSR1"])
+    preemption_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
     """Signals at which the run saves and stops, with exit code 85."""
     skip_nonfinite: int = 0
     """Steps with a non-finite gradient that may be skipped; then each step waits for the device. Not for deepspeed."""

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import json
 import os
+import socket
 import subprocess
 import time
 from collections.abc import Mapping, MutableMapping
@@ -108,8 +109,9 @@ def start(timeout_seconds: int) -> World:
     rank, size, local_rank = read_ranks(os.environ)
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        # A task that sees one GPU alone finds it at index 0, whatever its local rank.
-        local_rank = 0 if torch.cuda.device_count() == 1 and "SLURM_LOCALID" in os.environ else local_rank
+        # A task of srun --gpus-per-task=1 sees one GPU alone, at index 0, whatever its local rank.
+        if torch.cuda.device_count() == 1 and "RANK" not in os.environ and "SLURM_LOCALID" in os.environ:
+            local_rank = 0
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"local rank {local_rank} has no GPU, there are {torch.cuda.device_count()}; start fewer ranks, or "
@@ -122,6 +124,7 @@ def start(timeout_seconds: int) -> World:
     if size > 1:
         if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
             _meet_through_slurm(os.environ)
+        _check_host(os.environ["MASTER_ADDR"])
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
         patience = timedelta(seconds=timeout_seconds)
         dist.init_process_group(_wiring(device), timeout=patience, store=_attempt(patience), rank=rank, world_size=size)
@@ -168,9 +171,20 @@ def _meet_through_slurm(env: MutableMapping[str, str]) -> None:
     nodes = env.get("SLURM_STEP_NODELIST")
     if nodes is None:
         raise UserError("MASTER_ADDR or MASTER_PORT is not set; start ranks with torchrun or srun")
-    listing = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    try:
+        listing = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        raise UserError(f"no scontrol here that names the nodes {nodes}; set MASTER_ADDR and MASTER_PORT") from None
     env["MASTER_ADDR"] = listing.stdout.split()[0]
     env["MASTER_PORT"] = str(20000 + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 10000)
+
+
+def _check_host(name: str) -> None:
+    """A name without an address would let the ranks wait for minutes."""
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        raise UserError(f"MASTER_ADDR {name} has no address here; mend the nodes' names (/etc/hosts, DNS)") from None
 
 
 def explain(error: RuntimeError, world: World, timeout_seconds: int) -> str | None:

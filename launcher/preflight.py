@@ -1,0 +1,135 @@
+"""On every node, before a job's ranks start: what would otherwise fail late, or train something else.
+
+    srun --ntasks-per-node=1 python -m launcher.preflight RUN_FOLDER [arguments of crossrank train]
+
+The nodes meet in the run folder itself: each leaves a report there and reads the others'. So a folder that is not
+shared, or a node with another copy of the code, is found before hours are computed. Exit code 2 says something is wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from launcher.devices import num_present
+from trainer.cli import parse_train
+from trainer.config import UserError
+from trainer.run import git_state, versions
+
+PATIENCE = 60.0  # seconds; network file systems show new files some seconds late
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("trainer", "launcher", "ds_configs")
+Report = dict[str, Any]
+
+
+def main(argv: list[str]) -> int:
+    folder, *arguments = argv
+    node, num_nodes = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
+    try:
+        if node == 0:
+            parse_train(arguments)
+            check_port(int(os.environ["MASTER_PORT"]))
+        check_host(os.environ["MASTER_ADDR"])
+        report = {"host": socket.gethostname(), "gpus": check_gpus(), "code": code_hash(), "versions": installed()}
+        reports = exchange(Path(folder), node, num_nodes, report)
+        check_same(report, reports[0])
+    except UserError as error:
+        print(f"crossrank: [{socket.gethostname()}] error: {error}", file=sys.stderr)
+        return 2
+    if node == 0:
+        describe(reports, Path(folder))
+    return 0
+
+
+def check_host(name: str) -> None:
+    """An unknown name would let ranks wait for minutes."""
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        raise UserError(f"the host name {name} has no address here; mend the names of the nodes (/etc/hosts, DNS)") from None
+
+
+def check_port(port: int) -> None:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+        except OSError as error:
+            raise UserError(f"port {port}, where the ranks are to meet, cannot be used: {error.strerror}") from None
+
+
+def check_gpus() -> int:
+    """The GPUs that Slurm gave this job here. All of them must be there, else ranks would compute on the CPU."""
+    given, present = int(os.environ.get("SLURM_GPUS_ON_NODE", 0)), num_present()
+    if present < given:
+        raise UserError(f"Slurm gave {given} GPU(s), but nvidia-smi shows {present}; ask for the node to be mended, and "
+                        f"keep away from it with --exclude={socket.gethostname()}")  # fmt: skip
+    return given
+
+
+def code_hash() -> str:
+    """SHA-256 of this copy of the project."""
+    result = hashlib.sha256()
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*")):
+            if path.suffix in (".py", ".yaml", ".json"):
+                result.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return result.hexdigest()
+
+
+def installed() -> dict[str, str]:
+    try:
+        return versions()
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(f"{error.name} is not installed for {sys.executable}; set VENV or CONTAINER, see the batch "
+                        "script") from None  # fmt: skip
+
+
+def exchange(folder: Path, node: int, num_nodes: int, report: Report) -> list[Report]:
+    """Every node's report, by way of the run folder. Raises UserError where that is not shared, or not writable."""
+    meeting = folder / f".preflight-{os.environ['SLURM_JOB_ID']}"
+    try:
+        meeting.mkdir(parents=True, exist_ok=True)
+        temporary = meeting / f".{node}"
+        temporary.write_text(json.dumps(report), encoding="utf-8")
+        temporary.replace(meeting / str(node))
+    except OSError as error:
+        raise UserError(f"cannot write to output_dir {folder.absolute()}: {error.strerror}") from None
+    started = time.monotonic()
+    files = [meeting / str(other) for other in range(num_nodes)]
+    while missing := [file.name for file in files if not file.exists()]:
+        if time.monotonic() - started > PATIENCE:
+            raise UserError(f"output_dir {folder.absolute()} is not shared: nothing of node(s) {', '.join(missing)} of "
+                            f"this job is to be seen in it; choose one on a file system that all nodes mount")  # fmt: skip
+        time.sleep(0.1)
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def check_same(report: Report, first: Report) -> None:
+    """Ranks with other code or other packages would compute another run."""
+    if report["code"] != first["code"]:
+        raise UserError(f"the code in {ROOT} is not that of {first['host']}; install the same version on all nodes")
+    differing = {name: version for name, version in report["versions"].items() if version != first["versions"][name]}
+    if differing:
+        theirs = {name: first["versions"][name] for name in differing}
+        raise UserError(f"the packages {differing} differ from {theirs} on {first['host']}; install the same on all nodes")
+
+
+def describe(reports: list[Report], folder: Path) -> None:
+    git = git_state()
+    commit = f"commit {git['commit']}{' with changes' if git['dirty'] else ''}" if git else "no git checkout"
+    packages = ", ".join(f"{name} {version}" for name, version in reports[0]["versions"].items())
+    print(f"crossrank in {ROOT}, {commit}, code {reports[0]['code'][:12]}; {packages}")
+    for report in reports:
+        print(f"{report['host']}: the same code, {report['gpus']} GPU(s), shares {folder.absolute()}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
