@@ -53,7 +53,9 @@ def check_host(name: str) -> None:
     try:
         socket.getaddrinfo(name, None)
     except OSError:
-        raise UserError(f"the host name {name} has no address here; mend the names of the nodes (/etc/hosts, DNS)") from None
+        raise UserError(
+            f"the host name {name} has no address here; mend the names of the nodes (/etc/hosts, DNS)"
+        ) from None
 
 
 def check_port(port: int) -> None:
@@ -119,7 +121,9 @@ def check_same(report: Report, first: Report) -> None:
     differing = {name: version for name, version in report["versions"].items() if version != first["versions"][name]}
     if differing:
         theirs = {name: first["versions"][name] for name in differing}
-        raise UserError(f"the packages {differing} differ from {theirs} on {first['host']}; install the same on all nodes")
+        raise UserError(
+            f"the packages {differing} differ from {theirs} on {first['host']}; install the same on all nodes"
+        )
 
 
 def describe(reports: list[Report], folder: Path) -> None:

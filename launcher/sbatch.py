@@ -1,0 +1,192 @@
+"""A batch script from the ones in `slurm/`, with the user's choices written into it, and its submission.
+
+Those scripts work by themselves, and they are the templates: their #SBATCH lines are replaced or added to, the part
+that they share takes the place of its `source` line, and the user's values are set in front of it. So what --dry_run
+prints stands alone. Every value is either quoted for the shell or, in an #SBATCH line, refused where it could be
+anything but a value.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from trainer.config import Fields, UserError
+
+SCRIPTS = Path(__file__).parent.parent / "slurm"
+TIMES = (
+    re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>\d+):(?P<seconds>\d+)"),
+    re.compile(r"(?P<days>\d+)-(?P<hours>\d+)(?::(?P<minutes>\d+))?"),
+    re.compile(r"(?P<minutes>\d+)(?::(?P<seconds>\d+))?"),
+)
+UNITS = {"days": 86_400, "hours": 3_600, "minutes": 60, "seconds": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmConfig(Fields):
+    """Slurm"""
+
+    nodes: int = 1
+    """Nodes of the job."""
+    gpus_per_node: int | None = None
+    """GPUs of each node; None = no GPUs: compute on the CPU."""
+    nproc: int | None = None
+    """Ranks on each node; None = one for each GPU, or one."""
+    ranks_by: Literal["torchrun", "srun"] = "torchrun"
+    """What starts the ranks: one torchrun on each node (slurm/train.sbatch), or one task of Slurm for each rank
+    (slurm/train_srun.sbatch)."""
+    seeds: str | None = None
+    """A run for each of these seeds, as a job array such as 0-4 or 1,7,42 (slurm/seeds.sbatch)."""
+    time: str = "24:00:00"
+    """Time limit as Slurm writes it: minutes, hours:minutes:seconds, days-hours; a job that reaches it goes on anew."""
+    warning_seconds: int = 120
+    """How long before the time limit the ranks are told to save."""
+    warning_signal: Literal["USR1", "USR2"] = "USR1"
+    """With which signal; another one where NCCL or a tool uses it."""
+    cpus_per_task: int | None = None
+    """CPU cores of each task; None = one for each rank."""
+    partition: str | None = None
+    """Slurm's partition."""
+    account: str | None = None
+    """Slurm's account."""
+    qos: str | None = None
+    """Slurm's quality of service."""
+    constraint: str | None = None
+    """Features that the nodes must have."""
+    sbatch: list[str] | None = None
+    """More options of sbatch without their dashes, as mem=64G,exclusive."""
+    job_name: str | None = None
+    """Job's name; None = run_name, which is the recipe's name by itself."""
+    log_dir: str = "logs"
+    """Folder of the job's log, made where it is missing."""
+    venv: str | None = None
+    """Virtual environment to use; None = the one that crossrank runs in."""
+    container: str | None = None
+    """Image in which apptainer runs the ranks; then no virtual environment is used."""
+    wait: bool = False
+    """Follow the job and its log, and end with its exit code."""
+    dry_run: bool = False
+    """Print the script, and submit nothing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gpus_per_node is not None and self.num_ranks > self.gpus_per_node:
+            raise UserError(
+                f"nproc {self.nproc} is more than gpus_per_node {self.gpus_per_node}; each rank needs a GPU"
+            )
+        limit = seconds(self.time)
+        if limit is not None and limit <= self.warning_seconds:
+            raise UserError(f"the time limit {self.time} is {limit} s, and the ranks are to be warned "
+                            f"{self.warning_seconds} s before it; raise --time, or lower --warning_seconds")  # fmt: skip
+        if self.job_name is not None and not re.fullmatch(r"[\w.+=:@%-]+", self.job_name):
+            raise UserError(f"job_name {self.job_name!r} may hold letters, digits and ._+=:@%- alone")
+        if self.seeds is not None and not re.fullmatch(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?", self.seeds):
+            raise UserError(f"seeds {self.seeds!r} must be as 0-4 or 1,7,42, with %N for at most N at a time")
+        if self.seeds is not None and (self.nodes > 1 or self.num_ranks > 1) and self.ranks_by == "torchrun":
+            raise UserError("the runs of an array are started by srun; add --ranks_by srun for more than one rank")
+        if self.venv is not None and self.container is not None:
+            raise UserError("venv and container exclude each other; give one of them")
+        if self.venv is not None and not (Path(self.venv).expanduser() / "bin" / "activate").exists():
+            raise UserError(f"venv {self.venv} is no virtual environment: it has no bin/activate")
+
+    @property
+    def num_ranks(self) -> int:
+        """Of a node."""
+        return self.nproc or self.gpus_per_node or 1
+
+
+def seconds(time: str) -> int | None:
+    """A time limit of Slurm in seconds; None where there is none."""
+    if time.upper() in ("UNLIMITED", "INFINITE"):
+        return None
+    for pattern in TIMES:
+        if match := pattern.fullmatch(time):
+            return sum(int(number or 0) * UNITS[unit] for unit, number in match.groupdict().items())
+    raise UserError(f"time {time!r} must be as 90 (minutes), 12:00:00 or 2-12")
+
+
+def directives(config: SlurmConfig) -> dict[str, object]:
+    """The #SBATCH options that `config` stands for; None = as in the script."""
+    by_torchrun = config.ranks_by == "torchrun" and config.seeds is None
+    own = {
+        "job-name": config.job_name,
+        "array": config.seeds,
+        "nodes": config.nodes,
+        "gpus-per-node": config.gpus_per_node,
+        "ntasks-per-node": 1 if by_torchrun else config.num_ranks,
+        "cpus-per-task": config.cpus_per_task or (config.num_ranks if by_torchrun else None),
+        "time": config.time,
+        "partition": config.partition,
+        "account": config.account,
+        "qos": config.qos,
+        "constraint": config.constraint,
+        "output": f"{config.log_dir}/%x-{'%A_%a' if config.seeds else '%j'}.out",
+        "signal": f"B:{config.warning_signal}@{config.warning_seconds}",
+    }
+    for option in config.sbatch or []:
+        name, _, value = option.partition("=")
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+            raise UserError(f"sbatch option {option!r} must be as mem=64G or exclusive, without dashes")
+        own[name] = value
+    return {name: value for name, value in own.items() if value is not None}
+
+
+def directive(name: str, value: object) -> str:
+    """One #SBATCH line. Raises UserError where `value` could end the line, its quotes, or begin a comment."""
+    text = str(value)
+    if not text.isprintable() or set(text) & set("\"'\\`$;#"):
+        raise UserError(f"{name} {text!r} holds a character that has no place in an #SBATCH line")
+    text = f'"{text}"' if " " in text else text
+    return f"#SBATCH --{name}={text}" if text else f"#SBATCH --{name}"
+
+
+def render(config: SlurmConfig, arguments: list[str]) -> str:
+    """The batch script for `crossrank train ARGUMENTS`; a function of these and of the files in slurm/ alone."""
+    if config.seeds and any(argument.partition("=")[0] == "--seed" for argument in arguments):
+        raise UserError("the seeds of the array are the runs' seeds; leave out --seed")
+    name = "seeds" if config.seeds else "train" if config.ranks_by == "torchrun" else "train_srun"
+    head, _, body = (SCRIPTS / f"{name}.sbatch").read_text(encoding="utf-8").partition("set -euo pipefail\n")
+    comments, options = [], {}
+    for line in head.splitlines():
+        if match := re.fullmatch(r"#SBATCH --([\w-]+)(?:=(.*))?", line):
+            options[match[1]] = match[2] or ""
+        else:
+            comments.append(line)
+    options |= directives(config)
+    _, _, library = (SCRIPTS / "job.sh").read_text(encoding="utf-8").partition("\n")
+    _, _, rest = body.partition('job.sh"\n')
+    return "\n".join(
+        [*comments, *(directive(*option) for option in options.items()), "set -euo pipefail", "",
+         *settings(config), shlex.join(["set", "--", *arguments]), "", library + rest]
+    )  # fmt: skip
+
+
+def settings(config: SlurmConfig) -> list[str]:
+    """The shell's variables of slurm/job.sh, where they are not to be as by themselves."""
+    values = {
+        "VENV": config.venv and str(Path(config.venv).expanduser().absolute()),
+        "CONTAINER": config.container,
+        "NPROC": config.num_ranks,
+    }
+    return [f"{name}={shlex.quote(str(value))}" for name, value in values.items() if value is not None]
+
+
+def submit(script: str, config: SlurmConfig) -> str:
+    """Queues the script. Returns the job's id."""
+    Path(config.log_dir).mkdir(parents=True, exist_ok=True)
+    try:
+        result = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True)
+    except FileNotFoundError:
+        print(script, end="", flush=True)
+        raise UserError("sbatch is not installed here: nothing was submitted. The script is above; hand it to sbatch on "
+                        "a login node of the cluster, in this folder") from None  # fmt: skip
+    if result.returncode != 0:
+        raise UserError(f"Slurm refused the job: {result.stderr.strip()}")
+    job = result.stdout.strip().partition(";")[0]
+    print(f"submitted job {job}, log in {config.log_dir}/", file=sys.stderr, flush=True)
+    return job
