@@ -112,8 +112,8 @@ def launch_slurm(options: SlurmConfig, config: Config, arguments: list[str]) -> 
 
 def num_processes(nproc: int | None, num_gpus: int) -> int:
     if nproc is not None and 0 < num_gpus < nproc:
-        raise UserError(f"nproc {nproc} is more than the {num_gpus} GPU(s) here; lower it, or set CUDA_VISIBLE_DEVICES= "
-                        "(nothing) to compute on the CPU")  # fmt: skip
+        raise UserError(f"nproc {nproc} is more than the {num_gpus} GPU(s) here; lower it, or set CUDA_VISIBLE_DEVICES="
+                        " (nothing) to compute on the CPU")  # fmt: skip
     return nproc or max(1, num_gpus)
 
 

@@ -3,7 +3,7 @@
     srun --ntasks-per-node=1 python -m launcher.preflight RUN_FOLDER [arguments of crossrank train]
 
 The nodes meet in the run folder itself: each leaves a report there and reads the others'. So a folder that is not
-shared, or a node with another copy of the code, is found before hours are computed. Exit code 2 says something is wrong.
+shared, or a node with another copy of the code, is found before hours are computed. Exit code 2: something is wrong.
 """
 
 from __future__ import annotations
@@ -37,7 +37,14 @@ def main(argv: list[str]) -> int:
             parse_train(arguments)
             check_port(int(os.environ["MASTER_PORT"]))
         check_host(os.environ["MASTER_ADDR"])
-        report = {"host": socket.gethostname(), "gpus": check_gpus(), "code": code_hash(), "versions": installed()}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+        report = {
+            "host": socket.gethostname(),
+            "gpus": check_gpus(),
+            "visible": visible,
+            "code": code_hash(),
+            "versions": installed(),
+        }
         reports = exchange(Path(folder), node, num_nodes, report)
         check_same(report, reports[0])
     except UserError as error:
@@ -71,8 +78,8 @@ def check_gpus() -> int:
     """The GPUs that Slurm gave this job here. All of them must be there, else ranks would compute on the CPU."""
     given, present = int(os.environ.get("SLURM_GPUS_ON_NODE", 0)), num_present()
     if present < given:
-        raise UserError(f"Slurm gave {given} GPU(s), but nvidia-smi shows {present}; ask for the node to be mended, and "
-                        f"keep away from it with --exclude={socket.gethostname()}")  # fmt: skip
+        raise UserError(f"Slurm gave {given} GPU(s), but nvidia-smi shows {present}; have the node mended, and keep "
+                        f"away from it with --exclude={socket.gethostname()}")  # fmt: skip
     return given
 
 
@@ -108,8 +115,8 @@ def exchange(folder: Path, node: int, num_nodes: int, report: Report) -> list[Re
     files = [meeting / str(other) for other in range(num_nodes)]
     while missing := [file.name for file in files if not file.exists()]:
         if time.monotonic() - started > PATIENCE:
-            raise UserError(f"output_dir {folder.absolute()} is not shared: nothing of node(s) {', '.join(missing)} of "
-                            f"this job is to be seen in it; choose one on a file system that all nodes mount")  # fmt: skip
+            raise UserError(f"output_dir {folder.absolute()} is not shared: nothing of node(s) {', '.join(missing)} "
+                            "is seen in it; choose one on a file system that all nodes mount")  # fmt: skip
         time.sleep(0.1)
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
@@ -132,7 +139,8 @@ def describe(reports: list[Report], folder: Path) -> None:
     packages = ", ".join(f"{name} {version}" for name, version in reports[0]["versions"].items())
     print(f"crossrank in {ROOT}, {commit}, code {reports[0]['code'][:12]}; {packages}")
     for report in reports:
-        print(f"{report['host']}: the same code, {report['gpus']} GPU(s), shares {folder.absolute()}", flush=True)
+        gpus = f"{report['gpus']} GPU(s) (CUDA_VISIBLE_DEVICES={report['visible']})" if report["gpus"] else "no GPU"
+        print(f"{report['host']}: the same code, {gpus}, shares {folder.absolute()}", flush=True)
 
 
 if __name__ == "__main__":

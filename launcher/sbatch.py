@@ -81,8 +81,8 @@ class SlurmConfig(Fields):
             )
         limit = seconds(self.time)
         if limit is not None and limit <= self.warning_seconds:
-            raise UserError(f"the time limit {self.time} is {limit} s, and the ranks are to be warned "
-                            f"{self.warning_seconds} s before it; raise --time, or lower --warning_seconds")  # fmt: skip
+            raise UserError(f"the time limit {self.time} is {limit} s, and the warning comes "
+                            f"{self.warning_seconds} s before; raise --time, or lower --warning_seconds")  # fmt: skip
         if self.job_name is not None and not re.fullmatch(r"[\w.+=:@%-]+", self.job_name):
             raise UserError(f"job_name {self.job_name!r} may hold letters, digits and ._+=:@%- alone")
         if self.seeds is not None and not re.fullmatch(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?", self.seeds):
@@ -183,8 +183,8 @@ def submit(script: str, config: SlurmConfig) -> str:
         result = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True)
     except FileNotFoundError:
         print(script, end="", flush=True)
-        raise UserError("sbatch is not installed here: nothing was submitted. The script is above; hand it to sbatch on "
-                        "a login node of the cluster, in this folder") from None  # fmt: skip
+        raise UserError("sbatch is not installed here: nothing was submitted. The script is above; hand it to sbatch "
+                        "on a login node of the cluster, in this folder") from None  # fmt: skip
     if result.returncode != 0:
         raise UserError(f"Slurm refused the job: {result.stderr.strip()}")
     job = result.stdout.strip().partition(";")[0]

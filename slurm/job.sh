@@ -85,9 +85,10 @@ run() {
         rm -f "$CROSSRANK_EXIT_FILE"
     fi
     echo "END $(date -Is) job $SLURM_JOB_ID, exit code $code"
-    if [ -n "$warned" ] && [ "$code" = 85 ] && scontrol requeue "$SLURM_JOB_ID"; then
-        echo "REQUEUED $(date -Is): goes on in $run_folder"
-        sleep 60 # until Slurm ends this shell; whoever exits first would end the job
+    if [ -n "$warned" ] && [ "$code" = 85 ]; then
+        echo "REQUEUE job $SLURM_JOB_ID, to go on in $run_folder"
+        # Slurm then ends this shell; a shell that exits first would end the job.
+        scontrol requeue "$SLURM_JOB_ID" && sleep 60
     fi
     exit "$code"
 }

@@ -113,7 +113,7 @@ class Cluster:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._do("scancel", "--user", "root", check=False)
+        self.run("scancel", "--user", "root", check=False)
         for process in [*self.nodes.values(), *reversed(self.daemons)]:
             # An unshare ignores TERM, and takes its node down when it dies.
             process.send_signal(signal.SIGKILL if process in self.nodes.values() else signal.SIGTERM)
@@ -186,8 +186,13 @@ class Cluster:
         """What the driver of a node is to show."""
         (self.folder / f"gpus.{name}").write_text(str(count))
 
+    def on_node(self, name: str, *command: object) -> None:
+        """Runs a command in a node's own view of the file system."""
+        first = Path(f"/proc/{self.nodes[name].pid}/task/{self.nodes[name].pid}/children").read_text().split()[0]
+        self.run("nsenter", "--target", first, "--mount", *map(str, command))
+
     def wait_until_idle(self) -> None:
-        while self._do("sinfo", "-h", "-o", "%D %t", check=False).stdout.strip() != f"{len(self.names)} idle":
+        while self.run("sinfo", "-h", "-o", "%D %t", check=False).stdout.strip() != f"{len(self.names)} idle":
             for process in [*self.daemons, *self.nodes.values()]:
                 assert process.poll() is None, self.logs()
             time.sleep(0.1)
@@ -195,17 +200,17 @@ class Cluster:
     def logs(self) -> str:
         return "".join(f"== {path.name}\n{path.read_text()}" for path in sorted((self.folder / "log").iterdir()))
 
-    def _do(self, *command: str, check: bool = True, **env: str) -> subprocess.CompletedProcess:
+    def run(self, *command: str, check: bool = True, **env: str) -> subprocess.CompletedProcess:
         return subprocess.run(command, env=self.env | env, cwd=self.work, capture_output=True, text=True, check=check)
 
     def sbatch(self, *arguments: object, **env: str) -> Job:
         """Submits a script of the project, from the folder where all jobs of this cluster run."""
-        result = self._do("sbatch", "--parsable", *map(str, arguments), check=False, **env)
+        result = self.run("sbatch", "--parsable", *map(str, arguments), check=False, **env)
         assert result.returncode == 0, result.stderr
         return Job(self, result.stdout.strip())
 
     def crossrank(self, *arguments: object, **env: str) -> subprocess.CompletedProcess:
-        return self._do(sys.executable, "-m", "trainer", *map(str, arguments), check=False, **env)
+        return self.run(sys.executable, "-m", "trainer", *map(str, arguments), check=False, **env)
 
 
 class Job:
@@ -214,7 +219,7 @@ class Job:
 
     def show(self) -> dict[str, str]:
         """What `scontrol show job` says."""
-        line = self.cluster._do("scontrol", "-o", "show", "job", self.number).stdout.splitlines()[0]
+        line = self.cluster.run("scontrol", "-o", "show", "job", self.number).stdout.splitlines()[0]
         return dict(pair.split("=", 1) for pair in line.split(" ") if "=" in pair)
 
     @property
@@ -228,7 +233,7 @@ class Job:
 
     def signal(self, name: str) -> None:
         """As the time limit's warning comes: to the batch shell alone."""
-        self.cluster._do("scancel", "--batch", f"--signal={name}", self.number)
+        self.cluster.run("scancel", "--batch", f"--signal={name}", self.number)
 
     def wait_for(self, condition) -> None:
         """Until it holds; fails where the job has ended before."""
