@@ -97,8 +97,8 @@ def installed() -> dict[str, str]:
     try:
         return versions()
     except importlib.metadata.PackageNotFoundError as error:
-        raise UserError(f"{error.name} is not installed for {sys.executable}; set VENV or CONTAINER, see the batch "
-                        "script") from None  # fmt: skip
+        raise UserError(f"{error.name} is not installed for {sys.executable}; set CROSSRANK_VENV or "
+                        "CROSSRANK_CONTAINER, see the batch script") from None  # fmt: skip
 
 
 def exchange(folder: Path, node: int, num_nodes: int, report: Report) -> list[Report]:

@@ -171,9 +171,9 @@ def settings(config: SlurmConfig) -> list[str]:
     values = {
         "VENV": config.venv and str(Path(config.venv).expanduser().absolute()),
         "CONTAINER": config.container,
-        "NPROC": config.num_ranks,
+        "NPROC": config.nproc,
     }
-    return [f"{name}={shlex.quote(str(value))}" for name, value in values.items() if value is not None]
+    return [f"CROSSRANK_{name}={shlex.quote(str(value))}" for name, value in values.items() if value is not None]
 
 
 def submit(script: str, config: SlurmConfig) -> str:

@@ -2,24 +2,25 @@
 # What the batch scripts have in common. `crossrank launch slurm --dry-run` writes it into the script, for copying.
 #
 # Variables that a user may set before sbatch:
-#   VENV       virtual environment; default: .venv, where there is one
-#   CONTAINER  image that apptainer runs Python in
-#   NPROC      ranks of a node under torchrun; default: one for each GPU that Slurm gave
+#   CROSSRANK_VENV       virtual environment; default: .venv, where there is one
+#   CROSSRANK_CONTAINER  image that apptainer runs Python in
+#   CROSSRANK_NPROC      ranks of a node under torchrun; default: one for each GPU that Slurm gave
 
 fail() {
     echo "crossrank: error: $*" >&2
     exit 2
 }
 
-if [ -n "${VENV:-}" ] || [ -e .venv ]; then
+inside=() venv=${CROSSRANK_VENV:-.venv}
+if [ -n "${CROSSRANK_CONTAINER:-}" ]; then
+    inside=(apptainer exec --nv "$CROSSRANK_CONTAINER")
+elif [ -n "${CROSSRANK_VENV:-}" ] || [ -e .venv ]; then
     # shellcheck source=/dev/null
-    source "${VENV:-.venv}/bin/activate" || fail "VENV ${VENV:-.venv} is no virtual environment on $(hostname)"
+    source "$venv/bin/activate" || fail "$venv is no virtual environment on $(hostname)"
 fi
-inside=()
-if [ -n "${CONTAINER:-}" ]; then inside=(apptainer exec --nv "$CONTAINER"); fi
 
 # shellcheck disable=SC2034  # for the scripts
-nproc=${NPROC:-${SLURM_GPUS_ON_NODE:-1}}
+nproc=${CROSSRANK_NPROC:-${SLURM_GPUS_ON_NODE:-1}}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Since 22.05 srun does not take this over from sbatch by itself.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi

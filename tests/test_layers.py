@@ -1,6 +1,8 @@
 """Imports point down: every file imports only files above it in this list."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 ORDER = [
@@ -33,14 +35,18 @@ ORDER = [
     "cli",
     "__main__",
 ]
-FOLDER = Path(__file__).parent.parent / "trainer"
+# What starts a run stands beside what runs on every rank, and sees of it what needs no torch.
+LAUNCHER = ["devices", "sbatch", "follow", "preflight", "command"]
+SEEN_BY_LAUNCHER = {"config", "cli", "run"}
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "trainer"
 
 
-def imported(path: Path) -> set[str]:
+def imported(path: Path, package: str = "trainer") -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "trainer":
-            module = node.module.removeprefix("trainer").lstrip(".")
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package:
+            module = node.module.removeprefix(package).lstrip(".")
             names |= {module} if module else {alias.name for alias in node.names}
     return names
 
@@ -60,3 +66,18 @@ def test_imports_point_down():
 
 def test_the_package_imports_nothing():
     assert (FOLDER / "__init__.py").read_text() == ""
+    assert (ROOT / "launcher" / "__init__.py").read_text() == ""
+
+
+def test_the_launcher_imports_little():
+    assert {path.stem for path in (ROOT / "launcher").glob("*.py")} - {"__init__"} == set(LAUNCHER)
+    for position, name in enumerate(LAUNCHER):
+        path = ROOT / "launcher" / f"{name}.py"
+        assert imported(path, "launcher") <= set(LAUNCHER[:position]), name
+        assert imported(path) <= SEEN_BY_LAUNCHER, name
+
+
+def test_the_launcher_needs_no_torch():
+    modules = ", ".join(f"launcher.{name}" for name in LAUNCHER)
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -189,7 +189,7 @@ class Cluster:
     def on_node(self, name: str, *command: object) -> None:
         """Runs a command in a node's own view of the file system."""
         first = Path(f"/proc/{self.nodes[name].pid}/task/{self.nodes[name].pid}/children").read_text().split()[0]
-        self.run("nsenter", "--target", first, "--mount", *map(str, command))
+        self.run("nsenter", "--target", first, "--mount", "--pid", *map(str, command))
 
     def wait_until_idle(self) -> None:
         while self.run("sinfo", "-h", "-o", "%D %t", check=False).stdout.strip() != f"{len(self.names)} idle":

@@ -216,12 +216,12 @@ def test_slurm_refuses(cluster):
 def test_a_rank_fails(cluster, script):
     """Its error is in the job's log, once, and its exit code is the job's, even through torchrun."""
     rows = cluster.work / "rows.csv"
-    rows.write_text("premise,hypothesis,label\na,b,0\nc,d,much\n")
+    rows.write_text("premise,hypothesis,label\na,b,0\nc,,1\n")
     job = cluster.sbatch("--nodes=2", "--gpus-per-node=1", *script, *SHORT, "--train_file", rows,
                          "--output_dir", cluster.work / "failing")  # fmt: skip
     assert job.wait() == "2:0", job.log
     assert job.state == "FAILED"
-    assert "rows.csv" in job.log
+    assert job.log.count("rows.csv, row 1: hypothesis is empty") == 1
     assert "[rank " in job.log
     assert "REQUEUE " not in job.log
 

@@ -1,0 +1,46 @@
+"""torchrun across two hosts with a slow network between them, without Slurm."""
+
+import os
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, crossrank, losses
+
+from benchmarks import two_hosts
+
+RUN = ["--recipe", "demo", "--max_train_samples", "330", "--max_eval_samples", "101", "--max_test_samples", "101",
+       "--logging_steps", "1", "--dropout", "0.1", "--max_steps", "12"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def possible():
+    if reason := two_hosts.missing():
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize(
+    ("nproc", "rate", "delay"),
+    [(1, "200mbit", None), pytest.param(2, "50mbit", "2ms", marks=pytest.mark.full)],
+)
+def test_two_hosts(possible, tmp_path, nproc, rate, delay):
+    """The same command on both; the run is that of one process."""
+    if delay and not two_hosts.has_netem():
+        delay = None  # the limit of bandwidth remains
+    command = [sys.executable, "-m", "trainer", "launch", "torchrun", "--nnodes", "2", "--nproc", str(nproc),
+               "--rdzv-endpoint", "host1:29500", "--", "train", *RUN, "--output_dir", f"{tmp_path}/run"]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    with two_hosts.TwoHosts(rate, delay) as hosts:
+        results = hosts.run([command, command], env)
+    assert [result.returncode for result in results] == [0, 0], results
+    assert f"{2 * nproc} rank(s), backend ddp" in results[0].stdout + results[1].stdout
+    crossrank("train", *RUN, "--output_dir", tmp_path / "local")
+    assert np.allclose(losses(tmp_path / "run"), losses(tmp_path / "local"), rtol=0, atol=1e-5)
+
+
+def test_a_host_without_a_name(tmp_path):
+    """An address that nobody knows is an error at once."""
+    result = crossrank("train", *RUN, "--output_dir", tmp_path / "run", check=False, RANK="0", WORLD_SIZE="2",
+                       MASTER_ADDR="nosuch.invalid", MASTER_PORT="29500", LOCAL_RANK="0")  # fmt: skip
+    assert result.returncode == 2
+    assert "MASTER_ADDR nosuch.invalid has no address here" in result.said
