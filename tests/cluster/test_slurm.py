@@ -16,7 +16,7 @@ RUN = ["--recipe", "demo", "--max_train_samples", "330", "--max_eval_samples", "
 SHORT = [*RUN, "--max_steps", "12"]
 LONG = [*RUN, "--max_steps", "120", "--save_strategy", "steps", "--save_steps", "25"]
 # An evaluation of a few seconds after step 5.
-EVALUATING = [*RUN, "--max_steps", "10", "--eval_strategy", "steps", "--eval_steps", "5", "--max_eval_samples", "600",
+EVALUATING = [*RUN, "--max_steps", "10", "--eval_strategy", "steps", "--eval_steps", "5", "--max_eval_samples", "400",
               "--per_device_eval_batch_size", "1"]  # fmt: skip
 BY_TORCHRUN = ["slurm/train.sbatch"]
 BY_SRUN = ["slurm/train_srun.sbatch"]
