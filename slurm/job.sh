@@ -72,6 +72,9 @@ trap 'warn USR2' USR2
 
 # run COMMAND...: the job step. Exits with the ranks' own code; after a warning that they obeyed (85) the job is queued
 # again. The step is in the background because a shell hears signals only while it waits.
+#
+# COMMAND has srun's --kill-on-bad-exit, so that one rank's failure ends all, and --wait=0: srun must stay until Slurm
+# itself has missed a dead node and queued the job again. An srun that gives up before makes the job a failed one.
 run() {
     local code=85
     if [ -z "$warned" ]; then

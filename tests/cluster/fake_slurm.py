@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -48,7 +49,7 @@ JobCompType=jobcomp/none
 GresTypes=gpu
 ReturnToService=2
 SlurmctldTimeout=30
-SlurmdTimeout=20
+SlurmdTimeout={patience}
 KillWait=5
 MinJobAge=3600
 SchedulerType=sched/backfill
@@ -90,11 +91,11 @@ def missing() -> str | None:
 
 
 class Cluster:
-    """`nodes` nodes of four CPUs and `gpus` GPUs. A context manager."""
+    """`nodes` nodes of four CPUs and `gpus` GPUs, dead when silent for `patience` seconds. A context manager."""
 
-    def __init__(self, nodes: int = 2, gpus: int = 2) -> None:
+    def __init__(self, nodes: int = 2, gpus: int = 2, patience: int = 20) -> None:
         self.names = [f"node{i + 1}" for i in range(nodes)]
-        self.gpus = gpus
+        self.gpus, self.patience = gpus, patience
         self.folder = Path(tempfile.mkdtemp(prefix="crossrank-slurm-"))
         self.work = self.folder / "work"
         self.daemons: list[subprocess.Popen] = []
@@ -113,14 +114,16 @@ class Cluster:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.run("scancel", "--user", "root", check=False)
+        if self.daemons:
+            self.run("scancel", "--user", "root", check=False)
         for process in [*self.nodes.values(), *reversed(self.daemons)]:
             # An unshare ignores TERM, and takes its node down when it dies.
             process.send_signal(signal.SIGKILL if process in self.nodes.values() else signal.SIGTERM)
             process.wait()
         for name in self.names:
             for folder in sorted(Path("/sys/fs/cgroup/freezer").glob(f"slurm_{name}/**/"), reverse=True):
-                folder.rmdir()
+                with suppress(OSError):  # a process that is still dying keeps it
+                    folder.rmdir()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _configure(self) -> None:
@@ -135,7 +138,7 @@ class Cluster:
         addresses = {name: f"127.0.0.{11 + i}" for i, name in enumerate(self.names)}
         # Where there are only version 2 cgroups, 22.05 wants systemd; then signals reach fewer processes than really.
         proctrack = "cgroup" if Path("/sys/fs/cgroup/freezer").is_dir() else "linuxproc"
-        conf = CONF.format(host=host, folder=self.folder, port=port[0], proctrack=proctrack)
+        conf = CONF.format(host=host, folder=self.folder, port=port[0], proctrack=proctrack, patience=self.patience)
         for name, number in zip(self.names, port[1:], strict=True):
             conf += NODE.format(name=name, address=addresses[name], port=number, gpus=self.gpus)
             self.show_gpus(name, self.gpus)
