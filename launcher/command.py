@@ -14,7 +14,7 @@ from typing import Any
 
 from launcher.devices import num_present, num_visible
 from launcher.sbatch import SlurmConfig, render, submit
-from trainer.cli import given_fields, make_parser, parse, parse_train
+from trainer.cli import asks_for_help, given_fields, make_parser, parse, parse_train
 from trainer.config import Config, Fields, UserError, unknown
 
 USAGE = """usage: crossrank launch HOW [options] -- train [--recipe NAME] [--field value ...]
@@ -68,7 +68,8 @@ def launch(argv: list[str]) -> None:
         raise UserError(unknown("way to launch", how, WAYS))
     group, start = WAYS[how]
     own, arguments = split(rest)
-    parser = make_parser(f"crossrank launch {how}", (group,), usage=f"crossrank launch {how} [options] -- train ...")
+    usage = f"crossrank launch {how} [options] -- train ..."
+    parser = make_parser(f"crossrank launch {how}", (group,), asks_for_help(own), usage=usage)
     options = group(**given_fields(parse(parser, own), group))
     if not arguments:
         raise UserError("nothing to launch: end the command with -- train and its options")

@@ -18,9 +18,12 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from trainer.config import GROUPS, Config, UserError, read_yaml, recipe_path, unknown
 
 
-def make_parser(prog: str, groups: tuple[type, ...], **kwargs: Any) -> ArgumentParser:
-    """A parser whose options are the fields of `groups`, flat, each group under its own heading."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+def make_parser(prog: str, groups: tuple[type, ...], explained: bool = True, **kwargs: Any) -> ArgumentParser:
+    """A parser whose options are the fields of `groups`, flat, each group under its own heading.
+
+    Without `explained` their docstrings are not read for --help, which takes longer than all else.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=explained)
     parser = ArgumentParser(prog=prog, exit_on_error=False, default_env=False, **kwargs)
     for group in groups:
         parser.add_class_arguments(group, None, fail_untyped=True)
@@ -77,10 +80,15 @@ def _type(options: dict[str, argparse.Action], name: str) -> Any:
     return getattr(options.get(name), "_typehint", None)
 
 
-def train_parser() -> ArgumentParser:
+def asks_for_help(argv: list[str]) -> bool:
+    return "--help" in argv or "-h" in argv
+
+
+def train_parser(explained: bool = True) -> ArgumentParser:
     parser = make_parser(
         "crossrank train",
         GROUPS,
+        explained,
         usage="crossrank train [--recipe NAME] [--config FILE.yaml] [--field value ...]",
         description="Fine-tune a cross-encoder on sentence pairs. Precedence: a field's default < recipe < config "
         "file < command line.",
@@ -92,7 +100,7 @@ def train_parser() -> ArgumentParser:
 
 def parse_train(argv: list[str]) -> Config:
     """The Config of `crossrank train ARGV`. Raises UserError; SystemExit(0) after --help."""
-    parser = train_parser()
+    parser = train_parser(asks_for_help(argv))
     given = parse(parser, argv, defaults=False)
     recipe, config = given.pop("recipe", None), given.pop("config", None)
     values: dict[str, Any] = {}
