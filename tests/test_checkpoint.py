@@ -16,7 +16,8 @@ from trainer.backends.deepspeed import CONFIGS
 from trainer.checkpoint import Checkpoints, Damaged, load
 
 RUN = ["--recipe", "demo", "--max_train_samples", "330", "--max_eval_samples", "101", "--max_test_samples", "101",
-       "--logging_steps", "1", "--num_train_epochs", "2", "--save_steps", "2", "--eval_steps", "4"]  # fmt: skip
+       "--logging_steps", "1", "--num_train_epochs", "2", "--save_steps", "2", "--eval_steps", "4",
+       "--track_emissions", "false", "--write_report", "false"]  # fmt: skip
 DROPOUT = ["--dropout", "0.1"]
 ZERO = {path.stem: ["--deepspeed", path.stem] for path in CONFIGS.glob("*.json")}
 BACKENDS = {"ddp": [], "fsdp": ["--backend", "fsdp"], **ZERO}

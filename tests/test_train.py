@@ -11,7 +11,8 @@ from conftest import crossrank, events, losses, torchrun
 from safetensors.torch import load_file
 
 SMALL = ["--recipe", "demo", "--max_train_samples", "330", "--max_eval_samples", "101", "--max_test_samples", "101",
-         "--logging_steps", "1", "--num_train_epochs", "2", "--dropout", "0.1", "--max_grad_norm", "0.5"]  # fmt: skip
+         "--logging_steps", "1", "--num_train_epochs", "2", "--dropout", "0.1", "--max_grad_norm", "0.5",
+         "--track_emissions", "false", "--write_report", "false"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ USAGE = """usage: crossrank VERB ...
   train      fine-tune a cross-encoder           crossrank train --recipe demo
   evaluate   score a model on labelled pairs     crossrank evaluate MODEL_DIR --test_file pairs.parquet
   predict    classify new pairs                  crossrank predict MODEL_DIR --input pairs.jsonl
+  report     model card and pictures of a run    crossrank report RUN_DIR [RUN_DIR ...]
   doctor     check this machine                  crossrank doctor --ranks 2
   launch     start a run: here, by torchrun      crossrank launch slurm --nodes 2 --gpus_per_node 4 -- train ...
              or in a Slurm job
@@ -36,9 +37,9 @@ def train(argv: list[str]) -> None:
     from trainer.cli import parse_train
 
     config = parse_train(argv)
-    from trainer import train as training
+    from trainer import api
 
-    training.train(config)
+    api.train(config)
 
 
 def evaluate(argv: list[str]) -> None:
@@ -65,6 +66,18 @@ def predict(argv: list[str]) -> None:
     predict_file(values["model"], pairs, inference)
 
 
+def report(argv: list[str]) -> None:
+    from trainer.cli import make_parser, parse
+    from trainer.report import report as write
+    from trainer.run import say
+
+    parser = make_parser("crossrank report", (), usage="crossrank report RUN_DIR [RUN_DIR ...] [--output_dir FOLDER]")
+    parser.add_argument("runs", metavar="RUN_DIR", nargs="+", help="run folders; several are compared")
+    parser.add_argument("--output_dir", default="report", help="where the comparison of several runs goes")
+    values = parse(parser, argv)
+    write(values["runs"], values["output_dir"], say)
+
+
 def doctor(argv: list[str]) -> None:
     from trainer.cli import given_fields, make_parser, parse
     from trainer.doctor import DoctorConfig, diagnose
@@ -84,6 +97,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "report": report,
     "doctor": doctor,
     "launch": launch,
 }

@@ -98,8 +98,8 @@ def train_parser(explained: bool = True) -> ArgumentParser:
     return parser
 
 
-def parse_train(argv: list[str]) -> Config:
-    """The Config of `crossrank train ARGV`. Raises UserError; SystemExit(0) after --help."""
+def parse_train(argv: list[str], fields: dict[str, Any] | None = None) -> Config:
+    """The Config of `crossrank train ARGV`, over which `fields` go. Raises UserError; SystemExit(0) after --help."""
     parser = train_parser(asks_for_help(argv))
     given = parse(parser, argv, defaults=False)
     recipe, config = given.pop("recipe", None), given.pop("config", None)
@@ -108,7 +108,11 @@ def parse_train(argv: list[str]) -> Config:
         values |= {"run_name": recipe} | _typed_yaml(recipe_path(recipe), parser)
     if config is not None:
         values |= _typed_yaml(Path(config), parser)
-    return Config(**values | given)
+    names = {own.name for own in dataclasses.fields(Config)}
+    for name in fields or {}:
+        if name not in names:
+            raise UserError(unknown("field", name, names))
+    return Config(**values | given | (fields or {}))
 
 
 def _typed_yaml(path: Path, parser: ArgumentParser) -> dict[str, Any]:

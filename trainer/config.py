@@ -231,6 +231,27 @@ class LoggingConfig(Fields):
 
     logging_steps: int = 100
     """Steps between log lines; the loss is the mean over them."""
+    report_to: list[str] = field(default_factory=list)
+    """Trackers beside metrics.jsonl: `tensorboard`, `wandb`; each is an extra, as in pip install crossrank[wandb]."""
+    track_emissions: bool = True
+    """Measure energy and emissions of every node with codecarbon."""
+    country_iso_code: str | None = None
+    """Where the electricity comes from, as three letters such as FRA; None = from this machine's address, and without
+    network the world's average."""
+    write_report: bool = True
+    """Write model card, pictures and report.html at the end; `crossrank report RUN` writes them at any time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubConfig(Fields):
+    """Hub"""
+
+    push_to_hub: bool = False
+    """Upload the model folder when the run is done; needs write_report, and a login by `hf auth login` or HF_TOKEN."""
+    hub_model_id: str | None = None
+    """Repository, as name or owner/name; None = the run folder's name."""
+    hub_private_repo: bool = False
+    """Make the repository private if it does not exist."""
 
 
 GROUPS: tuple[type, ...] = (
@@ -243,11 +264,13 @@ GROUPS: tuple[type, ...] = (
     EvaluationConfig,
     CheckpointConfig,
     LoggingConfig,
+    HubConfig,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(
+    HubConfig,
     LoggingConfig,
     CheckpointConfig,
     EvaluationConfig,
@@ -281,6 +304,13 @@ class Config(
                 raise UserError(unknown("preemption signal", name, SIGNALS))
         if self.skip_nonfinite and (self.backend == "deepspeed" or self.deepspeed):
             raise UserError("skip_nonfinite does not work with DeepSpeed, which steps by itself")
+        for name in self.report_to:
+            if name not in TRACKERS:
+                raise UserError(unknown("tracker", name, TRACKERS))
+        if self.country_iso_code and not (len(self.country_iso_code) == 3 and self.country_iso_code.isupper()):
+            raise UserError(f"country_iso_code {self.country_iso_code!r} must be three capital letters, such as FRA")
+        if self.push_to_hub and not self.write_report:
+            raise UserError("push_to_hub needs write_report, since a model goes there with its card")
         if self.dataset_name is None and self.train_file is None:
             raise UserError("no data: give --train_file FILE, --dataset_name NAME, or a --recipe that names a data set")
         if self.label_names is not None and len(set(self.label_names)) != len(self.label_names):
@@ -288,6 +318,7 @@ class Config(
 
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")
+TRACKERS = ("tensorboard", "wandb")
 # What a resumed run may change: it decides where and how fast, not what is computed. Files are compared by content.
 HARMLESS = (
     "output_dir",
@@ -312,6 +343,13 @@ HARMLESS = (
     "torch_compile",
     "unpad",
     "skip_nonfinite",
+    "report_to",
+    "track_emissions",
+    "country_iso_code",
+    "write_report",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
 )
 METRICS = ("accuracy", "f1_macro", "f1_micro", "f1_weighted", "loss")
 POSITIVE = (

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,10 @@ SPLITS: dict[Role, tuple[str, ...]] = {
 NLI = ("entailment", "neutral", "contradiction")
 NO_CONSENSUS = "-"
 LONGEST_ROW = 1 << 26  # bytes
+# AllNLI's splits by their number of rows, and the row where SNLI ends and MultiNLI begins: it has no column for that.
+ALLNLI = {942069: 549367, 19657: 9842, 19656: 9824}
 SUFFIXES = (".parquet", ".csv", ".tsv", ".txt", ".jsonl", ".json", ".ndjson", ".gz")
+CSV, JSONL = (".csv", ".tsv", ".txt"), (".jsonl", ".json", ".ndjson")
 PREMISE, HYPOTHESIS, LABEL = ("premise", "sentence1"), ("hypothesis", "sentence2"), ("label", "gold_label")
 # Name for messages, rows, and the class names of those columns whose integers have names.
 Loaded = tuple[str, pa.Table, dict[str, list[str]]]
@@ -49,6 +53,7 @@ class Pairs:
     source: list[str] | None
     label_names: tuple[str, ...]
     num_dropped: int = 0
+    columns: tuple[str, ...] = ("premise", "hypothesis", "label")  # as the source calls them
 
     def __len__(self) -> int:
         return len(self.premise)
@@ -117,6 +122,20 @@ def _load_file(config: DataConfig, role: Role) -> Loaded | None:
 
 def read_table(path: Path) -> pa.Table:
     """A parquet, csv, tsv, txt or jsonl file, each also gzipped, by its name. Raises UserError naming the file."""
+    kind = kind_of(path)
+    with readable(path, kind):
+        if kind == ".parquet":
+            from pyarrow import parquet
+
+            with pa.input_stream(path) as stream:  # which inflates a .gz
+                return parquet.read_table(pa.BufferReader(stream.read()) if path.suffix == ".gz" else path)
+        if kind in CSV:
+            return _read_csv(path, tabs=kind != ".csv")
+        return _read_jsonl(path)
+
+
+def kind_of(path: Path) -> str:
+    """The file's ending, without .gz. Raises UserError where nothing can be read from such a file."""
     if not path.is_file():
         raise UserError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     with path.open("rb") as file:
@@ -124,25 +143,27 @@ def read_table(path: Path) -> pa.Table:
     if beginning in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(f"{path}: text in UTF-16; save it as UTF-8")
     kind = next((s for s in reversed(path.suffixes) if s != ".gz"), "")
-    try:
-        if kind == ".parquet":
-            from pyarrow import parquet
+    if kind not in (".parquet", *CSV, *JSONL):
+        raise UserError(f"{path}: unknown kind of file; use .parquet, .csv, .tsv, .txt or .jsonl, each also with .gz")
+    return kind
 
-            with pa.input_stream(path) as stream:  # which inflates a .gz
-                return parquet.read_table(pa.BufferReader(stream.read()) if path.suffix == ".gz" else path)
-        if kind in (".csv", ".tsv", ".txt"):
-            return _read_csv(path, tabs=kind != ".csv")
-        if kind in (".jsonl", ".json", ".ndjson"):
-            return _read_jsonl(path)
-    except (pa.ArrowException, OSError, ValueError, zlib.error) as error:
+
+@contextmanager
+def readable(path: Path, kind: str) -> Iterator[None]:
+    """Turns what a reader says of a damaged file into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, EOFError, ValueError, zlib.error) as error:
         reason = " ".join(str(error).split())
         # pyarrow counts the lines of a csv file from 1, the header among them.
         reason = re.sub(r"Row #(\d+)", lambda row: f"row {int(row[1]) - 2}", reason)
         raise UserError(f"{path}: cannot be read as {kind[1:]}: {reason}; mend the file or get it anew") from None
-    raise UserError(f"{path}: unknown kind of file; use .parquet, .csv, .tsv, .txt or .jsonl, each also with .gz")
 
 
-def _read_csv(path: Path, tabs: bool) -> pa.Table:
+def open_csv(path: Path, tabs: bool) -> Any:
+    """A reader of record batches, all columns text."""
     from pyarrow import csv
 
     # Tab-separated NLI files have stray quotes, which mean nothing there.
@@ -157,7 +178,12 @@ def _read_csv(path: Path, tabs: bool) -> pa.Table:
         header = reader.schema.names
     # A premise that says "1" or "null" is text, neither a number nor missing.
     as_text = csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string()), strings_can_be_null=False)
-    return csv.read_csv(path, one_thread, parsing, as_text)
+    return csv.open_csv(path, one_thread, parsing, as_text)
+
+
+def _read_csv(path: Path, tabs: bool) -> pa.Table:
+    with open_csv(path, tabs) as reader:
+        return reader.read_all()
 
 
 def _read_jsonl(path: Path) -> pa.Table:
@@ -223,34 +249,39 @@ def _check(
     class_names: dict[str, list[str]],
     limit: int | None,
 ) -> Pairs:
-    premise, hypothesis = _text_columns(table, place, config.premise_column, config.hypothesis_column)
+    texts = _text_columns(table, place, config.premise_column, config.hypothesis_column)
+    premise, hypothesis = (table[name] for name in texts)
     label = _column(table, place, "label_column", config.label_column, LABEL)
     own_names = class_names.get(label, config.label_names)
     numbers, names = _class_numbers(table[label], place, label_names, own_names)
     kept = np.flatnonzero(numbers >= 0)[:limit]
     if len(kept) == 0:
         raise UserError(f"{place}: no pair with a label ({table.num_rows} rows)")
-    source = next((table[name] for name in ("source", "genre") if name in table.column_names), None)
+    column = next((table[name] for name in ("source", "genre") if name in table.column_names), None)
+    source = None if column is None else [str(s) for s in column.take(kept).to_pylist()]
+    if source is None and (border := ALLNLI.get(table.num_rows)) and Path(config.dataset_name or "").name == "all-nli":
+        source = ["SNLI" if row < border else "MNLI" for row in kept.tolist()]
     return Pairs(
         name=place,
         premise=_text(premise, place, "premise", kept),
         hypothesis=_text(hypothesis, place, "hypothesis", kept),
         label=numbers[kept],
         row=kept,
-        source=None if source is None else [str(s) for s in source.take(kept).to_pylist()],
+        source=source,
         label_names=names,
         num_dropped=int((numbers[: kept[-1] + 1 if len(kept) == limit else None] < 0).sum()),
+        columns=(*texts, label),
     )
 
 
 def _text_columns(
     table: pa.Table, place: str, premise_column: str | None, hypothesis_column: str | None
-) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+) -> tuple[str, str]:
     premise = _column(table, place, "premise_column", premise_column, PREMISE)
     hypothesis = _column(table, place, "hypothesis_column", hypothesis_column, HYPOTHESIS)
     if premise == hypothesis:
         raise UserError(f"{place}: premise and hypothesis are both column {premise!r}; name two columns")
-    return table[premise], table[hypothesis]
+    return premise, hypothesis
 
 
 def _column(table: pa.Table, place: str, field: str, name: str | None, usual: tuple[str, ...]) -> str:
@@ -266,7 +297,7 @@ def _column(table: pa.Table, place: str, field: str, name: str | None, usual: tu
     )
 
 
-def _text(column: pa.ChunkedArray, place: str, field: str, rows: np.ndarray) -> list[str]:
+def _text(column: pa.ChunkedArray, place: str, field: str, rows: np.ndarray, start: int = 0) -> list[str]:
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
         raise UserError(f"{place}: {field} must be text, found {column.type}")
@@ -275,7 +306,9 @@ def _text(column: pa.ChunkedArray, place: str, field: str, rows: np.ndarray) -> 
     if blank.any():
         first = int(np.flatnonzero(blank)[0])
         what = "null" if column[first].as_py() is None else "empty"
-        raise UserError(f"{place}, row {rows[first]}: {field} is {what} (of {int(blank.sum())} such rows the first)")
+        raise UserError(
+            f"{place}, row {start + rows[first]}: {field} is {what} (of {int(blank.sum())} such rows the first)"
+        )
     return column.to_pylist()
 
 
@@ -357,11 +390,14 @@ def _renumber(numbers: np.ndarray, own_names: list[str], label_names: list[str],
     return order[numbers]
 
 
-def unlabelled(table: pa.Table, place: str, premise_column: str | None, hypothesis_column: str | None) -> Pairs:
-    """Pairs without labels, for prediction; `label` is 0 everywhere. Raises UserError naming a row without text."""
-    premise, hypothesis = _text_columns(table, place, premise_column, hypothesis_column)
+def unlabelled(
+    table: pa.Table, place: str, premise_column: str | None, hypothesis_column: str | None, start: int = 0
+) -> Pairs:
+    """Pairs without labels, for prediction; `label` is 0 everywhere. Raises UserError naming a row without text.
+
+    `start` is the first row's number in its file.
+    """
+    premise, hypothesis = (table[c] for c in _text_columns(table, place, premise_column, hypothesis_column))
     rows = np.arange(table.num_rows)
-    if len(rows) == 0:
-        raise UserError(f"{place}: no pairs")
-    texts = _text(premise, place, "premise", rows), _text(hypothesis, place, "hypothesis", rows)
-    return Pairs(place, *texts, label=np.zeros_like(rows), row=rows, source=None, label_names=())
+    texts = _text(premise, place, "premise", rows, start), _text(hypothesis, place, "hypothesis", rows, start)
+    return Pairs(place, *texts, label=np.zeros_like(rows), row=start + rows, source=None, label_names=())

@@ -28,6 +28,7 @@ from trainer.config import Config, Preempted, TrainingFailed, num_forwards
 from trainer.data import Pairs, Role, split_name
 from trainer.dist import World
 from trainer.dropout import hash_key
+from trainer.energy import Meter, write_csv
 from trainer.evaluate import Evaluation, evaluate
 from trainer.model import CrossEncoder, save_trained
 from trainer.optim import learning_rate
@@ -78,6 +79,7 @@ class Totals:
     evaluated: int = 0
     interruptions: int = 0
     skipped_steps: int = 0
+    energy: list[dict[str, Any]] = field(default_factory=list)  # a row a node and stretch of the run, those before
 
 
 @dataclass(kw_only=True)
@@ -88,6 +90,7 @@ class Trainer:
     world: World
     folder: Path
     journal: Journal
+    meter: Meter
     splits: dict[Role, Pairs]
     tokens: dict[Role, Tokens]
     sampler: GlobalBatchSampler
@@ -165,7 +168,7 @@ class Trainer:
         state = {
             "sampler": self.sampler.state_dict(),
             "num_updates": self.sampler.step - self.totals.skipped_steps,
-            "totals": dataclasses.asdict(self.totals),
+            "totals": dataclasses.asdict(self.totals) | {"energy": self.energy()},
             "best": self.best,
             "window": {
                 "loss": float(self.world.sum(window.loss.clone())),
@@ -184,6 +187,13 @@ class Trainer:
         if self.world.is_main:
             self.checkpoints.save(self.sampler.step, tensors, state)
         self.saved_step = self.sampler.step
+
+    def energy(self) -> list[dict[str, Any]]:
+        """The rows of all stretches, this one up to now, on rank 0; also in emissions.csv. Every rank takes part."""
+        rows = self.totals.energy + self.meter.rows()
+        if self.world.is_main and rows:
+            write_csv(self.folder / "emissions.csv", rows)
+        return rows
 
     def leave(self) -> None:
         """Saves on request. Raises Preempted with what to tell the user."""

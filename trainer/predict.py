@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import sys
-import tempfile
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from tqdm import tqdm
 
 from trainer import dist, run
 from trainer.config import METRICS, DataConfig, Fields, ModelConfig, UserError
-from trainer.data import Pairs, load_pairs, read_table, split_name, unlabelled
+from trainer.data import Pairs, load_pairs, split_name, unlabelled
 from trainer.dist import World
 from trainer.evaluate import evaluate, predict_logits, write_predictions
 from trainer.metrics import log_softmax
 from trainer.model import CrossEncoder, load_trained, longest_input
 from trainer.precision import check_bf16
+from trainer.stream import WRITERS, open_output, stream, stream_stdin
 from trainer.tokens import Tokens, cache_folder, tokenize
 
 
@@ -58,7 +55,7 @@ class PredictConfig(Fields):
     """File of pairs: jsonl, csv, tsv or parquet, each also .gz; - = stdin, as jsonl or as two tab-separated columns
     without a header."""
     output: str = "-"
-    """File of predictions, .jsonl, .csv or .tsv by its name; - = jsonl on stdout."""
+    """File of predictions, .jsonl, .csv, .tsv or .parquet by its name; - = jsonl on stdout."""
     premise_column: str | None = None
     """None = `premise`, else `sentence1`."""
     hypothesis_column: str | None = None
@@ -123,76 +120,48 @@ def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, ou
     return metrics
 
 
+def predict_pairs(folder: str, pairs: list[tuple[str, str]], config: InferenceConfig) -> np.ndarray:
+    """Probabilities (n, classes) of pairs, in order, on every rank. Raises UserError naming a pair without text."""
+    world = dist.start(config.ddp_timeout)
+    predictor = Predictor(folder, config, world)
+    if not pairs:
+        return np.empty((0, len(predictor.label_names)))
+    table = pa.table({"premise": [premise for premise, _ in pairs], "hypothesis": [text for _, text in pairs]})
+    logits = predictor.logits(unlabelled(table, "pairs", None, None))
+    return np.array(world.broadcast(None if logits is None else np.exp(log_softmax(logits)).tolist()))
+
+
 def predict_file(folder: str, config: PredictConfig, inference: InferenceConfig) -> None:
-    """Reads pairs, writes the class and the classes' probabilities of each, in order."""
-    if config.output != "-" and Path(config.output).suffix not in (".jsonl", ".csv", ".tsv"):
-        raise UserError(f"{config.output}: unknown kind of file; use .jsonl, .csv or .tsv")
-    if config.output != "-" and Path(config.output).exists():
-        raise UserError(f"{config.output} exists and is never overwritten; choose another --output")
-    if config.output != "-" and not Path(config.output).absolute().parent.is_dir():
-        raise UserError(f"{config.output}: no such folder")
+    """Reads pairs, writes the class and the classes' probabilities of each, in order, a part of the file at a time."""
+    check_output(config.output)
     world = dist.start(inference.ddp_timeout)
     if world.size > 1 and config.input == "-":
         raise UserError("stdin reaches one rank alone; give several ranks a file as --input")
-    table = read_stdin() if config.input == "-" else read_table(Path(config.input))
     place = "stdin" if config.input == "-" else config.input
-    pairs = unlabelled(table, place, config.premise_column, config.hypothesis_column)
-    predictor = Predictor(folder, inference, world)
-    logits = predictor.logits(pairs)
-    if logits is not None:
-        write(config.output, predictor.label_names, np.exp(log_softmax(logits)))
+    tables = stream_stdin() if config.input == "-" else stream(Path(config.input))
+    first = next(tables, None)
+    if first is None:
+        raise UserError(f"{place}: no pairs")
+    parts = itertools.chain([first], tables)
+    predictor, done = Predictor(folder, inference, world), 0
+    bar = tqdm(unit="pair", desc="predicting", disable=None if world.is_main else True)
+    with bar, open_output(config.output if world.is_main else None, predictor.label_names) as write:
+        for table in parts:
+            pairs = unlabelled(table, place, config.premise_column, config.hypothesis_column, start=done)
+            logits = predictor.logits(pairs)
+            if logits is not None:
+                write(np.exp(log_softmax(logits)))
+            done += len(pairs)
+            bar.update(len(pairs))
 
 
-def read_stdin() -> pa.Table:
-    """jsonl, or premise and hypothesis separated by a tab."""
-    try:
-        text = sys.stdin.read().removeprefix("\ufeff")
-    except UnicodeDecodeError:
-        raise UserError("stdin is not UTF-8 text") from None
-    if text.lstrip().startswith("{"):
-        with tempfile.NamedTemporaryFile("w", suffix=".jsonl", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            try:
-                return read_table(Path(file.name))
-            except UserError as error:
-                raise UserError(str(error).replace(file.name, "stdin")) from None
-    rows = [line.split("\t") for line in text.split("\n") if line.strip()]
-    for number, row in enumerate(rows):
-        if len(row) != 2:
-            raise UserError(f"stdin, row {number}: expected premise<TAB>hypothesis or jsonl, found {len(row)} columns")
-    return pa.table({"premise": [row[0] for row in rows], "hypothesis": [row[1] for row in rows]})
-
-
-def write(output: str, label_names: list[str], probabilities: np.ndarray) -> None:
-    """One row a pair: label and the probability of every class."""
-    separator = {".csv": ",", ".tsv": "\t"}.get(Path(output).suffix)
-    rows = _as_csv(label_names, probabilities, separator) if separator else _as_jsonl(label_names, probabilities)
-    try:
-        if output == "-":
-            sys.stdout.writelines(rows)
-            sys.stdout.flush()
-            return
-        with Path(output).open("w", encoding="utf-8", newline="") as file:
-            file.writelines(rows)
-    except BrokenPipeError:  # the reader has had enough
-        raise
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}") from None
-
-
-def _as_jsonl(label_names: list[str], probabilities: np.ndarray) -> Iterator[str]:
-    for row in probabilities:
-        scores = {name: round(float(p), 6) for name, p in zip(label_names, row, strict=True)}
-        yield json.dumps({"label": label_names[int(row.argmax())], "scores": scores}, ensure_ascii=False) + "\n"
-
-
-def _as_csv(label_names: list[str], probabilities: np.ndarray, separator: str) -> Iterator[str]:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, delimiter=separator, lineterminator="\n")
-    writer.writerow(["label", *(f"score_{name}" for name in label_names)])
-    for row in probabilities:
-        writer.writerow([label_names[int(row.argmax())], *(f"{p:.6f}" for p in row)])
-        yield buffer.getvalue()
-        buffer.seek(0)
-        buffer.truncate()
+def check_output(output: str) -> None:
+    """Before any work is done. Raises UserError."""
+    if output == "-":
+        return
+    if Path(output).suffix not in WRITERS:
+        raise UserError(f"{output}: unknown kind of file; use {', '.join(WRITERS)}")
+    if Path(output).exists():
+        raise UserError(f"{output} exists and is never overwritten; choose another --output")
+    if not Path(output).absolute().parent.is_dir():
+        raise UserError(f"{output}: no such folder")

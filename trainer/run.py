@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,10 @@ def rewind(path: Path, state: dict[str, Any] | None) -> None:
 
 
 class Journal:
-    """metrics.jsonl, log lines and the progress bar. Silent without a folder, as on every rank but 0."""
+    """metrics.jsonl, trackers, log lines and the progress bar. Silent without a folder, as on every rank but 0."""
 
-    def __init__(self, folder: Path | None, num_steps: int, step: int = 0) -> None:
+    def __init__(self, folder: Path | None, num_steps: int, step: int = 0, trackers: Sequence[Any] = ()) -> None:
+        self.trackers = trackers
         self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8") if folder else None
         self.num_events = len((folder / "metrics.jsonl").read_bytes().splitlines()) if folder else 0
         self.bar = tqdm(
@@ -108,6 +110,8 @@ class Journal:
 
     def close(self) -> None:
         self.bar.close()
+        for tracker in self.trackers:
+            tracker.close()
         if self.file:
             self.file.close()
 
@@ -120,6 +124,25 @@ class Journal:
             self.file.write(json.dumps({"event": event, **values}) + "\n")
             self.file.flush()
             self.num_events += 1
+        for tracker in self.trackers:
+            tracker.log(named(event, values), values["step"])
+
+
+def named(event: str, values: dict[str, Any]) -> dict[str, float]:
+    """An event's numbers as trackers show them: `train/loss`, `AllNLI-dev/f1_macro`."""
+    group = values.get("split", event)
+    return {
+        f"{group}/{name}": float(value)
+        for name, value in values.items()
+        if isinstance(value, (int, float)) and name != "step"
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:

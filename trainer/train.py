@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from trainer import dist, run
+from trainer import dist, energy, run
+from trainer.about import about, example_scores
 from trainer.backends import make_backend
 from trainer.checkpoint import Checkpoint, Checkpoints, cannot_write, load_given
 from trainer.config import (
@@ -21,9 +22,10 @@ from trainer.config import (
     global_batch_size,
     total_steps,
 )
-from trainer.data import Pairs, load_splits, split_name
+from trainer.data import Pairs, Role, load_splits, split_name
 from trainer.dist import World
-from trainer.evaluate import write_predictions
+from trainer.energy import Meter
+from trainer.evaluate import Evaluation, evaluate, write_predictions
 from trainer.loop import Trainer
 from trainer.model import CrossEncoder, compile_layers, load_for_training, longest_input
 from trainer.precision import allow_tf32, check_bf16
@@ -31,11 +33,13 @@ from trainer.preempt import Preemption
 from trainer.run import Journal
 from trainer.sampler import GlobalBatchSampler, Step
 from trainer.tokens import Tokens, cache_folder, tokenize
+from trainer.trackers import start_trackers
 
 
 def prepare(config: Config, world: World) -> Trainer:
     """Reads and checks everything that the run needs, before its first step. Raises UserError."""
     say = run.say if world.is_main else lambda text: None
+    meter = Meter(config, world, say)
     preemption = Preemption(world, config.preemption_signals)
     backend = make_backend(config, world)
     opened, resuming = run.open_run(config) if world.is_main else (None, None)
@@ -73,6 +77,10 @@ def prepare(config: Config, world: World) -> Trainer:
     start, lock = None, None
     if world.is_main:
         lock = run.claim(folder, config)
+        run.write_json(
+            folder / "about.json",
+            about(config, splits, tokens, batch_size, model, max_length, world) | {"backend": backend.name},
+        )
         checkpoints.clear_remains()
         start = find_start(config, checkpoints, resuming, say)
     state = world.broadcast(start.state if start else None)
@@ -81,7 +89,8 @@ def prepare(config: Config, world: World) -> Trainer:
     if world.is_main and resuming:
         own = start is not None and start.path.parent == checkpoints.folder
         run.rewind(folder / "metrics.jsonl", state if own else None)
-    journal = Journal(folder if world.is_main else None, num_steps, sampler.step)
+    trackers = start_trackers(config, folder, sampler.step, say) if world.is_main else []
+    journal = Journal(folder if world.is_main else None, num_steps, sampler.step, trackers)
     num_parameters = sum(p.numel() for p in model.parameters())
     say(
         f"{num_parameters:,} parameters on {world.device.type}, {world.size} rank(s), backend {backend.name}; "
@@ -94,6 +103,7 @@ def prepare(config: Config, world: World) -> Trainer:
         world=world,
         folder=folder,
         journal=journal,
+        meter=meter,
         splits=splits,
         tokens=tokens,
         sampler=sampler,
@@ -179,19 +189,38 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         trainer.backend.load_weights(trainer.model.model, best)
     else:
         trainer.save_model()
-    metrics = {}
+    metrics: dict[str, Any] = {}
+    examples: list[dict[str, Any]] = []
     for role in ("dev", "test"):
         if role in trainer.splits:
             result = trainer.evaluate(role, step=trainer.sampler.num_steps)
             metrics[split_name(trainer.config, role)] = result.scores
+            exact = in_fp32(trainer, role) if trainer.config.bf16 else result
+            if exact is not result:
+                result.scores["fp32"] = {name: exact.scores[name] for name in METRICS}
+            if exact.logits is not None and not examples:
+                examples = example_scores(trainer.splits[role], exact.logits)
             if result.logits is not None:
                 path = trainer.folder / "predictions" / f"{split_name(trainer.config, role)}.parquet"
                 write_predictions(path, trainer.splits[role], result.logits)
-    summary = summarise(trainer, metrics)
+    summary = summarise(trainer, metrics) | {"examples": examples}
     trainer.checkpoints.wait()
     if trainer.world.is_main:
         run.write_json(trainer.folder / "results.json", summary)
     return summary
+
+
+def in_fp32(trainer: Trainer, role: Role) -> Evaluation:
+    """The same split scored without autocast, as most users of the model will run it."""
+    return evaluate(
+        trainer.model,
+        trainer.splits[role],
+        trainer.tokens[role],
+        trainer.world,
+        trainer.config.per_device_eval_batch_size,
+        bf16=False,
+        check=trainer.preemption.check,
+    )
 
 
 def summarise(trainer: Trainer, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -213,13 +242,17 @@ def summarise(trainer: Trainer, metrics: dict[str, Any]) -> dict[str, Any]:
         },
         "world_size": trainer.world.size,
         "backend": trainer.backend.name,
+        "energy": energy.summarise(trainer.energy(), totals.samples),
         "versions": run.versions(),
         "git": run.git_state(),
     }
 
 
-def train(config: Config) -> dict[str, Any]:
-    """The whole run on this rank. Returns what results.json holds. Raises Preempted after a signal."""
+def train(config: Config, report: Callable[[Path], None] | None = None) -> dict[str, Any]:
+    """The whole run on this rank. Returns what results.json holds. Raises Preempted after a signal.
+
+    `report` gets the folder of the finished run, on rank 0.
+    """
     world = dist.start(config.ddp_timeout)
     trainer = prepare(config, world)
     try:
@@ -241,10 +274,13 @@ def train(config: Config) -> dict[str, Any]:
             raise TrainingFailed(f"step {trainer.sampler.step}: {reason}") from None
         raise
     finally:
+        trainer.meter.close()
+        trainer.journal.close()
         trainer.checkpoints.wait()  # a rank that fails leaves at once, but not in the middle of a checkpoint
-    trainer.journal.close()
     if world.is_main:
         for split, scores in results["metrics"].items():
             run.say(f"{split}: " + ", ".join(f"{name} {scores[name]:.4f}" for name in METRICS))
+        if report:
+            report(trainer.folder)
         run.say(f"model: {trainer.folder / 'model'}")
     return results

@@ -1,0 +1,83 @@
+"""crossrank from Python: predict, evaluate, train. The command line's verbs are these functions.
+
+    from trainer.api import evaluate, predict, train
+
+    results = train(recipe="demo", output_dir="runs/mine")
+    scores = predict("runs/mine/model", [("A man sleeps.", "A person rests.")])
+    metrics = evaluate("runs/mine/model", test_file="test.parquet")
+
+Fields are those of the command line, by the same names. Mistakes in the input raise trainer.config.UserError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer import hub, run
+from trainer import train as training
+from trainer.cli import given_fields, parse_train
+from trainer.config import Config, DataConfig, UserError, first_line, unknown
+from trainer.predict import EvaluateConfig, InferenceConfig, evaluate_model, predict_pairs
+from trainer.report import write_report
+
+
+def train(config: Config | None = None, *, recipe: str | None = None, **fields: Any) -> dict[str, Any]:
+    """A whole run, as `crossrank train`; on several ranks, every rank calls it.
+
+    Args:
+        config: all fields, validated; or else
+        recipe: named settings, which `fields` override.
+
+    Returns:
+        What results.json holds.
+    """
+    if config is None:
+        config = parse_train(["--recipe", recipe] if recipe else [], fields)
+    if config.push_to_hub and config.hub_model_id:
+        hub.repository(config, Path(config.hub_model_id))  # a name that is not allowed is no reason to train first
+    return training.train(config, partial(leave, config))
+
+
+def leave(config: Config, folder: Path) -> None:
+    """The card and pictures of a finished run, which nothing that goes wrong here makes unfinished; and the upload."""
+    if not config.write_report:
+        return
+    try:
+        write_report(folder)
+    except Exception as error:  # in a library that draws or renders, or a full disk
+        run.say(f"warning: no report was written ({first_line(error)}); crossrank report {folder} does it again")
+    if config.push_to_hub:
+        hub.push(config, folder, run.say)
+
+
+def predict(model: str | Path, pairs: Iterable[tuple[str, str]], **options: Any) -> np.ndarray:
+    """Probabilities (n, classes) of n pairs, in their order; the classes' names are in the model's config.json.
+
+    Args:
+        model: folder of a trained model.
+        options: fields of `crossrank predict --help`'s group Inference, such as bf16.
+    """
+    return predict_pairs(str(model), list(pairs), _checked(InferenceConfig, options))
+
+
+def evaluate(model: str | Path, **fields: Any) -> dict[str, Any]:
+    """Scores of a trained model on the splits of labelled pairs that `fields` name, by split; see metrics.py."""
+    groups: tuple[Any, ...] = (DataConfig, InferenceConfig, EvaluateConfig)
+    names = {name for group in groups for name in group.__dataclass_fields__}
+    for name in fields:
+        if name not in names:
+            raise UserError(unknown("field", name, names))
+    data, inference, output = (group(**given_fields(fields, group)) for group in groups)
+    return evaluate_model(str(model), data, inference, output)
+
+
+def _checked(group: type, fields: dict[str, Any]) -> Any:
+    for name in fields:
+        if name not in group.__dataclass_fields__:  # type: ignore[attr-defined]
+            raise UserError(unknown("field", name, group.__dataclass_fields__))  # type: ignore[attr-defined]
+    return group(**fields)

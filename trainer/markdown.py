@@ -1,0 +1,82 @@
+"""Markdown and HTML from the words of others: escaped, shortened, in tables that hold together."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+TEMPLATES = Path(__file__).parent
+LONGEST = 300
+MARKUP = re.compile(r"[&<>|`*_\[\]\\$~#]|://")
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def escape(value: object, longest: int = LONGEST) -> Markup:
+    """Plain text for any place of a Markdown document, a table's cell among them: one line that means no markup."""
+    text = str(value)
+    if len(text) > longest:
+        text = text[:longest] + "..."
+    text = UNPRINTABLE.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = MARKUP.sub(lambda found: "".join(f"&#{ord(c)};" for c in found[0]), text)
+    return Markup(text.replace("\n", "<br>").replace("\t", " "))  # noqa: S704
+
+
+def code(value: object) -> Markup:
+    """The same as code: <code> and entities, because backticks show an entity's letters."""
+    return Markup(f"<code>{escape(value)}</code>")  # noqa: S704
+
+
+def line(value: object) -> Markup:
+    """A line inside a fenced block, where only the fence itself has a meaning."""
+    return Markup(UNPRINTABLE.sub("\ufffd", str(value)).replace("\n", " ").replace("```", "` ` `"))  # noqa: S704
+
+
+def table(header: Sequence[object], rows: Sequence[Sequence[object]], align: str = "") -> Markup:
+    """A Markdown table of cells that are escaped already; `align` has l or c for each column."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
+    align = align or "l" * len(header)
+    rule = [
+        f":{'-' * width}:" if kind == "c" else f":{'-' * (width + 1)}"
+        for width, kind in zip(widths, align, strict=True)
+    ]
+    lines = [f"| {' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True))} |" for row in cells]
+    return Markup("\n".join([lines[0], f"|{'|'.join(rule)}|", *lines[1:]]))  # noqa: S704
+
+
+def environment() -> Environment:
+    """Escapes whatever a template does not hand to one of the functions above."""
+    made = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+    )
+    made.filters |= {"text": escape, "code": code, "line": line, "python": lambda text: Markup(repr(text))}  # noqa: S704
+    made.globals |= {"table": table}
+    return made
+
+
+def render(template: str, **values: Any) -> str:
+    return environment().get_template(template).render(**values)
+
+
+def to_html(title: str, markdown: str, folder: Path) -> str:
+    """A page that stands alone: the document's pictures, which lie in `folder`, are in it; nothing is fetched."""
+    from markdown_it import MarkdownIt
+
+    body = MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown)
+    body = re.sub(r'src="(plots/[\w.-]+\.png)"', lambda found: f'src="{_inline(folder / found[1])}"', body)
+    return render("report.html.j2", title=title, body=Markup(body))  # noqa: S704
+
+
+def _inline(picture: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
