@@ -47,7 +47,8 @@ def card(run: Run, plots: list[str]) -> str:
         damaged=run.damaged,
         verb="trained from scratch with the architecture of" if from_scratch(run) else "finetuned from",
         base=hub_link(about["model"]["base"], about["model"]["hub_id"]),
-        link=dataset_link(about["dataset"]),
+        link=hub_link(about["dataset"]["name"], about["dataset"]["hub_id"], "datasets/"),
+        dataset_place=dataset_place(about["dataset"]),
         about=about,
         config=run.config,
         results={"metrics": {}, **results},
@@ -132,7 +133,8 @@ def hub_link(name: str, hub_id: str | None, kind: str = "") -> Markup:
     return Markup(f"[{escape(name)}](https://huggingface.co/{kind}{hub_id})" if hub_id else escape(name))  # noqa: S704
 
 
-def dataset_link(data: dict[str, Any]) -> Markup:
+def dataset_place(data: dict[str, Any]) -> Markup:
+    """The data set and its very revision."""
     link = hub_link(data["name"], data["hub_id"], "datasets/")
     if not (data["hub_id"] and data["revision"]):
         return link

@@ -13,7 +13,8 @@ from markupsafe import Markup
 
 TEMPLATES = Path(__file__).parent
 LONGEST = 300
-MARKUP = re.compile(r"[&<>|`*_\[\]\\$~#]|://")
+# A _ inside a word is a _ to Markdown, too.
+MARKUP = re.compile(r"[&<>|`*\[\]\\$~#]|://|(?<!\w)_|_(?!\w)")
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

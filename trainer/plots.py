@@ -93,6 +93,7 @@ def draw_training(drawn: Figure, groups: list[tuple[str, list[Run]]]) -> None:
             curve(panel, [points(run, kind, split, name) for run in runs], colour, label, name == "loss", kind)
         if name in ("learning_rate", "samples_per_second", "grad_norm"):
             panel.set_ylim(bottom=0)
+            panel.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:g}")
         if kind == "train":
             panel.margins(x=0.01)
         if len(groups) > 1 and panel is panels[0]:
@@ -185,7 +186,7 @@ def draw_reliability(panel: Axes, confidence: np.ndarray, right: np.ndarray, spl
     centres = (np.arange(BINS) + 0.5) / BINS
     panel.bar(centres, counts / len(confidence), 0.9 / BINS, color="#c9d1d9", label="share of the pairs")
     panel.plot(mean, accuracy, color=COLOURS[0], marker="o", linewidth=1.8, label=f"accuracy (ECE {error:.3f})")
-    panel.legend(loc="upper left")
+    panel.legend(loc="upper left", frameon=True, framealpha=0.9, edgecolor="none")
 
 
 def draw_lengths(drawn: Figure, lengths: list[int], padding: dict[str, int], unpad: bool) -> None:
@@ -201,17 +202,17 @@ def draw_lengths(drawn: Figure, lengths: list[int], padding: dict[str, int], unp
         f"mean {mean:.1f}", (mean, left.get_ylim()[1]), xytext=(5, -12), textcoords="offset points", color=COLOURS[1]
     )
     left.set_title("Tokens of a training pair", loc="left")
-    left.set(xlabel="Tokens", ylabel="Pairs")
+    left.set(xlabel="Tokens", ylabel="Pairs", xlim=(np.flatnonzero(counts)[0] - width, len(counts) + width))
     saved = padding["padding"] / max(1, sum(padding.values()))
-    right.bar([""], [padding["tokens"]], 0.5, color=COLOURS[0], label="tokens")
-    right.bar(
-        [""], [padding["padding"]], 0.5, bottom=[padding["tokens"]], color="#c9d1d9", label=f"padding ({saved:.0%})"
-    )
-    right.set_title("An epoch, padding saved" if unpad else "An epoch, padded", loc="left")
-    right.set_ylabel("Tokens")
-    right.set_xlim(-0.6, 1.4)
-    right.grid(visible=False, axis="x")
-    right.legend(loc="upper right")
+    below = 0
+    for name, colour, label in (("tokens", COLOURS[0], "tokens"), ("padding", "#c9d1d9", f"padding, {saved:.0%}")):
+        right.bar([0], [padding[name]], 0.5, bottom=[below], color=colour)
+        right.text(0.32, below + padding[name] / 2, f"{label}\n{padding[name]:,}", va="center")
+        below += padding[name]
+    right.set_title("Padding saved in an epoch" if unpad else "Padding in an epoch", loc="left")
+    right.set(xlim=(-0.4, 1.4), xticks=[], yticks=[])
+    right.spines[["left", "bottom"]].set_visible(False)
+    right.grid(visible=False)
 
 
 def binned(counts: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
