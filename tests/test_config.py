@@ -80,6 +80,13 @@ FIELDS = [
     "metric_for_best_model",
     "load_best_model_at_end",
     "logging_steps",
+    "report_to",
+    "track_emissions",
+    "country_iso_code",
+    "write_report",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
 ]
 
 

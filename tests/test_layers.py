@@ -42,9 +42,9 @@ ORDER = [
     "compare",
     "report",
     "hub",
+    "cli",
     "api",
     "doctor",
-    "cli",
     "__main__",
 ]
 # What starts a run stands beside what runs on every rank, and sees of it what needs no torch.
