@@ -16,7 +16,8 @@ from trainer.config import UserError
 # 31 steps, the last of 1 pair, of which one rank has none; a gradient norm that is always clipped.
 RUN = ["--recipe", "demo", "--max_train_samples", "481", "--train_batch_size", "16", "--num_train_epochs", "1",
        "--max_eval_samples", "101", "--max_test_samples", "101", "--logging_steps", "1", "--max_grad_norm", "0.5",
-       "--weight_decay", "0.01", "--eval_strategy", "no"]  # fmt: skip
+       "--weight_decay", "0.01", "--eval_strategy", "no",
+       "--track_emissions", "false", "--write_report", "false"]  # fmt: skip
 SLOW = ("ddp", "zero1", "zero3")
 BACKENDS = {
     "ddp": ["--backend", "ddp"],

@@ -184,7 +184,7 @@ def test_what_codecarbon_raises_ends_no_run(monkeypatch):
 def test_a_node_that_could_not_be_measured_is_counted():
     good = {"node": "a", "rank": 0, "energy_consumed": 2.0, "emissions": 1.0, "duration": 3600.0, "cpu_energy": 1.5,
             "gpu_energy": 0.0, "ram_energy": 0.5, "estimated": False, "country_iso_code": "FRA",
-            "country_source": "country_iso_code", "on_cloud": "N"}  # fmt: skip
+            "country_source": "country_iso_code"}  # fmt: skip
     summary = summarise([good, {"node": "b", "rank": 8, "failed": "NVMLError"}, good | {"estimated": True}], 4000)
     assert (summary["kwh"], summary["co2_kg"], summary["hours"]) == (4.0, 2.0, 2.0)
     assert summary["kwh_per_1000_pairs"] == 1.0

@@ -140,7 +140,18 @@ def hardware(world: World) -> dict[str, Any]:
         "gpu": gpu,
         "gpus": world.size if gpu else 0,
         "ram_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
+        "on_cloud": on_cloud(),
     }
+
+
+def on_cloud() -> bool:
+    """Whether the firmware names one of the three large clouds; asking their services would take a network."""
+    try:
+        firmware = Path("/sys/class/dmi/id")
+        vendor, tag = ((firmware / name).read_text().strip() for name in ("sys_vendor", "chassis_asset_tag"))
+    except OSError:
+        return False
+    return vendor in ("Amazon EC2", "Google") or tag in ("Amazon EC2", "7783-7084-3265-9085-8269-3286-77")  # Azure
 
 
 def cpu_name() -> str:

@@ -91,7 +91,7 @@ def metadata(run: Run) -> ModelCardData:
             "energy_consumed": energy["kwh"],
             "source": "codecarbon",
             "training_type": "training from scratch" if from_scratch(run) else "fine-tuning",
-            "on_cloud": energy["on_cloud"],
+            "on_cloud": machine["on_cloud"],
             "cpu_model": machine["cpu"],
             "ram_total_size": machine["ram_gb"],
             "hours_used": round(energy["hours"], 3),

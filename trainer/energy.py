@@ -180,7 +180,6 @@ def summarise(rows: list[dict[str, Any]], num_pairs: int) -> dict[str, Any] | No
         "unmeasured_stretches": len(rows) - len(measured),
         "country_iso_code": first[-1]["country_iso_code"],
         "country_source": first[-1]["country_source"],
-        "on_cloud": any(row["on_cloud"] == "Y" for row in measured),
         "nodes": {node: {"kwh": total("energy_consumed", own)} for node, own in by_node.items()},
     }
 

@@ -39,7 +39,6 @@ from trainer.trackers import start_trackers
 def prepare(config: Config, world: World) -> Trainer:
     """Reads and checks everything that the run needs, before its first step. Raises UserError."""
     say = run.say if world.is_main else lambda text: None
-    meter = Meter(config, world, say)
     preemption = Preemption(world, config.preemption_signals)
     backend = make_backend(config, world)
     opened, resuming = run.open_run(config) if world.is_main else (None, None)
@@ -53,6 +52,7 @@ def prepare(config: Config, world: World) -> Trainer:
         raise UserError("eval_on_start and load_best_model_at_end need a dev split: give --validation_file FILE")
     model, tokenizer = load_for_training(config, splits["train"].label_names, config.seed)
     max_length = longest_input(model, tokenizer, config.max_length)
+    meter = Meter(config, world, say)  # from here on it is work, not looking for mistakes
     tokens = {
         role: tokenize(pairs, tokenizer, max_length, cache_folder(), say, world.is_main, preemption.check_alone)
         for role, pairs in splits.items()
