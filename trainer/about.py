@@ -103,7 +103,7 @@ def padding(lengths: np.ndarray, batch_size: int, seed: int) -> dict[str, int]:
 
 
 def of_dataset(config: DataConfig) -> dict[str, Any]:
-    """Its name, and its place on the hub where it has one."""
+    """Its name, and its place on the hub where it has one; of local files nobody knows which revision they are."""
     name = config.dataset_name
     files = any((config.train_file, config.validation_file, config.test_file))
     local = name is None or name == "builtin" or Path(name).exists()
@@ -112,7 +112,8 @@ def of_dataset(config: DataConfig) -> dict[str, Any]:
     return {
         "name": shown,
         "hub_id": name if on_hub else None,
-        "revision": config.dataset_revision if on_hub else None,
+        "from_files": files,
+        "revision": None if files or not on_hub else config.dataset_revision,
         "language": "en" if shown in ENGLISH else None,
     }
 

@@ -33,6 +33,8 @@ def push(config: HubConfig, folder: Path, say: Callable[[str], None]) -> str:
             raise ConnectionError("HF_HUB_OFFLINE is set")
         api = HfApi()
         made = api.create_repo(name, private=config.hub_private_repo or None, exist_ok=True)
+        if config.hub_private_repo and not api.repo_info(made.repo_id).private:
+            raise PermissionError("it exists and is public; take another --hub_model_id")
         api.upload_folder(repo_id=made.repo_id, folder_path=model, commit_message="crossrank: model and card")
     except Exception as error:  # of the hub's client, the network, or the login
         reason = first_line(error)
