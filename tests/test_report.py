@@ -304,7 +304,7 @@ def test_long_logs_are_thinned_but_for_evaluations():
 
 
 def test_smoothing_keeps_a_level():
-    assert np.allclose(smooth(np.full(50, 3.0)), 3.0)
+    assert np.allclose(smooth(np.full(50, 3.0), past=0.9), 3.0)
 
 
 def test_several_runs_are_compared(demo, tmp_path):

@@ -41,9 +41,15 @@ def grouped(runs: list[Run]) -> list[Group]:
     differing = [name for name in kept[0] if any(own[name] != kept[0][name] for own in kept)]
     groups: dict[str, list[Run]] = {}
     for run, own in zip(runs, kept, strict=True):
-        name = ", ".join(f"{field} {short(str(own[field]))}" for field in differing) or run.config["run_name"] or "run"
-        groups.setdefault(name, []).append(run)
-    return list(groups.items())
+        groups.setdefault(str([own[field] for field in differing]), []).append(run)
+    names: list[str] = []
+    for first, *_ in groups.values():
+        own = hyperparameters(first, False)
+        name = ", ".join(f"{field} {short(str(own[field]))}" for field in differing)
+        # More differences than a legend can hold.
+        name = name if 0 < len(name) <= 60 else short(first.config["run_name"] or first.folder.name)
+        names.append(f"{name} ({len(names) + 1})" if name in names else name)
+    return list(zip(names, groups.values(), strict=True))
 
 
 def score_table(groups: list[Group]) -> Markup:

@@ -34,7 +34,6 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "crossrank",  # the same run, the same file
 }
 BINS = 10
-SMOOTHING = 0.9  # share of the past in the smoothed loss
 
 
 @contextmanager
@@ -78,7 +77,8 @@ def draw(run: Run, folder: Path) -> list[str]:
 def draw_training(drawn: Figure, groups: list[tuple[str, list[Run]]]) -> None:
     """Six panels over steps. Several runs of a group are a mean with a band of one standard deviation."""
     panels = drawn.subplots(2, 3).ravel()
-    dev = groups[0][1][0].about["data"].get("dev", {}).get("name")
+    devs = [runs[0].about["data"].get("dev", {}).get("name") for _, runs in groups]
+    dev = devs[0] if len(set(devs)) == 1 else None
     for panel, title, kind, name in zip(
         panels,
         ("Training loss", "Validation loss", "F1 macro", "Learning rate", "Gradient norm", "Training pairs a second"),
@@ -88,16 +88,17 @@ def draw_training(drawn: Figure, groups: list[tuple[str, list[Run]]]) -> None:
     ):
         panel.set_title(f"{title} ({short(dev)})" if kind == "eval" and dev else title, loc="left")
         panel.set_xlabel("Step")
-        for colour, (label, runs) in zip(cycle(len(groups)), groups, strict=True):
-            split = dev if kind == "eval" else None
+        for colour, (label, runs), own in zip(cycle(len(groups)), groups, devs, strict=True):
+            split = own if kind == "eval" else None
             curve(panel, [points(run, kind, split, name) for run in runs], colour, label, name == "loss", kind)
         if name in ("learning_rate", "samples_per_second", "grad_norm"):
             panel.set_ylim(bottom=0)
             panel.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:g}")
         if kind == "train":
             panel.margins(x=0.01)
-        if len(groups) > 1 and panel is panels[0]:
-            panel.legend(fontsize=8)
+
+    if len(groups) > 1:
+        drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(groups)))
 
 
 def cycle(count: int) -> list[str]:
@@ -120,16 +121,16 @@ def curve(panel: Axes, series: list[dict[int, float]], colour: str, label: str, 
         panel.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.18, linewidth=0)
     if smoothed and kind == "train" and len(steps) > 20:
         panel.plot(steps, mean, color=colour, alpha=0.3, linewidth=1)
-        mean = smooth(mean)
+        mean = smooth(mean, past=min(0.95, 1 - 10 / len(steps)))
     panel.plot(steps, mean, color=colour, linewidth=1.8, marker=marker, markersize=4, label=label)
 
 
-def smooth(values: np.ndarray) -> np.ndarray:
+def smooth(values: np.ndarray, past: float) -> np.ndarray:
     """An exponential moving average that is not drawn to 0 at its beginning (Kingma & Ba 2015, section 3)."""
-    weights = np.cumsum(SMOOTHING ** np.arange(len(values)))
+    weights = np.cumsum(past ** np.arange(len(values)))
     total, smoothed = 0.0, []
     for value, weight in zip(values, weights, strict=True):
-        total = SMOOTHING * total + value
+        total = past * total + value
         smoothed.append(total / weight)
     return np.array(smoothed)
 
