@@ -102,21 +102,46 @@ def test_model_and_card_are_uploaded_and_no_token_is_left(server, tmp_path):
     assert TOKEN.encode() not in written(folder)
 
 
-@pytest.mark.parametrize("trouble", ["refused", "no network", "offline"])
-def test_an_upload_that_fails_is_one_error_after_the_model_is_on_disk(trouble, server, tmp_path):
-    server.refuse = trouble == "refused"
-    port = free_port() if trouble == "no network" else server.server_port
-    offline = "1" if trouble == "offline" else "0"
-    result = train(tmp_path / "run", HF_ENDPOINT=f"http://127.0.0.1:{port}", HF_HUB_OFFLINE=offline)
+def test_without_network_one_error_after_the_model_is_on_disk(tmp_path):
+    result = train(tmp_path / "run", HF_ENDPOINT=f"http://127.0.0.1:{free_port()}")
     assert result.returncode == 1
-    errors = [line for line in result.stderr.splitlines() if line.startswith("crossrank: ")]
-    assert len(errors) == 1
-    assert f"the model is complete in {tmp_path / 'run' / 'model'}" in errors[0]
-    assert f"hf upload me/nli {tmp_path / 'run' / 'model'}" in errors[0]
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("crossrank: ")]
+    assert f"the model is complete in {tmp_path / 'run' / 'model'}" in error
+    assert f"hf upload me/nli {tmp_path / 'run' / 'model'}" in error
     assert "Traceback" not in result.stderr
     assert TOKEN not in result.stderr
     assert (tmp_path / "run" / "results.json").is_file()
     assert (tmp_path / "run" / "model" / "README.md").is_file()
+
+
+PUSH = """
+import sys
+from pathlib import Path
+from trainer import hub
+from trainer.cli import parse_train
+from trainer.config import TrainingFailed
+try:
+    hub.push(parse_train(sys.argv[2:]), Path(sys.argv[1]), print)
+except TrainingFailed as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("trouble", ["refused", "offline", "public"])
+def test_an_upload_that_fails(trouble, server, tmp_path):
+    """Also where a repository that should be private exists and is public."""
+    server.refuse, server.private = trouble == "refused", trouble != "public"
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "README.md").write_text("a card")
+    settings = {"HF_HUB_OFFLINE": "1" if trouble == "offline" else "0", "PYTHONPATH": str(ROOT), "HF_TOKEN": TOKEN}
+    env = os.environ | settings | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+    command = [sys.executable, "-c", PUSH, str(tmp_path), *RUN, "--hub_private_repo"]
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    reason = {"refused": "403", "offline": "HF_HUB_OFFLINE is set", "public": "it exists and is public"}[trouble]
+    assert reason in result.stdout, result.stderr
+    assert "could not be uploaded to me/nli" in result.stdout
+    assert TOKEN not in result.stdout + result.stderr
+    assert server.seen["files"] == {}
 
 
 def test_a_token_in_an_error_is_hidden(monkeypatch, tmp_path):
@@ -130,14 +155,6 @@ def test_a_token_in_an_error_is_hidden(monkeypatch, tmp_path):
     with pytest.raises(TrainingFailed) as caught:
         hub.push(parse_train(RUN), tmp_path, print)
     assert "bad header: Bearer ***" in str(caught.value)
-
-
-def test_a_public_repository_is_not_taken_for_a_private_one(server, tmp_path):
-    server.private = False
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    result = train(tmp_path / "run", "--hub_private_repo", HF_ENDPOINT=endpoint)
-    assert "it exists and is public" in result.stderr
-    assert server.seen["files"] == {}
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "white space", "-x", "a..b"])
