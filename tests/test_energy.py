@@ -3,15 +3,17 @@
 import csv
 import http.server
 import json
+import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import crossrank, torchrun
+from conftest import ROOT, crossrank, free_port
 
 from trainer import energy
 from trainer.config import LoggingConfig
@@ -52,19 +54,13 @@ def test_two_nodes_are_the_sum_of_each(tmp_path):
 @pytest.mark.full
 def test_two_nodes_of_torchrun(tmp_path):
     """Two agents, each with a rank: what torchrun itself starts on two machines."""
-    from conftest import free_port
-
-    port, folder = free_port(), tmp_path / "run"
-
-    def node(number: int) -> None:
-        where = ("--nnodes", "2", "--node-rank", str(number), "--master-addr", "127.0.0.1", "--master-port", str(port))
-        torchrun("train", *RUN, "--output_dir", folder, ranks=1, options=where)
-
-    agents = [threading.Thread(target=node, args=(number,)) for number in (0, 1)]
-    for agent in agents:
-        agent.start()
-    for agent in agents:
-        agent.join()
+    folder = tmp_path / "run"
+    start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    place = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    train = ["-m", "trainer", "train", *RUN, "--output_dir", str(folder)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    agents = [subprocess.Popen([*start, "--node-rank", str(node), *place, *train], env=env) for node in (0, 1)]
+    assert [agent.wait() for agent in agents] == [0, 0]
     check_two_nodes(folder)
 
 
