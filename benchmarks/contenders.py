@@ -42,6 +42,7 @@ def crossrank_config(options: argparse.Namespace, folder: Path) -> Any:
         "recipe": "allnli-100k", "model_name_or_path": options.model, "train_file": options.data / "train.parquet",
         "train_batch_size": options.batch, "bf16": str(options.bf16).lower(), "max_steps": options.steps,
         "logging_steps": options.window, "eval_strategy": "no", "eval_on_start": "false", "output_dir": folder,
+        "track_emissions": "false", "write_report": "false",
     }  # fmt: skip
     more = [f"--{text}" for text in options.more]
     return parse_train([f"--{name}={value}" for name, value in fields.items()] + more)

@@ -73,6 +73,13 @@ def test_bf16_is_nearly_the_same_run(single, tmp_path, backend):
     assert {value.dtype for value in load_file(tmp_path / "run/model/model.safetensors").values()} == {torch.float32}
 
 
+def test_gradients_sent_in_bf16(single, tmp_path):
+    """Half the bytes, and nearly the same run."""
+    crossrank("train", *RUN, "--ddp_comm_hook", "bf16", "--output_dir", tmp_path / "run", ranks=2)
+    assert np.allclose(losses(tmp_path / "run"), losses(single), rtol=0, atol=0.03)
+    assert not np.allclose(losses(tmp_path / "run"), losses(single), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", ["fsdp", "zero3"])
 def test_one_rank_alone(single, tmp_path, backend):
     if backend.startswith("zero"):

@@ -1,10 +1,10 @@
-"""Several ranks, each with the whole model: torch's DistributedDataParallel."""
+"""Several ranks, each with the whole model: torch's DistributedDataParallel.
 
-from __future__ import annotations
+Annotations are evaluated here: DDP looks at those of a communication hook.
+"""
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer.backends.single import Single
 
 
-def in_bf16(state: None, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+def in_bf16(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
     """torch's own hook under another name: by that name DDP refuses it on gloo, which can do it."""
     return default_hooks.bf16_compress_hook(dist.distributed_c10d._get_default_group(), bucket)
 
