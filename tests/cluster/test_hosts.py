@@ -10,7 +10,8 @@ from conftest import ROOT, crossrank, losses
 from benchmarks import two_hosts
 
 RUN = ["--recipe", "demo", "--max_train_samples", "330", "--max_eval_samples", "101", "--max_test_samples", "101",
-       "--logging_steps", "1", "--dropout", "0.1", "--max_steps", "12"]  # fmt: skip
+       "--logging_steps", "1", "--dropout", "0.1", "--max_steps", "12", "--track_emissions", "false",
+       "--write_report", "false"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

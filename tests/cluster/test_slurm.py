@@ -12,7 +12,8 @@ from conftest import crossrank, events, losses
 from safetensors.torch import load_file
 
 RUN = ["--recipe", "demo", "--max_train_samples", "330", "--max_eval_samples", "101", "--max_test_samples", "101",
-       "--logging_steps", "1", "--dropout", "0.1", "--eval_strategy", "no", "--save_strategy", "no"]  # fmt: skip
+       "--logging_steps", "1", "--dropout", "0.1", "--eval_strategy", "no", "--save_strategy", "no",
+       "--track_emissions", "false", "--write_report", "false"]  # fmt: skip
 SHORT = [*RUN, "--max_steps", "12"]
 LONG = [*RUN, "--max_steps", "120", "--save_strategy", "steps", "--save_steps", "25"]
 # An evaluation of a few seconds after step 5.
