@@ -115,10 +115,6 @@ def start(timeout_seconds: int) -> World:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    else:
-        # torch takes large tensors in huge pages then. Otherwise the kernel clears the gradient of RoBERTa's embeddings
-        # (154 MB) for every step in pages of 4 KB, which took a tenth of the step.
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if size > 1:
         if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
             _meet_through_slurm(os.environ)
