@@ -2,7 +2,7 @@
 
     python -m benchmarks.slow_network [--model minilm] [--rates 1gbit 100mbit]      (as root)
 
-Two hosts in network namespaces with one rank each, alternating runs. Four times the batch, accumulated, sends gradients a
+Two hosts in network namespaces, one rank each, alternating runs. Four times the batch, accumulated, sends gradients a
 fourth as often; it is another run, of course.
 """
 

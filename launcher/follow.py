@@ -12,7 +12,17 @@ from tqdm import tqdm
 
 from trainer.config import TrainingFailed
 
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY")
+ENDED = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "PREEMPTED",
+    "NODE_FAIL",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "OUT_OF_MEMORY",
+)
 PATIENCE = 120.0  # seconds without an answer of slurmctld, which may be restarted meanwhile
 Record = dict[str, str]
 
@@ -20,11 +30,13 @@ Record = dict[str, str]
 def follow(job: str) -> int:
     """Returns the job's exit code, the first that is not 0 of an array. A requeued job has not ended."""
     said: dict[str, int] = {}
+    seen: dict[str, Record] = {}  # Slurm forgets a task of an array some minutes after its end
     standing = ""
     try:
         with tqdm(bar_format="{desc}", disable=None, dynamic_ncols=True) as line:
             while True:
-                records = show(job)
+                seen |= {record["JobId"]: record for record in show(job)}
+                records = list(seen.values())
                 for record in records:
                     copy_log(record["StdOut"], said)
                 if line.disable and standing != (standing := describe(job, records)):

@@ -38,8 +38,8 @@ def train(config: Config | None = None, *, recipe: str | None = None, **fields: 
     """
     if config is None:
         config = parse_train(["--recipe", recipe] if recipe else [], fields)
-    if config.push_to_hub and config.hub_model_id:
-        hub.repository(config, Path(config.hub_model_id))  # a name that is not allowed is no reason to train first
+    if config.push_to_hub:  # a name that is not allowed is no reason to train first
+        hub.repository(config, Path(config.output_dir or f"{config.run_name or 'run'}-0"))
     return training.train(config, partial(leave, config))
 
 
@@ -51,6 +51,7 @@ def leave(config: Config, folder: Path) -> None:
         write_report(folder)
     except Exception as error:  # in a library that draws or renders, or a full disk
         run.say(f"warning: no report was written ({first_line(error)}); crossrank report {folder} does it again")
+        return  # a model is not uploaded without its card
     if config.push_to_hub:
         hub.push(config, folder, run.say)
 

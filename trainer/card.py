@@ -244,7 +244,7 @@ def command(run: Run) -> str:
     if run.about["world_size"] > 1:
         words = ["torchrun", "--nproc-per-node", str(run.about["world_size"]), "-m", "trainer", "train"]
     for name, value in hyperparameters(run, changed_only=True).items():
-        words += [f"--{name}", json.dumps(value) if isinstance(value, (bool, list)) else str(value)]
+        words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     return shlex.join(words)
 
 
@@ -260,7 +260,8 @@ def training_logs(run: Run) -> tuple[Markup | None, str]:
     steps: dict[int, dict[str, Any]] = {}
     for event in run.events:
         at = steps.setdefault(event["step"], {"Epoch": f"{event['epoch']:.4f}"})
-        at["train" if event["event"] == "train" else f"eval {event['split']}"] = event
+        # With the best model at the end, the last step has two evaluations: its own comes first.
+        at.setdefault("train" if event["event"] == "train" else f"eval {event['split']}", event)
     if not steps:
         return None, ""
     dev = run.about["data"].get("dev", {}).get("name")

@@ -10,13 +10,20 @@ from markupsafe import Markup
 
 from trainer import markdown
 from trainer.card import hyperparameters, rounded
-from trainer.config import HARMLESS, UserError
+from trainer.config import UserError
 from trainer.folder import SCORES, Run
 from trainer.markdown import escape, table
 from trainer.plots import draw_training, figure, save, short
 from trainer.run import write_text
 
 Group = tuple[str, list[Run]]
+# Fields by which the runs of a group may differ: where, how it is watched, and what the batch came to by another way.
+LOGISTICS = {
+    "seed", "data_seed", "output_dir", "run_name", "resume_from_checkpoint", "save_strategy", "save_steps",
+    "save_total_limit", "preemption_signals", "logging_steps", "ddp_timeout", "report_to", "track_emissions",
+    "country_iso_code", "write_report", "push_to_hub", "hub_model_id", "hub_private_repo",
+    "train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps",
+}  # fmt: skip
 
 
 def write_comparison(runs: list[Run], folder: Path) -> Path:
@@ -36,20 +43,24 @@ def write_comparison(runs: list[Run], folder: Path) -> Path:
 
 def grouped(runs: list[Run]) -> list[Group]:
     """Runs of one config but for the seed and what does not change a run; named by what the groups differ in."""
-    ignored = {*HARMLESS, "seed", "data_seed"} - {"backend", "deepspeed", "unpad", "train_file", "dataset_name"}
-    kept = [{k: v for k, v in hyperparameters(run, False).items() if k not in ignored} for run in runs]
+    kept = [{k: v for k, v in settings(run, run.config).items() if k not in LOGISTICS} for run in runs]
     differing = [name for name in kept[0] if any(own[name] != kept[0][name] for own in kept)]
     groups: dict[str, list[Run]] = {}
     for run, own in zip(runs, kept, strict=True):
         groups.setdefault(str([own[field] for field in differing]), []).append(run)
     names: list[str] = []
     for first, *_ in groups.values():
-        own = hyperparameters(first, False)
+        own = settings(first, hyperparameters(first, False))
         name = ", ".join(f"{field} {short(str(own[field]))}" for field in differing)
         # More differences than a legend can hold.
         name = name if 0 < len(name) <= 60 else short(first.config["run_name"] or first.folder.name)
         names.append(f"{name} ({len(names) + 1})" if name in names else name)
     return list(zip(names, groups.values(), strict=True))
+
+
+def settings(run: Run, fields: dict[str, Any]) -> dict[str, Any]:
+    """`fields` of the run, and what its batch came to."""
+    return {**fields, "global_batch_size": run.about["global_batch_size"]}
 
 
 def score_table(groups: list[Group]) -> Markup:

@@ -330,6 +330,8 @@ HARMLESS = (
     "preemption_signals",
     "logging_steps",
     "train_file",
+    "validation_file",
+    "test_file",
     "dataset_name",
     "dataset_config_name",
     "dataset_revision",
@@ -384,6 +386,7 @@ PATHS = (
     "validation_file",
     "test_file",
     "output_dir",
+    "deepspeed",
     "input",
     "output",
 )

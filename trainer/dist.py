@@ -103,23 +103,23 @@ def read_ranks(env: Mapping[str, str]) -> tuple[int, int, int]:
 def start(timeout_seconds: int) -> World:
     """Joins the other ranks and picks the device."""
     rank, size, local_rank = read_ranks(os.environ)
-    device = torch.device("cpu")
+    device, index = torch.device("cpu"), local_rank
     if torch.cuda.is_available():
         # A task of srun --gpus-per-task=1 sees one GPU alone, at index 0, whatever its local rank.
         if torch.cuda.device_count() == 1 and "RANK" not in os.environ and "SLURM_LOCALID" in os.environ:
-            local_rank = 0
-        if local_rank >= torch.cuda.device_count():
+            index = 0
+        if index >= torch.cuda.device_count():
             raise UserError(
                 f"local rank {local_rank} has no GPU, there are {torch.cuda.device_count()}; start fewer ranks, or "
                 "set CUDA_VISIBLE_DEVICES= (nothing) to compute on the CPU"
             )
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-    if size > 1:
+    if size > 1 and not dist.is_initialized():  # a program may train and then evaluate
         if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
             _meet_through_slurm(os.environ)
         _check_host(os.environ["MASTER_ADDR"])
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(index)}
         patience = timedelta(seconds=timeout_seconds)
         dist.init_process_group(_wiring(device), timeout=patience, store=_attempt(patience), rank=rank, world_size=size)
     return World(rank, size, local_rank, device)

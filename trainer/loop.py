@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -167,6 +167,7 @@ class Trainer:
         window = self.window
         state = {
             "sampler": self.sampler.state_dict(),
+            "data": {role: tokens.fingerprint for role, tokens in self.tokens.items()},
             "num_updates": self.sampler.step - self.totals.skipped_steps,
             "totals": dataclasses.asdict(self.totals) | {"energy": self.energy()},
             "best": self.best,
@@ -192,10 +193,13 @@ class Trainer:
         """The rows of all stretches, this one up to now, on rank 0; also in emissions.csv. Every rank takes part."""
         rows = self.totals.energy + self.meter.rows()
         if self.world.is_main and rows:
-            write_csv(self.folder / "emissions.csv", rows)
+            try:
+                write_csv(self.folder / "emissions.csv", rows)
+            except OSError as error:  # the rows are in the checkpoint
+                self.say(f"warning: emissions.csv cannot be written: {error.strerror}")
         return rows
 
-    def leave(self) -> None:
+    def leave(self) -> NoReturn:
         """Saves on request. Raises Preempted with what to tell the user."""
         where = "before the first step"
         if self.sampler.step > 0:

@@ -107,7 +107,11 @@ def cycle(count: int) -> list[str]:
 
 def points(run: Run, kind: str, split: str | None, name: str) -> dict[int, float]:
     """Step and value; a step that was skipped has none."""
-    return {event["step"]: event[name] for event in run.of(kind, split) if event.get(name) is not None}
+    found: dict[int, float] = {}
+    for event in run.of(kind, split):
+        if event.get(name) is not None:
+            found.setdefault(event["step"], event[name])
+    return found
 
 
 def curve(panel: Axes, series: list[dict[int, float]], colour: str, label: str, smoothed: bool, kind: str) -> None:

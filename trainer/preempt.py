@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,8 +29,16 @@ class Preemption:
         self.requested: str | None = None
         self.ballot = torch.zeros(1)
         self.work: dist.Work | None = None
-        for name in signals:
-            signal.signal(getattr(signal, name), self._handle)
+        self.before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers there alone
+            for name in signals:
+                number = getattr(signal, name)
+                self.before[number] = signal.signal(number, self._handle)
+
+    def close(self) -> None:
+        """Signals mean again what they meant before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:

@@ -15,6 +15,8 @@ from typing import Any
 
 from trainer.config import Config, first_line
 
+PATIENCE = 30  # seconds for Weights & Biases to answer: less than a batch system leaves after its warning
+
 
 class Tracker:
     """Does nothing; `step` counts optimizer steps, `metrics` are numbers by name."""
@@ -32,7 +34,7 @@ class TensorBoard(Tracker):
     def __init__(self, config: Config, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         for name, value in metrics.items():
@@ -66,7 +68,14 @@ class WandB(Tracker):
             resume="allow",
             dir=str(folder),
             config=dataclasses.asdict(config),
-            settings=wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True),
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                disable_git=True,
+                disable_code=True,
+                init_timeout=PATIENCE,
+                finish_timeout=PATIENCE,
+            ),
         )
 
     def log(self, metrics: dict[str, float], step: int) -> None:

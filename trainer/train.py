@@ -36,10 +36,10 @@ from trainer.tokens import Tokens, cache_folder, tokenize
 from trainer.trackers import start_trackers
 
 
-def prepare(config: Config, world: World) -> Trainer:
+def prepare(config: Config, world: World, preemption: Preemption | None = None) -> Trainer:
     """Reads and checks everything that the run needs, before its first step. Raises UserError."""
     say = run.say if world.is_main else lambda text: None
-    preemption = Preemption(world, config.preemption_signals)
+    preemption = preemption or Preemption(world, [])
     backend = make_backend(config, world)
     opened, resuming = run.open_run(config) if world.is_main else (None, None)
     name, resuming = world.broadcast([str(opened), resuming])
@@ -86,6 +86,9 @@ def prepare(config: Config, world: World) -> Trainer:
     state = world.broadcast(start.state if start else None)
     if state is not None:
         sampler.load_state_dict(state["sampler"])
+        for role, fingerprint in state.get("data", {}).items():
+            if role in tokens and tokens[role].fingerprint != fingerprint:
+                raise UserError(f"{splits[role].name} is not the {role} data with which the run began")
     if world.is_main and resuming:
         own = start is not None and start.path.parent == checkpoints.folder
         run.rewind(folder / "metrics.jsonl", state if own else None)
@@ -203,7 +206,7 @@ def finish(trainer: Trainer) -> dict[str, Any]:
             if result.logits is not None:
                 path = trainer.folder / "predictions" / f"{split_name(trainer.config, role)}.parquet"
                 write_predictions(path, trainer.splits[role], result.logits)
-    summary = summarise(trainer, metrics) | {"examples": examples}
+    summary: dict[str, Any] = trainer.world.broadcast(summarise(trainer, metrics) | {"examples": examples})
     trainer.checkpoints.wait()
     if trainer.world.is_main:
         run.write_json(trainer.folder / "results.json", summary)
@@ -254,12 +257,29 @@ def train(config: Config, report: Callable[[Path], None] | None = None) -> dict[
     `report` gets the folder of the finished run, on rank 0.
     """
     world = dist.start(config.ddp_timeout)
-    trainer = prepare(config, world)
+    preemption = Preemption(world, config.preemption_signals)
+    try:
+        trainer = prepare(config, world, preemption)
+        results = complete(trainer)
+    finally:
+        preemption.close()
+    if world.is_main:
+        for split, scores in results["metrics"].items():
+            run.say(f"{split}: " + ", ".join(f"{name} {scores[name]:.4f}" for name in METRICS))
+        if report:
+            report(trainer.folder)
+        run.say(f"model: {trainer.folder / 'model'}")
+    return results
+
+
+def complete(trainer: Trainer) -> dict[str, Any]:
+    """From the first step that is left to results.json, and whatever comes in between."""
+    config, world = trainer.config, trainer.world
     try:
         if world.device.type == "cuda":
             fit_micro_batches(trainer)
         trainer.loop()
-        results = finish(trainer)
+        return finish(trainer)
     except Preempted:
         trainer.leave()
     except torch.OutOfMemoryError:
@@ -275,12 +295,7 @@ def train(config: Config, report: Callable[[Path], None] | None = None) -> dict[
         raise
     finally:
         trainer.meter.close()
-        trainer.journal.close()
-        trainer.checkpoints.wait()  # a rank that fails leaves at once, but not in the middle of a checkpoint
-    if world.is_main:
-        for split, scores in results["metrics"].items():
-            run.say(f"{split}: " + ", ".join(f"{name} {scores[name]:.4f}" for name in METRICS))
-        if report:
-            report(trainer.folder)
-        run.say(f"model: {trainer.folder / 'model'}")
-    return results
+        try:
+            trainer.checkpoints.wait()  # a rank that fails leaves at once, but not in the middle of a checkpoint
+        finally:
+            trainer.journal.close()
