@@ -91,6 +91,7 @@ class Trainer:
     folder: Path
     journal: Journal
     meter: Meter
+    about: dict[str, Any]  # for about.json
     splits: dict[Role, Pairs]
     tokens: dict[Role, Tokens]
     sampler: GlobalBatchSampler

@@ -77,10 +77,6 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
     start, lock = None, None
     if world.is_main:
         lock = run.claim(folder, config)
-        run.write_json(
-            folder / "about.json",
-            about(config, splits, tokens, batch_size, model, max_length, world) | {"backend": backend.name},
-        )
         checkpoints.clear_remains()
         start = find_start(config, checkpoints, resuming, say)
     state = world.broadcast(start.state if start else None)
@@ -94,6 +90,7 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
         run.rewind(folder / "metrics.jsonl", state if own else None)
     trackers = start_trackers(config, folder, sampler.step, say) if world.is_main else []
     journal = Journal(folder if world.is_main else None, num_steps, sampler.step, trackers)
+    described = about(config, splits, tokens, batch_size, model, max_length, world) | {"backend": backend.name}
     num_parameters = sum(p.numel() for p in model.parameters())
     say(
         f"{num_parameters:,} parameters on {world.device.type}, {world.size} rank(s), backend {backend.name}; "
@@ -107,6 +104,7 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
         folder=folder,
         journal=journal,
         meter=meter,
+        about=described,
         splits=splits,
         tokens=tokens,
         sampler=sampler,
@@ -276,6 +274,8 @@ def complete(trainer: Trainer) -> dict[str, Any]:
     """From the first step that is left to results.json, and whatever comes in between."""
     config, world = trainer.config, trainer.world
     try:
+        if world.is_main:
+            run.write_json(trainer.folder / "about.json", trainer.about)
         if world.device.type == "cuda":
             fit_micro_batches(trainer)
         trainer.loop()

@@ -246,6 +246,7 @@ def test_disk_full_at_the_end(whole, small_disk, what):
         "import shutil, sys\nfrom trainer import __main__, loop, run, train\n"
         f"write = {what}\n"
         "def when_full(*args):\n"
+        "    if getattr(args[0], 'name', '') == 'about.json':\n        return write(*args)\n"
         f"    with open({str(small_disk / 'filler')!r}, 'wb', buffering=0) as filler:\n"
         f"        while free := shutil.disk_usage({str(small_disk)!r}).free:\n"
         "            filler.write(bytes(min(free, 65536)))\n"
