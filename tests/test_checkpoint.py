@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,42 @@ def test_another_config_is_refused(whole, tmp_path):
     result = crossrank(*command, "--resume_from_checkpoint", "none", check=False)
     assert "unfinished run" in result.stderr
     crossrank(*command, "--logging_steps", "5", "--save_steps", "3", "--per_device_train_batch_size", "16")
+
+
+def test_other_data_is_refused(tmp_path):
+    """Under the same name, or another: what is in the files counts."""
+    from trainer.builtin import pairs
+
+    def write(name: str, rows: list[dict]) -> Path:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path / name
+
+    train, dev = write("train.jsonl", pairs("train")[:128]), write("dev.jsonl", pairs("dev")[:20])
+    options = ["--model_name_or_path", "builtin", "--train_file", train, "--max_steps", "4", "--save_steps", "2",
+               "--train_batch_size", "32", "--save_total_limit", "null", "--track_emissions", "false",
+               "--write_report", "false"]  # fmt: skip
+    crossrank("train", *options, "--validation_file", dev, "--output_dir", tmp_path / "whole")
+    folder = interrupted(tmp_path / "run", tmp_path / "whole", 2)
+    about = (folder / "about.json").read_bytes()
+    write("dev.jsonl", pairs("dev")[20:40])
+    result = crossrank("train", *options, "--validation_file", dev, "--output_dir", folder, check=False)
+    assert result.returncode == 2
+    assert "dev.jsonl is not the dev data with which the run began" in result.stderr
+    assert (folder / "about.json").read_bytes() == about
+    moved = write("moved.jsonl", pairs("dev")[:20])
+    crossrank("train", *options, "--validation_file", moved, "--output_dir", folder)
+    assert bit_equal(folder, tmp_path / "whole")
+
+
+def test_signals_mean_again_what_they_meant():
+    from trainer.dist import World
+    from trainer.preempt import Preemption
+
+    before = signal.getsignal(signal.SIGTERM)
+    preemption = Preemption(World(0, 1, 0, torch.device("cpu")), ["SIGTERM"])
+    assert signal.getsignal(signal.SIGTERM) != before
+    preemption.close()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_named_checkpoint(whole, tmp_path):
