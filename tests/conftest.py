@@ -190,3 +190,16 @@ def events(folder: Path, kind: str) -> list[dict]:
 
 def losses(folder: Path) -> list[float]:
     return [event["loss"] for event in events(folder, "train")]
+
+
+def weights_equal(folder: Path, other: Path, within: float) -> None:
+    """Asserts that two runs ended with the same fp32 weights."""
+    from safetensors.torch import load_file
+
+    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (folder, other))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert str(value.dtype) == "torch.float32"
+        # Softmax does not see a key's bias: its gradient is rounding alone, which Adam scales up to a step.
+        if not name.endswith("key.bias"):
+            assert (value - theirs[name]).abs().max().item() < within, name

@@ -15,6 +15,7 @@ ORDER = [
     "run",
     "dist",
     "dropout",
+    "vocabulary",
     "data",
     "tokens",
     "batch",

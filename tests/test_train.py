@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import crossrank, events, losses, torchrun
+from conftest import crossrank, events, losses, torchrun, weights_equal
 from safetensors.torch import load_file
 
 SMALL = ["--recipe", "demo", "--max_train_samples", "330", "--max_eval_samples", "101", "--max_test_samples", "101",
@@ -38,9 +38,7 @@ def test_any_number_of_ranks_gives_the_same_run(runs, ranks):
     for mine, theirs in zip(events(ours, "train"), events(reference, "train"), strict=True):
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
         assert mine["learning_rate"] == theirs["learning_rate"]
-    expected = weights(reference)
-    for name, value in weights(ours).items():
-        assert torch.allclose(value, expected[name], rtol=0, atol=1e-4), name
+    weights_equal(ours, reference, within=1e-4)
 
 
 def test_evaluation_is_the_same_to_the_last_digit(runs, tmp_path):

@@ -199,19 +199,25 @@ def attention(
     mixed = []
     for i, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
         visible = _windowed(layout.visible[i], sliding_window, k)
-        if dropout == 0:
+        if dropout == 0 and not _short_on_cpu(k):
             mixed.append(scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling))
             continue
         scores = (q * (scaling or size**-0.5)) @ k.transpose(2, 3)
         if visible is not None:
             scores = scores.masked_fill(~visible, -torch.inf)
         weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-        mask = layout.dropout.attention_mask(site, dropout, weights, layout.keys[i][:, : q.shape[2]])
-        mixed.append((weights * mask) @ v)
+        if dropout > 0:
+            weights = weights * layout.dropout.attention_mask(site, dropout, weights, layout.keys[i][:, : q.shape[2]])
+        mixed.append(weights @ v)
     if layout.unpad and not first_only:
         rows = torch.cat([x.reshape(-1, size) for x in mixed])
         return layout.unpadded(rows, heads).view(1, -1, heads, size), None
     return torch.cat(mixed).transpose(1, 2), None
+
+
+def _short_on_cpu(keys: torch.Tensor) -> bool:
+    """Whether torch's fused attention would lose: on a CPU it works in blocks of more tokens than most pairs have."""
+    return keys.device.type == "cpu" and keys.shape[2] <= 128
 
 
 def _windowed(visible: torch.Tensor | None, window: int | None, keys: torch.Tensor) -> torch.Tensor | None:

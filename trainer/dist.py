@@ -7,12 +7,14 @@ device's own library; a process group therefore carries both.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import socket
 import subprocess
 import time
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -115,6 +117,8 @@ def start(timeout_seconds: int) -> World:
             )
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if size > 1 and not dist.is_initialized():  # a program may train and then evaluate
         if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
             _meet_through_slurm(os.environ)
@@ -123,6 +127,19 @@ def start(timeout_seconds: int) -> World:
         patience = timedelta(seconds=timeout_seconds)
         dist.init_process_group(_wiring(device), timeout=patience, store=_attempt(patience), rank=rank, world_size=size)
     return World(rank, size, local_rank, device)
+
+
+def keep_freed_memory() -> None:
+    """Lets the next step have the memory that the last one freed, where the C library is glibc.
+
+    By default glibc gives large blocks back to the kernel, which clears them page by page when they are asked for
+    again: 54,000 page faults in a step of distilroberta's shape. See mallopt(3).
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own, which would go when it is freed
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+        mallopt(-2, 2**26)  # M_TOP_PAD: it grows in steps of 64 MiB
 
 
 def _attempt(patience: timedelta) -> Any:

@@ -75,15 +75,16 @@ def predict_logits(
     idle = 0 if not batches else max(map(len, shares)) - len(mine)
     labels = np.zeros(len(tokens.lengths), dtype=np.int64)
     order, results = [], []
-    for number, rows in enumerate(mine + batches[:1] * idle):
-        check()
-        batch = model.batch(tokens, labels, rows, world.device)
-        with products(world.device, bf16), autocast(world.device, bf16):
+    # Autocast around all batches rounds the weights once.
+    with products(world.device, bf16), autocast(world.device, bf16):
+        for number, rows in enumerate(mine + batches[:1] * idle):
+            check()
+            batch = model.batch(tokens, labels, rows, world.device)
             logits = model(batch)
-        if number >= len(mine):
-            break
-        order.append(batch.rows)
-        results.append(logits.float().cpu().numpy())
+            if number >= len(mine):
+                break
+            order.append(batch.rows)
+            results.append(logits.float().cpu().numpy())
     num_classes = model.num_classes
     gathered = world.gather(np.concatenate([*results, np.empty((0, num_classes), np.float32)]))
     rows = world.gather(np.concatenate([*order, np.empty(0, np.int64)]))

@@ -347,7 +347,7 @@ class Trainer:
             self.save_model()
 
     def save_model(self) -> None:
-        weights = self.backend.full_weights(self.model.model)
+        weights = self.model.whole(self.backend.full_weights(self.model.model))
         if self.world.is_main:
             save_trained(self.model.model, weights, self.tokenizer, self.max_length, self.folder / "model")
         self.world.barrier()

@@ -19,6 +19,7 @@ from trainer.batch import Batch, assemble
 from trainer.config import ModelConfig, UserError, first_line
 from trainer.run import sync
 from trainer.tokens import Tokens
+from trainer.vocabulary import UsedRows
 
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
@@ -34,6 +35,7 @@ class CrossEncoder(nn.Module):
         super().__init__()
         self.model = model
         self.layout: Layout | None = None
+        self.vocabulary: UsedRows | None = None  # where rows of the embedding table have been set aside
         self.note = ""  # for the user, where the model runs padded unasked
         if attn_implementation is None:
             self.layout, self.note = adopt(model, unpad)
@@ -41,6 +43,30 @@ class CrossEncoder(nn.Module):
         self.first_position = _first_position(model)
         self.num_classes: int = model.config.num_labels
         self.padding = model.config.pad_token_id or 0
+
+    def set_unused_rows_aside(self, tokens: Tokens) -> None:
+        """Before training on `tokens` without weight decay: see vocabulary.UsedRows."""
+        table = self.model.get_input_embeddings() if self.layout else None
+        used = np.union1d(tokens.ids, self.padding)
+        if type(table) is nn.Embedding and len(used) < table.num_embeddings:
+            self.vocabulary = UsedRows(table, used)
+            self.model.set_input_embeddings(self.vocabulary)
+
+    def whole(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`weights` of the model with the rows that have been set aside; {} stays so."""
+        return self._with_table(weights, UsedRows.widen)
+
+    def used(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The reverse of `whole`."""
+        return self._with_table(weights, UsedRows.narrow)
+
+    def _with_table(
+        self, weights: dict[str, torch.Tensor], change: Callable[[UsedRows, torch.Tensor], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        if self.vocabulary is None or not weights:
+            return weights
+        name = next(name for name, module in self.model.named_modules() if module is self.vocabulary) + ".weight"
+        return weights | {name: change(self.vocabulary, weights[name])}
 
     def batch(self, tokens: Tokens, labels: np.ndarray, rows: np.ndarray, device: torch.device, **keys: int) -> Batch:
         """The batch of data set rows `rows` in the layout that suits model and device; see batch.assemble."""

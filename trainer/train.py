@@ -96,6 +96,10 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
         f"{num_parameters:,} parameters on {world.device.type}, {world.size} rank(s), backend {backend.name}; "
         f"{num_steps} steps of {batch_size} pairs; writing {folder}"
     )
+    if config.weight_decay == 0:
+        cross_encoder.set_unused_rows_aside(tokens["train"])
+        if aside := cross_encoder.vocabulary:
+            say(f"{len(aside.rest):,} of {len(aside.place):,} tokens are in no training pair: they keep their vectors")
     if start:
         say(f"going on at step {sampler.step} from {start.path}")
     return Trainer(
@@ -187,7 +191,7 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         from safetensors.torch import load_file
 
         best = load_file(trainer.folder / "model" / "model.safetensors") if trainer.world.is_main else {}
-        trainer.backend.load_weights(trainer.model.model, best)
+        trainer.backend.load_weights(trainer.model.model, trainer.model.used(best))
     else:
         trainer.save_model()
     metrics: dict[str, Any] = {}
