@@ -35,7 +35,6 @@ class CrossEncoder(nn.Module):
         super().__init__()
         self.model = model
         self.layout: Layout | None = None
-        self.vocabulary: UsedRows | None = None  # where rows of the embedding table have been set aside
         self.note = ""  # for the user, where the model runs padded unasked
         if attn_implementation is None:
             self.layout, self.note = adopt(model, unpad)
@@ -49,8 +48,12 @@ class CrossEncoder(nn.Module):
         table = self.model.get_input_embeddings() if self.layout else None
         used = np.union1d(tokens.ids, self.padding)
         if type(table) is nn.Embedding and len(used) < table.num_embeddings:
-            self.vocabulary = UsedRows(table, used)
-            self.model.set_input_embeddings(self.vocabulary)
+            self.model.set_input_embeddings(UsedRows(table, used))
+
+    @property
+    def vocabulary(self) -> UsedRows | None:
+        """The embedding table where rows of it have been set aside."""
+        return next((module for module in self.model.modules() if isinstance(module, UsedRows)), None)
 
     def whole(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`weights` of the model with the rows that have been set aside; {} stays so."""
@@ -63,10 +66,8 @@ class CrossEncoder(nn.Module):
     def _with_table(
         self, weights: dict[str, torch.Tensor], change: Callable[[UsedRows, torch.Tensor], torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        if self.vocabulary is None or not weights:
-            return weights
-        name = next(name for name, module in self.model.named_modules() if module is self.vocabulary) + ".weight"
-        return weights | {name: change(self.vocabulary, weights[name])}
+        tables = {f"{name}.weight": m for name, m in self.model.named_modules() if isinstance(m, UsedRows)}
+        return {name: change(tables[name], value) if name in tables else value for name, value in weights.items()}
 
     def batch(self, tokens: Tokens, labels: np.ndarray, rows: np.ndarray, device: torch.device, **keys: int) -> Batch:
         """The batch of data set rows `rows` in the layout that suits model and device; see batch.assemble."""
