@@ -29,6 +29,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--batch", type=int, default=64, help="pairs in an optimizer step")
     options.add_argument("--bf16", type=lambda text: text == "true", default=True, help="true or false")
     options.add_argument("--rounds", type=int, default=3, help="runs of each contender, alternating")
+    options.add_argument("--results", type=Path, default=RESULTS, help="folder for JSON and plots")
     options.add_argument("--name", default=None, help="name of the result's file; None = from the settings")
     return options
 
@@ -57,6 +58,15 @@ def model_folder(name: str, tokenizer: Path) -> Path:
         real.save_pretrained(folder)
         (folder / "ready").touch()
     return folder
+
+
+def limit_memory(gib: float | None) -> None:
+    """What this process may use of its GPU's memory; None = all."""
+    import torch
+
+    if gib is not None and torch.cuda.is_available():
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / whole))
 
 
 def run_json(module: str, *arguments: object, ranks: int = 1, env: dict[str, str] | None = None) -> dict[str, Any]:
@@ -116,9 +126,9 @@ def machine() -> dict[str, Any]:
 
 
 def save(name: str, settings: argparse.Namespace, result: dict[str, Any]) -> Path:
-    """benchmarks/results/NAME.json: the machine, the settings and what was measured."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{settings.name or name}.json"
+    """NAME.json in the folder of results: the machine, the settings and what was measured."""
+    settings.results.mkdir(parents=True, exist_ok=True)
+    path = settings.results / f"{settings.name or name}.json"
     stated = {k: str(v.relative_to(ROOT.parent)) if isinstance(v, Path) and v.is_relative_to(ROOT.parent) else
               str(v) if isinstance(v, Path) else v for k, v in vars(settings).items()}  # fmt: skip
     path.write_text(json.dumps({"machine": machine(), "settings": stated, **result}, indent=1) + "\n")

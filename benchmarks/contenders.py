@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import tempfile
 import time
@@ -19,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from benchmarks import common
 
 
 def peak_memory() -> dict[str, float]:
@@ -71,6 +74,70 @@ def crossrank(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
+def crossrank_recipe(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The reference run from the folder of an encoder to results.json: tokens, training, evaluations, energy."""
+    from trainer.cli import parse_train
+    from trainer.config import METRICS
+    from trainer.train import train
+
+    os.environ["CROSSRANK_CACHE"] = str(folder / "cache")  # tokens made anew, as the others have to
+    files = {"train_file": "train", "validation_file": "dev", "test_file": "test"}
+    fields = {name: options.data / f"{split}.parquet" for name, split in files.items()} | {
+        "recipe": "allnli-100k", "model_name_or_path": options.model, "train_batch_size": options.batch,
+        "bf16": str(options.bf16).lower(), "seed": options.seed, "output_dir": folder / "run", "write_report": "false",
+    }  # fmt: skip
+    more = [f"--{text}" for text in options.more]
+    started = time.perf_counter()
+    results = train(parse_train([*(f"--{name}={value}" for name, value in fields.items()), *more]))
+    return {
+        "total_seconds": time.perf_counter() - started,
+        "train_seconds": results["train"]["seconds"],
+        "samples_per_second": results["train"]["samples_per_second"],
+        "kwh": results["energy"]["kwh"] if results["energy"] else None,
+        "scores": {split: {name: scores[name] for name in METRICS} for split, scores in results["metrics"].items()},
+    }
+
+
+def sentence_transformers_recipe(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The same run by the reference trainer, with its own evaluator."""
+    from datasets import Dataset
+    from sentence_transformers import CrossEncoder
+    from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+    from sentence_transformers.cross_encoder.evaluation import CrossEncoderClassificationEvaluator
+    from sentence_transformers.cross_encoder.losses import CrossEntropyLoss
+
+    def evaluator(split: str, num_pairs: int | None) -> CrossEncoderClassificationEvaluator:
+        data = Dataset.from_parquet(str(options.data / f"{split}.parquet"))
+        data = data.select(range(min(len(data), num_pairs or len(data))))
+        pairs = list(zip(data["premise"], data["hypothesis"], strict=True))
+        return CrossEncoderClassificationEvaluator(pairs, list(data["label"]), name=split, batch_size=options.batch)
+
+    limits = dict(text.split("=") for text in options.more)
+    num_train, num_dev, num_test = (
+        int(limits[name]) if name in limits else default
+        for name, default in (("max_train_samples", 100_000), ("max_eval_samples", 1000), ("max_test_samples", None))
+    )
+    started = time.perf_counter()
+    encoder, data = CrossEncoder(str(options.model), num_labels=3), training_rows(options).select(range(num_train))
+    dev, test = evaluator("dev", num_dev), evaluator("test", num_test)
+    arguments = CrossEncoderTrainingArguments(
+        **arguments_of(options, folder) | {"max_steps": -1, "num_train_epochs": 1, "logging_steps": 100},
+        eval_strategy="steps", eval_steps=500, eval_on_start=True,
+    )  # fmt: skip
+    loss = CrossEntropyLoss(encoder)
+    trainer = CrossEncoderTrainer(model=encoder, args=arguments, train_dataset=data, loss=loss, evaluator=dev)
+    trained = trainer.train().metrics
+    with torch.autocast(encoder.device.type, torch.bfloat16, enabled=options.bf16):
+        scores = {"AllNLI-dev": dev(encoder), "AllNLI-test": test(encoder)}
+    return {
+        "total_seconds": time.perf_counter() - started,
+        "train_seconds": trained["train_runtime"],  # its evaluations are in it
+        "samples_per_second": trained["train_samples_per_second"],
+        "scores": {split: {name: float(value) for name, value in found.items()} for split, found in scores.items()},
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    }
+
+
 def training_rows(options: argparse.Namespace) -> Any:
     from datasets import Dataset
 
@@ -81,8 +148,9 @@ def training_rows(options: argparse.Namespace) -> Any:
 
 def arguments_of(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
-        "output_dir": str(folder), "per_device_train_batch_size": options.batch, "seed": 42, "bf16": options.bf16,
-        "max_steps": options.steps, "warmup_steps": 0.1, "learning_rate": 5e-5, "logging_steps": options.window,
+        "output_dir": str(folder), "per_device_train_batch_size": options.batch, "seed": options.seed,
+        "bf16": options.bf16, "max_steps": options.steps, "warmup_steps": 0.1, "learning_rate": 5e-5,
+        "logging_steps": options.window,
         "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": not torch.cuda.is_available(),
     }  # fmt: skip
 
@@ -147,7 +215,9 @@ def transformers(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     class Grouped(Trainer):
         def _get_train_sampler(self, *args: Any) -> Any:
-            return LengthGroupedSampler(options.batch, lengths=lengths, generator=torch.Generator().manual_seed(42))
+            return LengthGroupedSampler(
+                options.batch, lengths=lengths, generator=torch.Generator().manual_seed(options.seed)
+            )
 
     watch = stopwatch()
     trainer = Grouped(
@@ -195,7 +265,15 @@ def sentence_transformers_evaluation(options: argparse.Namespace, folder: Path) 
 
 CONTENDERS = {
     f.__name__: f
-    for f in (crossrank, sentence_transformers, transformers, crossrank_evaluation, sentence_transformers_evaluation)
+    for f in (
+        crossrank,
+        sentence_transformers,
+        transformers,
+        crossrank_evaluation,
+        sentence_transformers_evaluation,
+        crossrank_recipe,
+        sentence_transformers_recipe,
+    )
 }
 
 
@@ -209,12 +287,15 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--steps", type=int, default=12)
     options.add_argument("--window", type=int, default=3, help="steps between log events")
     options.add_argument("--pairs", type=int, default=2000, help="of an evaluation")
+    options.add_argument("--seed", type=int, default=42)
+    options.add_argument("--memory-gib", type=float, default=None, help="what the GPU may use; None = all it has")
     options.add_argument("--more", nargs="*", default=[], help="further options of crossrank train, without dashes")
     return options
 
 
 def main() -> None:
     chosen = parser().parse_args()
+    common.limit_memory(chosen.memory_gib)
     with tempfile.TemporaryDirectory() as folder:
         result = CONTENDERS[chosen.name](chosen, Path(folder) / "run")
         if result:

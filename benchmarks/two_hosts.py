@@ -84,16 +84,19 @@ class TwoHosts:
     def run(self, commands: list[list[str]], env: dict[str, str]) -> list[subprocess.CompletedProcess]:
         """Runs one command on each host at the same time, and waits for both."""
         started = []
-        for space, name, command in zip(self.spaces, NAMES, commands, strict=True):
+        # Into files: a pipe that nobody reads yet would stop its host, and so the other one.
+        logs = [(self.folder / f"{name}.log").open("w+") for name in NAMES]
+        for space, name, command, log in zip(self.spaces, NAMES, commands, logs, strict=True):
             enter = ["ip", "netns", "exec", space, "unshare", "--uts", "--mount", "bash", "-euc", ENTER, "-", name]
             whole = [*enter, str(self.folder / "hosts"), *command]
-            pipe = subprocess.PIPE
-            started.append(subprocess.Popen(whole, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True))
-        said = [process.communicate()[0] for process in started]
-        return [
-            subprocess.CompletedProcess(command, process.returncode, text, "")
-            for command, process, text in zip(commands, started, said, strict=True)
-        ]
+            started.append(subprocess.Popen(whole, env=env, stdout=log, stderr=subprocess.STDOUT))
+        results = []
+        for command, process, log in zip(commands, started, logs, strict=True):
+            code = process.wait()
+            log.seek(0)
+            results.append(subprocess.CompletedProcess(command, code, log.read(), ""))
+            log.close()
+        return results
 
 
 def has_netem() -> bool:

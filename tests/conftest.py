@@ -123,7 +123,7 @@ class Ranks:
             }
             mine = (
                 ({k: str(v) for k, v in wiring.items()} if ranks else {})
-                | {"CROSSRANK_CACHE": os.environ["CROSSRANK_CACHE"]}
+                | {"CROSSRANK_CACHE": os.environ["CROSSRANK_CACHE"], "CUDA_VISIBLE_DEVICES": ""}
                 | env
             )
             process = SERVER.Process(target=_rank, args=([*map(str, arguments)], script and str(script), mine, files))
@@ -171,7 +171,7 @@ def torchrun(
     """The same through the real torchrun."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *options]
     command = [*start, *([str(script)] if script else ["-m", "trainer"]), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | env
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | env
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     return checked(Result(command, result.returncode, result.stdout, result.stderr), command, check)
 

@@ -60,7 +60,7 @@ def library_logits(model, tokens: Tokens) -> torch.Tensor:
     inputs = {"input_ids": ids, "attention_mask": mask}
     if getattr(model.config, "type_vocab_size", 0) > 1:
         inputs["token_type_ids"] = types
-    return model(**inputs).logits
+    return model(**{name: value.to(model.device) for name, value in inputs.items()}).logits
 
 
 def gradients(model, loss) -> dict[str, torch.Tensor]:
@@ -72,7 +72,7 @@ def gradients(model, loss) -> dict[str, torch.Tensor]:
 def assert_equal(ours: CrossEncoder, theirs, lengths) -> None:
     tokens = make_tokens(lengths)
     labels = np.arange(len(lengths)) % 3
-    batch = ours.batch(tokens, labels, np.arange(len(lengths)), torch.device("cpu"))
+    batch = ours.batch(tokens, labels, np.arange(len(lengths)), theirs.device)
     got, expected = ours(batch), library_logits(theirs, tokens)[batch.rows]
     assert torch.allclose(got, expected, rtol=0, atol=1e-5)
     loss = torch.nn.functional.cross_entropy

@@ -1,0 +1,125 @@
+"""Everything that there is to measure on a GPU, within ten minutes, without network.
+
+    python -m benchmarks.gpu.pack FOLDER                                 # on a machine with network
+    python -m benchmarks.gpu --pack FOLDER --out OUT [--only NAME ...]   # on the one with the GPU
+
+Each stage is a process of its own; one that fails or finds no time left is noted in OUT/summary.json; the others run.
+OUT gets a JSON file and a log for each stage, and plots. --rehearsal: tiny sizes, on any machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common
+from benchmarks.gpu import pack, predict
+
+RTX_3090_GIB = 24
+
+
+def stages(folder: Path, out: Path, tiny: bool) -> dict[str, list[object]]:
+    """What is run, most important first: name to `python -m` arguments."""
+    data: list[object] = ["--data", folder / "data"]
+    sizes = [*data, "--tokenizer", folder / "tokenizer", "--results", out]
+    model = common.model_folder("distilroberta", folder / "tokenizer")
+    few = ["max_train_samples=128", "max_eval_samples=32", "max_test_samples=32"] if tiny else []
+    recipe = [*data, "--more", "country_iso_code=FRA", *few]
+
+    def whole(trainer: str, encoder: Path, *more: object) -> list[object]:
+        return ["benchmarks.contenders", f"{trainer}_recipe", "--model", encoder, *more, *recipe]
+
+    steps = ["--steps", 4, "--window", 1, "--batch", 8, "--rounds", 1] if tiny else ["--steps", 120, "--window", 20]
+    pairs = ["--pairs", 64, "--rounds", 1] if tiny else ["--pairs", 19_656]
+    short = ["--steps", 2, "--batch", 8] if tiny else ["--steps", 30]
+    batches = [4, 8] if tiny else [16, 64, 256, 1024, 4096]
+    shapes = ["distilroberta"] if tiny else ["distilroberta", "roberta-large", "deberta-v3-large"]
+    return {
+        "tests": ["pytest", "-m", "gpu", "-p", "no:cacheprovider", common.ROOT / "tests" / "gpu"],
+        "recipe": whole("crossrank", model),
+        "recipe-sentence_transformers": whole("sentence_transformers", model),
+        "training": ["benchmarks.vs_sentence_transformers", *sizes, *steps],
+        "roofline": ["benchmarks.roofline", *sizes, *short],
+        "recipe-24GiB": whole("crossrank", model, "--memory-gib", RTX_3090_GIB),
+        "recipe-minilm": whole("crossrank", folder / "minilm"),
+        "batches": ["benchmarks.batches", *sizes, "--batches", *batches, *(["--steps", 4] if tiny else [])],
+        "largest": ["benchmarks.batches", *sizes, "--largest", *shapes, "--memory-gib", RTX_3090_GIB,
+                    *(["--limit", 8] if tiny else [])],
+        "transformers": ["benchmarks.vs_transformers", *sizes, *steps],
+        "evaluation": ["benchmarks.vs_sentence_transformers", "--what", "evaluation", *sizes, *pairs],
+        "recipe-minilm-sentence_transformers": whole("sentence_transformers", folder / "minilm"),
+    }  # fmt: skip
+
+
+def run(name: str, arguments: list[object], env: dict[str, str], out: Path, seconds: float) -> dict[str, Any]:
+    """One stage; its output goes to OUT/NAME.log, and the JSON object that a contender prints last to OUT/NAME.json."""
+    command = [sys.executable, "-m", *map(str, arguments)]
+    started = time.perf_counter()
+    with (out / f"{name}.log").open("w") as log:
+        try:
+            code = subprocess.run(
+                command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=common.ROOT, timeout=seconds
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+    result: dict[str, Any] = {"exit_code": code, "seconds": time.perf_counter() - started}
+    said = (out / f"{name}.log").read_text(errors="replace").strip().splitlines()
+    result["last_line"] = said[-1] if said else ""
+    if code == 0 and arguments[0] == "benchmarks.contenders":
+        result |= {"result": json.loads(said[-1])}
+    return result
+
+
+def install(wheels: Path, folder: Path) -> None:
+    """Beside the machine's own packages, which stay as they are."""
+    found = sorted(map(str, wheels.glob("*.whl")))
+    if found:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
+        subprocess.run([*pip, "--target", str(folder), *found], check=True)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--pack", type=Path, required=True, help="folder that benchmarks.gpu.pack made")
+    options.add_argument("--out", type=Path, required=True, help="folder for the results")
+    options.add_argument("--only", nargs="+", default=None, help="these stages alone")
+    options.add_argument("--minutes", type=float, default=9.5, help="after which no stage goes on")
+    options.add_argument("--rehearsal", action="store_true", help="tiny sizes, also without a GPU")
+    chosen = options.parse_args()
+    deadline = time.monotonic() + 60 * chosen.minutes
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="crossrank-gpu-") as name:
+        work = Path(name)
+        if not chosen.rehearsal:
+            install(chosen.pack / "wheels", work / "site")
+        path = os.pathsep.join([str(common.ROOT), str(work / "site"), os.environ.get("PYTHONPATH", "")])
+        env = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        if chosen.rehearsal:
+            env["CROSSRANK_GPU_TESTS_ON"] = "cpu"
+        sys.path.insert(1, str(work / "site"))
+        for part in ("data", "tokenizer"):
+            (work / part).symlink_to((chosen.pack / part).resolve())
+        pack.unpack_minilm(chosen.pack, work / "minilm")
+        summary: dict[str, Any] = {"machine": common.machine(), "stages": {}}
+        for stage, arguments in stages(work, chosen.out.resolve(), chosen.rehearsal).items():
+            if chosen.only and stage not in chosen.only:
+                continue
+            left = deadline - time.monotonic()
+            found = run(stage, arguments, env, chosen.out, left) if left > 0 else {"skipped": "no time was left"}
+            summary["stages"][stage] = found
+            print(f"{stage}: {found}", flush=True)
+            summary["rtx_3090"] = predict.rtx_3090(chosen.out)
+            (chosen.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    failed = [stage for stage, found in summary["stages"].items() if found.get("exit_code") != 0]
+    sys.exit(f"not done: {', '.join(failed)}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
