@@ -10,6 +10,7 @@ to another.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import resource
@@ -66,6 +67,9 @@ def crossrank(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     pairs = options.batch * options.window
     seconds = [pairs / event["samples_per_second"] for event in events]
     tokens = [event["tokens_per_second"] * s for event, s in zip(events, seconds, strict=True)]
+    # The model goes before the ranks part: between hosts, gloo's end would wait for a peer that has left.
+    del trainer
+    gc.collect()
     dist.stop()
     if not world.is_main:
         return {}
