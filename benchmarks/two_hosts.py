@@ -34,6 +34,7 @@ class TwoHosts:
         self.rate, self.delay = rate, delay
         self.spaces = [f"crossrank-{os.getpid()}-{name}" for name in NAMES]
         self.folder = Path(tempfile.mkdtemp(prefix="crossrank-hosts-"))
+        self.started: list[subprocess.Popen] = []
 
     def __enter__(self) -> TwoHosts:
         try:
@@ -83,20 +84,25 @@ class TwoHosts:
 
     def run(self, commands: list[list[str]], env: dict[str, str]) -> list[subprocess.CompletedProcess]:
         """Runs one command on each host at the same time, and waits for both."""
-        started = []
+        self.started = []
         # Into files: a pipe that nobody reads yet would stop its host, and so the other one.
         logs = [(self.folder / f"{name}.log").open("w+") for name in NAMES]
         for space, name, command, log in zip(self.spaces, NAMES, commands, logs, strict=True):
             enter = ["ip", "netns", "exec", space, "unshare", "--uts", "--mount", "bash", "-euc", ENTER, "-", name]
             whole = [*enter, str(self.folder / "hosts"), *command]
-            started.append(subprocess.Popen(whole, env=env, stdout=log, stderr=subprocess.STDOUT))
+            self.started.append(subprocess.Popen(whole, env=env, stdout=log, stderr=subprocess.STDOUT))
         results = []
-        for command, process, log in zip(commands, started, logs, strict=True):
+        for command, process, log in zip(commands, self.started, logs, strict=True):
             code = process.wait()
             log.seek(0)
             results.append(subprocess.CompletedProcess(command, code, log.read(), ""))
             log.close()
         return results
+
+    def signal(self, number: int) -> None:
+        """Sends a signal to the command on each host."""
+        for process in self.started:
+            process.send_signal(number)
 
 
 def has_netem() -> bool:

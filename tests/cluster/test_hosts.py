@@ -1,7 +1,11 @@
 """torchrun across two hosts with a slow network between them, without Slurm."""
 
 import os
+import re
+import signal
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -43,3 +47,21 @@ def test_a_host_without_a_name(tmp_path):
                        MASTER_ADDR="nosuch.invalid", MASTER_PORT="29500", LOCAL_RANK="0")  # fmt: skip
     assert result.returncode == 2
     assert "MASTER_ADDR nosuch.invalid has no address here" in result.said
+
+
+@pytest.mark.full
+def test_two_hosts_are_asked_to_stop(possible, tmp_path):
+    """SIGTERM to both agents: the ranks save the same step, and nobody waits for a host that has left."""
+    command = [sys.executable, "-m", "trainer", "launch", "torchrun", "--nnodes", "2", "--rdzv-endpoint", "host1:29500",
+               "--", "train", *RUN, "--max_steps", "5000", "--num_train_epochs", "1000", "--eval_strategy", "no",
+               "--output_dir", f"{tmp_path}/run"]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    with two_hosts.TwoHosts() as hosts, ThreadPoolExecutor() as pool:
+        results = pool.submit(hosts.run, [command, command], env)
+        while not (tmp_path / "run" / "metrics.jsonl").exists() or len(losses(tmp_path / "run")) < 20:
+            assert not results.done(), results.result()
+            time.sleep(0.1)
+        hosts.signal(signal.SIGTERM)
+        said = "".join(result.stdout for result in results.result())
+    saved = int(re.search(r"stopped at step (\d+) by SIGTERM", said)[1])
+    assert (tmp_path / "run" / "checkpoints" / f"step-{saved:06}" / "manifest.json").exists()
