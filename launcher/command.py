@@ -25,6 +25,7 @@ USAGE = """usage: crossrank launch HOW [options] -- train [--recipe NAME] [--fie
 
 `crossrank launch HOW --help` shows the options. --dry_run shows what would be started.
 """
+TORCHRUN = "torch.distributed.run"
 # Slurm warns with USR1 or USR2; without a handler torchrun would die of them, and leave its ranks behind.
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 
@@ -54,7 +55,8 @@ class TorchrunConfig(LocalConfig):
         super().__post_init__()
         if self.nnodes > 1 and self.rdzv_endpoint is None:
             raise UserError(f"{self.nnodes} machines need --rdzv_endpoint HOST:PORT, where HOST is one of them")
-        if self.rdzv_endpoint is not None and not self.rdzv_endpoint.rpartition(":")[2].isdigit():
+        port = (self.rdzv_endpoint or "host:1").rpartition(":")[2]
+        if not (port.isdecimal() and 0 < int(port) < 65536):
             raise UserError(f"rdzv_endpoint {self.rdzv_endpoint!r} must be HOST:PORT, such as node1:29500")
 
 
@@ -68,6 +70,8 @@ def launch(argv: list[str]) -> None:
         raise UserError(unknown("way to launch", how, WAYS))
     group, start = WAYS[how]
     own, arguments = split(rest)
+    if not arguments and "train" in own:
+        raise UserError(f"put -- before train: crossrank launch {how} [options] -- train ...")
     usage = f"crossrank launch {how} [options] -- train ..."
     parser = make_parser(f"crossrank launch {how}", (group,), asks_for_help(own), usage=usage)
     options = group(**given_fields(parse(parser, own), group))
@@ -124,7 +128,7 @@ def torchrun(options: TorchrunConfig, nproc: int) -> list[str]:
     if options.rdzv_endpoint is not None:
         meeting = [f"--nnodes={options.nnodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={options.rdzv_endpoint}",
                    f"--rdzv-id={options.rdzv_id}"]  # fmt: skip
-    start = [sys.executable, "-m", "torch.distributed.run"]
+    start = [sys.executable, "-m", TORCHRUN]
     return [*start, *meeting, f"--nproc-per-node={nproc}", f"--signals-to-handle={SIGNALS}"]
 
 
@@ -132,6 +136,8 @@ def run(command: list[str], dry_run: bool) -> None:
     """Becomes `command`, so that signals and the exit code are its own."""
     print(shlex.join(command), file=sys.stdout if dry_run else sys.stderr, flush=True)
     if not dry_run:
+        # The same torchrun, with an exit code and an end that are the ranks' own.
+        command = ["launcher.agent" if word == TORCHRUN else word for word in command]
         os.execv(command[0], command)  # noqa: S606
 
 

@@ -79,6 +79,8 @@ class SlurmConfig(Fields):
             raise UserError(
                 f"nproc {self.nproc} is more than gpus_per_node {self.gpus_per_node}; each rank needs a GPU"
             )
+        if not 0 < self.warning_seconds < 65536:
+            raise UserError(f"warning_seconds {self.warning_seconds} must be from 1 to 65535, which is Slurm's limit")
         limit = seconds(self.time)
         if limit is not None and limit <= self.warning_seconds:
             raise UserError(f"the time limit {self.time} is {limit} s, and the warning comes "

@@ -11,6 +11,8 @@ fail() {
     exit 2
 }
 
+[ -n "${SLURM_JOB_ID:-}" ] || fail "this is a batch script, and this shell is no Slurm job; hand it to sbatch"
+
 inside=() venv=${CROSSRANK_VENV:-.venv}
 if [ -n "${CROSSRANK_CONTAINER:-}" ]; then
     inside=(apptainer exec --nv "$CROSSRANK_CONTAINER")

@@ -94,9 +94,12 @@ def test_the_best_model_comes_back(tmp_path, backend):
                "--eval_strategy", "steps", "--eval_steps", "3", "--load_best_model_at_end", "--metric_for_best_model",
                "loss", *BACKENDS[backend]]  # fmt: skip
     crossrank("train", *RUN, *options, "--output_dir", tmp_path / "run", ranks=2)
-    *during, final = [e["loss"] for e in events(tmp_path / "run", "eval") if e["split"] == "builtin-dev"]
-    assert final == pytest.approx(min(during))
-    assert final < during[-1]
+    *during, final = [e for e in events(tmp_path / "run", "eval") if e["split"] == "builtin-dev"]
+    best = min(during, key=lambda event: event["loss"])
+    assert final["loss"] == pytest.approx(best["loss"])
+    assert final["loss"] < during[-1]["loss"]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert best["step"] == final["step"] == results["train"]["best_step"]
 
 
 CONFIG = ["--recipe", "demo", "--deepspeed", "zero2"]

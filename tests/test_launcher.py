@@ -4,8 +4,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -168,6 +170,9 @@ BAD = {
     "local -- train --learning_rat 1": "did you mean '--learning_rate'",
     "torchrun --nnodes 2 -- train --recipe demo": "need --rdzv_endpoint HOST:PORT",
     "torchrun --rdzv_endpoint node1 -- train --recipe demo": "must be HOST:PORT",
+    "torchrun --rdzv_endpoint node1:99999 -- train --recipe demo": "must be HOST:PORT",
+    "local train --recipe demo": "put -- before train",
+    "slurm --warning_seconds 70000 --time 2-0 -- train --recipe demo": "warning_seconds 70000 must be from 1 to 65535",
 }
 
 
@@ -276,3 +281,27 @@ def test_scripts_are_in_a_wheel(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert re.search(r"^set -- --recipe demo$", result.stdout, re.MULTILINE)
+
+
+def test_local_ends_as_its_ranks_do(tmp_path):
+    """Under torchrun, too: one line, and the ranks' own exit code."""
+    rows = tmp_path / "rows.csv"
+    rows.write_text("premise,hypothesis,label\na,b,0\nc,,1\n")
+    start = ["local", "--nproc", 2, "--", "train", "--recipe", "demo"]
+    result = launch(*start, "--train_file", rows, "--output_dir", tmp_path / "bad")
+    assert result.returncode == 2
+    assert "rows.csv, row 1: hypothesis is empty" in result.stderr
+    assert "Traceback" not in result.stderr
+    # Stopped on request: saved, and 85.
+    command = [sys.executable, "-m", "trainer", "launch", *map(str, start), "--output_dir", str(tmp_path / "run")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stderr=log, env=environment, cwd=ROOT)
+        while not (tmp_path / "run" / "metrics.jsonl").exists() or not losses(tmp_path / "run"):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 85
+    said = (tmp_path / "log").read_text()
+    assert "start the same command again" in said
+    assert "Traceback" not in said

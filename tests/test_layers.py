@@ -49,7 +49,7 @@ ORDER = [
     "__main__",
 ]
 # What starts a run stands beside what runs on every rank, and sees of it what needs no torch.
-LAUNCHER = ["devices", "sbatch", "follow", "preflight", "command"]
+LAUNCHER = ["devices", "sbatch", "follow", "preflight", "agent", "command"]
 SEEN_BY_LAUNCHER = {"config", "cli", "run"}
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "trainer"

@@ -177,3 +177,9 @@ def test_training_from_python(tmp_path):
         "print(sorted(r['metrics']))\n"
     )
     assert "['builtin-dev', 'builtin-test']" in crossrank(script=script).stdout
+
+
+def test_an_empty_pair_on_standard_input_is_no_empty_line(model):
+    result = crossrank("predict", model, text="a\tb\n\nc\td\n\t\n", check=False)
+    assert result.returncode == 2
+    assert "row 2: premise is empty" in result.said

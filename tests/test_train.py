@@ -200,7 +200,7 @@ def test_a_run_is_never_overwritten(runs):
     before = (runs / "0" / "results.json").read_bytes()
     result = crossrank("train", *SMALL, "--output_dir", runs / "0", check=False)
     assert result.returncode == 2
-    assert "holds a run" in result.stderr
+    assert "holds a finished run" in result.stderr
     assert (runs / "0" / "results.json").read_bytes() == before
 
 

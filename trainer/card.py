@@ -260,7 +260,7 @@ def training_logs(run: Run) -> tuple[Markup | None, str]:
     steps: dict[int, dict[str, Any]] = {}
     for event in run.events:
         at = steps.setdefault(event["step"], {"Epoch": f"{event['epoch']:.4f}"})
-        # With the best model at the end, the last step has two evaluations: its own comes first.
+        # The final evaluation may be of weights that have been evaluated before: the first one counts.
         at.setdefault("train" if event["event"] == "train" else f"eval {event['split']}", event)
     if not steps:
         return None, ""

@@ -119,6 +119,7 @@ def start(timeout_seconds: int) -> World:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
     if size > 1 and not dist.is_initialized():  # a program may train and then evaluate
         if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
             _meet_through_slurm(os.environ)

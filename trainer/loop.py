@@ -108,7 +108,7 @@ class Trainer:
     forward: Any  # the model as the backend calls it
     window: Window = field(init=False)
     totals: Totals = field(default_factory=Totals)
-    best: float | None = None
+    best: tuple[float, int] | None = None  # value of metric_for_best_model, higher is better, and the step that had it
     saved_step: int = -1
     pending_evaluation: bool = False
 
@@ -151,7 +151,8 @@ class Trainer:
         self.start = None  # its tensors are as large as the model's state
         self.totals, self.saved_step = Totals(**state["totals"]), self.sampler.step
         # Another run's best model is not here; the best of this one begins anew.
-        self.best = state["best"] if self.world.broadcast((self.folder / "model").exists()) else None
+        best = state["best"] if self.world.broadcast((self.folder / "model").exists()) else None
+        self.best = best and (best[0], best[1])
         self.totals.interruptions += 1
         window = state["window"]
         self.window.loss += window["loss"] if self.world.is_main else 0.0
@@ -260,7 +261,7 @@ class Trainer:
         """While it lasts, a checkpoint says that it is still to be done."""
         with self.window.pause():
             self.pending_evaluation = True
-            self.keep_if_best(self.evaluate("dev", step=done).scores)
+            self.keep_if_best(self.evaluate("dev", step=done).scores, done)
             self.pending_evaluation = False
 
     def say(self, text: str) -> None:
@@ -338,12 +339,12 @@ class Trainer:
         self.journal.eval(place | result.scores)
         return result
 
-    def keep_if_best(self, scores: dict[str, Any]) -> None:
+    def keep_if_best(self, scores: dict[str, Any], done: int) -> None:
         """Saves the model when it is the best so far, if the best is what the run shall end with."""
         name = self.config.metric_for_best_model
         value = -scores[name] if name == "loss" else scores[name]
-        if self.config.load_best_model_at_end and (self.best is None or value > self.best):
-            self.best = value
+        if self.config.load_best_model_at_end and (self.best is None or value > self.best[0]):
+            self.best = value, done
             self.save_model()
 
     def save_model(self) -> None:

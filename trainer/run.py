@@ -44,7 +44,7 @@ def open_run(config: Config) -> tuple[Path, bool]:
             raise UserError(f"{folder} holds a model, which is never overwritten; choose another --output_dir")
         return folder, False
     if (folder / "results.json").exists():
-        raise UserError(f"{folder} holds a run, which is never overwritten; choose another --output_dir")
+        raise UserError(f"{folder} holds a finished run, which is never overwritten; choose another --output_dir")
     if config.resume_from_checkpoint == "none":
         raise UserError(f"{folder} holds an unfinished run; choose another --output_dir, or leave out "
                         "--resume_from_checkpoint none to go on with it")  # fmt: skip

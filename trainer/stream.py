@@ -42,7 +42,7 @@ def stream(path: Path) -> Iterator[pa.Table]:
 def stream_stdin() -> Iterator[pa.Table]:
     """jsonl, or premise and hypothesis separated by a tab."""
     source: Any = sys.stdin.buffer
-    while (beginning := source.peek(16)[:16].removeprefix(b"\xef\xbb\xbf")) and not beginning.strip():
+    while (beginning := source.peek(16)[:16].removeprefix(b"\xef\xbb\xbf")) and not beginning.strip(b" \r\n"):
         source.readline()  # empty lines
     return _jsonl(source, "stdin") if beginning.lstrip().startswith(b"{") else _tabs(source)
 
@@ -74,7 +74,7 @@ def _lines(file: BinaryIO, place: str) -> Iterator[list[tuple[int, str]]]:
             line = raw.decode("utf-8-sig" if number == 0 else "utf-8")
         except UnicodeDecodeError:
             raise UserError(f"{place}, row {row}: not UTF-8 text") from None
-        if line.strip():
+        if line.strip(" \r\n"):  # a tab stands between two texts, empty ones as well
             part.append((row, line.rstrip("\r\n")))
             row += 1
         if len(part) == ROWS:

@@ -194,11 +194,14 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         trainer.backend.load_weights(trainer.model.model, trainer.model.used(best))
     else:
         trainer.save_model()
+    step = trainer.best[1] if trainer.best else trainer.sampler.num_steps
+    if trainer.best:
+        trainer.say(f"the best model is that of step {step}: its final scores")
     metrics: dict[str, Any] = {}
     examples: list[dict[str, Any]] = []
     for role in ("dev", "test"):
         if role in trainer.splits:
-            result = trainer.evaluate(role, step=trainer.sampler.num_steps)
+            result = trainer.evaluate(role, step=step)
             metrics[split_name(trainer.config, role)] = result.scores
             exact = in_fp32(trainer, role) if trainer.config.bf16 else result
             if exact is not result:
@@ -237,6 +240,7 @@ def summarise(trainer: Trainer, metrics: dict[str, Any]) -> dict[str, Any]:
             "samples_per_second": totals.samples / totals.train_seconds,
             "tokens_per_second": totals.tokens / totals.train_seconds,
             "steps": trainer.sampler.num_steps,
+            "best_step": trainer.best[1] if trainer.best else None,
             "epochs": trainer.sampler.num_steps / trainer.sampler.steps_per_epoch,
             "interruptions": totals.interruptions,
             "skipped_steps": totals.skipped_steps,
