@@ -21,7 +21,6 @@ def main(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does for several ranks, with a banner
     code = 1
     with tempfile.TemporaryDirectory() as folder:
         codes = Path(os.environ.setdefault("CROSSRANK_EXIT_FILE", f"{folder}/exit"))

@@ -136,6 +136,8 @@ def run(command: list[str], dry_run: bool) -> None:
     """Becomes `command`, so that signals and the exit code are its own."""
     print(shlex.join(command), file=sys.stdout if dry_run else sys.stderr, flush=True)
     if not dry_run:
+        if TORCHRUN in command and "--nproc-per-node=1" not in command:
+            os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with a banner
         # The same torchrun, with an exit code and an end that are the ranks' own.
         command = ["launcher.agent" if word == TORCHRUN else word for word in command]
         os.execv(command[0], command)  # noqa: S606

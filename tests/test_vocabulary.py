@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from conftest import crossrank
 from test_attention import VOCABULARY, make, make_tokens
 
 from trainer.attention import FAMILIES
@@ -36,7 +37,7 @@ def test_bit_equal(family, unpad):
     model = make(family, dropout=0.2)
     plain, saving = CrossEncoder(copy.deepcopy(model), unpad=unpad), CrossEncoder(model, unpad=unpad)
     saving.set_unused_rows_aside(tokens)
-    assert 0 < len(saving.vocabulary.weight) < VOCABULARY - 20
+    assert 0 < saving.vocabulary[1].num_used < VOCABULARY - 20
     trained(plain, tokens), trained(saving, tokens)
     expected, got = plain.model.state_dict(), saving.whole(saving.model.state_dict())
     assert expected.keys() == got.keys()
@@ -61,3 +62,17 @@ def test_nothing_to_leave_out():
     object.__setattr__(tokens, "ids", np.arange(VOCABULARY, dtype=np.uint16))
     model.set_unused_rows_aside(tokens)
     assert model.vocabulary is None
+
+
+def test_a_checkpoint_of_other_rows_is_refused(tmp_path):
+    """The rows that it lacks would be another model's."""
+    run = ["train", "--recipe", "demo", "--max_train_samples", "60", "--max_eval_samples", "20", "--max_test_samples",
+           "20", "--max_steps", "4", "--save_steps", "2", "--track_emissions", "false",
+           "--write_report", "false"]  # fmt: skip
+    crossrank(*run, "--output_dir", tmp_path / "a", "--data_seed", "1", "--seed", "1")
+    there = ["--resume_from_checkpoint", tmp_path / "a" / "checkpoints" / "step-000002"]
+    for other in (["--seed", "2"], ["--seed", "1", "--weight_decay", "0.1"]):
+        command = [*run, *there, "--data_seed", "1", *other, "--output_dir", tmp_path / other[-1]]
+        result = crossrank(*command, check=False)
+        assert result.returncode == 2
+        assert "set other rows of the embedding table aside" in result.stderr

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +25,7 @@ from trainer import run
 from trainer.backends import Single
 from trainer.batch import IGNORED
 from trainer.checkpoint import Checkpoint, Checkpoints
-from trainer.config import Config, Preempted, TrainingFailed, num_forwards
+from trainer.config import Config, Preempted, TrainingFailed, UserError, num_forwards
 from trainer.data import Pairs, Role, split_name
 from trainer.dist import World
 from trainer.dropout import hash_key
@@ -147,6 +148,9 @@ class Trainer:
         if self.state is None:
             return
         state = self.state
+        if state.get("rest") != self.rest:
+            raise UserError("the checkpoint cannot be gone on with here: its run set other rows of the embedding table "
+                            "aside; give the same model_name_or_path, init, seed and weight_decay")  # fmt: skip
         self.backend.load_state(self.start.tensors if self.start else {}, state["num_updates"])
         self.start = None  # its tensors are as large as the model's state
         self.totals, self.saved_step = Totals(**state["totals"]), self.sampler.step
@@ -170,6 +174,7 @@ class Trainer:
         state = {
             "sampler": self.sampler.state_dict(),
             "data": {role: tokens.fingerprint for role, tokens in self.tokens.items()},
+            "rest": self.rest,
             "num_updates": self.sampler.step - self.totals.skipped_steps,
             "totals": dataclasses.asdict(self.totals) | {"energy": self.energy()},
             "best": self.best,
@@ -190,6 +195,11 @@ class Trainer:
         if self.world.is_main:
             self.checkpoints.save(self.sampler.step, tensors, state)
         self.saved_step = self.sampler.step
+
+    @cached_property
+    def rest(self) -> str | None:
+        """Fingerprint of the embedding rows that are no parameters, and so in no checkpoint."""
+        return self.model.vocabulary[1].fingerprint() if self.model.vocabulary else None
 
     def energy(self) -> list[dict[str, Any]]:
         """The rows of all stretches, this one up to now, on rank 0; also in emissions.csv. Every rank takes part."""

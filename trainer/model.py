@@ -46,14 +46,18 @@ class CrossEncoder(nn.Module):
     def set_unused_rows_aside(self, tokens: Tokens) -> None:
         """Before training on `tokens` without weight decay: see vocabulary.UsedRows."""
         table = self.model.get_input_embeddings() if self.layout else None
-        used = np.union1d(tokens.ids, self.padding)
-        if type(table) is nn.Embedding and len(used) < table.num_embeddings:
+        if type(table) is not nn.Embedding:
+            return
+        used = np.zeros(table.num_embeddings, dtype=bool)
+        used[tokens.ids] = True
+        used[[self.padding, *([] if table.padding_idx is None else [table.padding_idx])]] = True
+        if not used.all():
             self.model.set_input_embeddings(UsedRows(table, used))
 
     @property
-    def vocabulary(self) -> UsedRows | None:
-        """The embedding table where rows of it have been set aside."""
-        return next((module for module in self.model.modules() if isinstance(module, UsedRows)), None)
+    def vocabulary(self) -> tuple[str, UsedRows] | None:
+        """Name and table where rows have been set aside. No attribute: it would be a second name of its parameters."""
+        return next(((name, m) for name, m in self.model.named_modules() if isinstance(m, UsedRows)), None)
 
     def whole(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`weights` of the model with the rows that have been set aside; {} stays so."""
@@ -66,8 +70,10 @@ class CrossEncoder(nn.Module):
     def _with_table(
         self, weights: dict[str, torch.Tensor], change: Callable[[UsedRows, torch.Tensor], torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        tables = {f"{name}.weight": m for name, m in self.model.named_modules() if isinstance(m, UsedRows)}
-        return {name: change(tables[name], value) if name in tables else value for name, value in weights.items()}
+        if not weights or self.vocabulary is None:
+            return weights
+        name, table = self.vocabulary
+        return weights | {f"{name}.weight": change(table, weights[f"{name}.weight"])}
 
     def batch(self, tokens: Tokens, labels: np.ndarray, rows: np.ndarray, device: torch.device, **keys: int) -> Batch:
         """The batch of data set rows `rows` in the layout that suits model and device; see batch.assemble."""

@@ -98,8 +98,9 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
     )
     if config.weight_decay == 0:
         cross_encoder.set_unused_rows_aside(tokens["train"])
-        if aside := cross_encoder.vocabulary:
-            say(f"{len(aside.rest):,} of {len(aside.place):,} tokens are in no training pair: they keep their vectors")
+        if cross_encoder.vocabulary:
+            _, table = cross_encoder.vocabulary
+            say(f"{len(table.rest):,} of {len(table.place):,} tokens are in no training pair: they keep their vectors")
     if start:
         say(f"going on at step {sampler.step} from {start.path}")
     return Trainer(
