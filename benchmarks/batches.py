@@ -58,13 +58,7 @@ def largest(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
         del moments
     except torch.OutOfMemoryError:
         pass
-    number = sum(p.numel() for p in parameters)
-    model.zero_grad()
-    del model, parameters
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return {"pairs": fits, "parameters": number, "tokens_a_pair": chosen.tokens}
+    return {"pairs": fits, "parameters": sum(p.numel() for p in parameters), "tokens_a_pair": chosen.tokens}
 
 
 def speeds(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -100,7 +94,11 @@ def main() -> None:
     number = "bf16" if chosen.bf16 else "fp32"
     if chosen.largest:
         common.limit_memory(chosen.memory_gib)
-        result = {name: largest(name, chosen) for name in chosen.largest}
+        result = {}
+        for name in chosen.largest:
+            result[name] = largest(name, chosen)
+            gc.collect()
+            torch.cuda.empty_cache()
         print(result)
         common.save(f"largest-batches-{number}", chosen, {"largest": result})
         return

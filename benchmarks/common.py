@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
+SHARED = Path(os.environ.get("CROSSRANK_SHARED", ROOT.parent / "shared"))  # real pairs, RoBERTa's tokenizer
 RESULTS = Path(__file__).parent / "results"
 
 

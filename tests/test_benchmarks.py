@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -25,4 +26,6 @@ def test_rehearsal_of_the_gpu_benchmarks(tmp_path, allnli, minilm):
     assert summary["rtx_3090"]["train_seconds_of_the_recipe"] > 0
     scores = summary["stages"]["recipe"]["result"]["scores"]
     assert scores.keys() == {"AllNLI-dev", "AllNLI-test"}
-    assert (out / "roofline-distilroberta-bf16.png").stat().st_size > 0
+    assert {path.name for path in out.iterdir()} == {"summary.json", "results.tar.gz"}
+    shutil.unpack_archive(out / "results.tar.gz", tmp_path / "results")
+    assert (tmp_path / "results" / "roofline-distilroberta-bf16.png").stat().st_size > 0

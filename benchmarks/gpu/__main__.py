@@ -4,14 +4,17 @@
     python -m benchmarks.gpu --pack FOLDER --out OUT [--only NAME ...]   # on the one with the GPU
 
 Each stage is a process of its own; one that fails or finds no time left is noted in OUT/summary.json; the others run.
-OUT gets a JSON file and a log for each stage, and plots. --rehearsal: tiny sizes, on any machine.
+OUT gets summary.json, and results.tar.gz with every JSON file, log and plot. --rehearsal: tiny sizes, on any machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,16 +28,15 @@ from benchmarks.gpu import pack, predict
 RTX_3090_GIB = 24
 
 
-def stages(folder: Path, out: Path, tiny: bool) -> dict[str, list[object]]:
+def stages(shared: Path, minilm: Path, out: Path, tiny: bool) -> dict[str, list[object]]:
     """What is run, most important first: name to `python -m` arguments."""
-    data: list[object] = ["--data", folder / "data"]
-    sizes = [*data, "--tokenizer", folder / "tokenizer", "--results", out]
-    model = common.model_folder("distilroberta", folder / "tokenizer")
+    sizes: list[object] = ["--results", out]
+    model = common.model_folder("distilroberta", shared / "tokenizers" / "roberta-base")
     few = ["max_train_samples=128", "max_eval_samples=32", "max_test_samples=32"] if tiny else []
-    recipe = [*data, "--more", "country_iso_code=FRA", *few]
 
     def whole(trainer: str, encoder: Path, *more: object) -> list[object]:
-        return ["benchmarks.contenders", f"{trainer}_recipe", "--model", encoder, *more, *recipe]
+        start = ["benchmarks.contenders", f"{trainer}_recipe", "--model", encoder, "--data", shared / "data" / "allnli"]
+        return [*start, "--more", "country_iso_code=FRA", *few, *more]
 
     steps = ["--steps", 4, "--window", 1, "--batch", 8, "--rounds", 1] if tiny else ["--steps", 120, "--window", 20]
     pairs = ["--pairs", 64, "--rounds", 1] if tiny else ["--pairs", 19_656]
@@ -47,34 +49,38 @@ def stages(folder: Path, out: Path, tiny: bool) -> dict[str, list[object]]:
         "recipe-sentence_transformers": whole("sentence_transformers", model),
         "training": ["benchmarks.vs_sentence_transformers", *sizes, *steps],
         "roofline": ["benchmarks.roofline", *sizes, *short],
-        "recipe-24GiB": whole("crossrank", model, "--memory-gib", RTX_3090_GIB),
-        "recipe-minilm": whole("crossrank", folder / "minilm"),
-        "batches": ["benchmarks.batches", *sizes, "--batches", *batches, *(["--steps", 4] if tiny else [])],
+        "recipe-24GiB": [*whole("crossrank", model, "max_steps=200"), "--memory-gib", RTX_3090_GIB],
+        "recipe-minilm": whole("crossrank", minilm),
+        "batches": ["benchmarks.batches", *sizes, "--batches", *batches, "--steps", 4 if tiny else 40],
         "largest": ["benchmarks.batches", *sizes, "--largest", *shapes, "--memory-gib", RTX_3090_GIB,
                     *(["--limit", 8] if tiny else [])],
         "transformers": ["benchmarks.vs_transformers", *sizes, *steps],
         "evaluation": ["benchmarks.vs_sentence_transformers", "--what", "evaluation", *sizes, *pairs],
-        "recipe-minilm-sentence_transformers": whole("sentence_transformers", folder / "minilm"),
+        "recipe-minilm-sentence_transformers": whole("sentence_transformers", minilm),
     }  # fmt: skip
 
 
-def run(name: str, arguments: list[object], env: dict[str, str], out: Path, seconds: float) -> dict[str, Any]:
-    """One stage; its output goes to OUT/NAME.log, and the JSON object that a contender prints last to OUT/NAME.json."""
-    command = [sys.executable, "-m", *map(str, arguments)]
+def run(arguments: list[object], env: dict[str, str], log: Path, seconds: float) -> dict[str, Any]:
+    """One stage, with what a contender says of itself. After `seconds` it ends, with all that it started."""
     started = time.perf_counter()
-    with (out / f"{name}.log").open("w") as log:
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *map(str, arguments)], stdout=output, stderr=subprocess.STDOUT, env=env,
+            cwd=common.ROOT, start_new_session=True,
+        )  # fmt: skip
         try:
-            code = subprocess.run(
-                command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=common.ROOT, timeout=seconds
-            ).returncode
+            code: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
             code = None
-    result: dict[str, Any] = {"exit_code": code, "seconds": time.perf_counter() - started}
-    said = (out / f"{name}.log").read_text(errors="replace").strip().splitlines()
-    result["last_line"] = said[-1] if said else ""
-    if code == 0 and arguments[0] == "benchmarks.contenders":
-        result |= {"result": json.loads(said[-1])}
-    return result
+    said = log.read_text(errors="replace").strip().splitlines()
+    results = [json.loads(line) for line in said if line.startswith('{"')]
+    return {
+        "exit_code": code,
+        "seconds": time.perf_counter() - started,
+        "last_line": said[-1] if said else "",
+        "result": results[-1] if results else None,
+    }
 
 
 def install(wheels: Path, folder: Path) -> None:
@@ -100,23 +106,30 @@ def main() -> None:
         if not chosen.rehearsal:
             install(chosen.pack / "wheels", work / "site")
         path = os.pathsep.join([str(common.ROOT), str(work / "site"), os.environ.get("PYTHONPATH", "")])
-        env = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        env = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
+                            "CROSSRANK_SHARED": str(chosen.pack.resolve())}  # fmt: skip
         if chosen.rehearsal:
             env["CROSSRANK_GPU_TESTS_ON"] = "cpu"
         sys.path.insert(1, str(work / "site"))
-        for part in ("data", "tokenizer"):
-            (work / part).symlink_to((chosen.pack / part).resolve())
         pack.unpack_minilm(chosen.pack, work / "minilm")
+        table = stages(chosen.pack.resolve(), work / "minilm", work / "out", chosen.rehearsal)
+        if unknown := set(chosen.only or table) - set(table):
+            sys.exit(f"no such stage: {', '.join(unknown)}; there are {', '.join(table)}")
+        (work / "out").mkdir()
         summary: dict[str, Any] = {"machine": common.machine(), "stages": {}}
-        for stage, arguments in stages(work, chosen.out.resolve(), chosen.rehearsal).items():
+        for stage, arguments in table.items():
             if chosen.only and stage not in chosen.only:
                 continue
-            left = deadline - time.monotonic()
-            found = run(stage, arguments, env, chosen.out, left) if left > 0 else {"skipped": "no time was left"}
+            # The tests come first, and leave two thirds of the time to the rest.
+            left = min(deadline - time.monotonic(), 20 * chosen.minutes if stage == "tests" else math.inf)
+            found: dict[str, Any] = {"skipped": "no time was left"}
+            if left > 0:
+                found = run(arguments, env, work / "out" / f"{stage}.log", left)
             summary["stages"][stage] = found
             print(f"{stage}: {found}", flush=True)
-            summary["rtx_3090"] = predict.rtx_3090(chosen.out)
+            summary["rtx_3090"] = predict.rtx_3090(work / "out")
             (chosen.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+            shutil.make_archive(str(chosen.out / "results"), "gztar", work / "out")
     failed = [stage for stage, found in summary["stages"].items() if found.get("exit_code") != 0]
     sys.exit(f"not done: {', '.join(failed)}" if failed else 0)
 

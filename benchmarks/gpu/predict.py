@@ -16,8 +16,8 @@ def rtx_3090(results: Path) -> dict[str, Any] | None:
     """From roofline's JSON in `results`; None where it is not there.
 
     Forward and backward are bound by products: the 3090 is taken to reach the fraction of its own peak that was reached
-    here. The optimizer is bound by memory. It is an estimate, and a cautious one: a slower card hides launches better,
-    and so reaches a larger fraction.
+    here. The optimizer is bound by memory. An estimate: what a fast card waits for launches, a slower one
+    hides.
     """
     path = results / "roofline-distilroberta-bf16.json"
     if not path.is_file():
