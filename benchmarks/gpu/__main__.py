@@ -34,6 +34,8 @@ def stages(shared: Path, minilm: Path, out: Path, tiny: bool) -> dict[str, list[
     model = common.model_folder("distilroberta", shared / "tokenizers" / "roberta-base")
     few = ["max_train_samples=128", "max_eval_samples=32", "max_test_samples=32"] if tiny else []
 
+    enough = [] if tiny else ["max_steps=200"]  # to see the peak of memory
+
     def whole(trainer: str, encoder: Path, *more: object) -> list[object]:
         start = ["benchmarks.contenders", f"{trainer}_recipe", "--model", encoder, "--data", shared / "data" / "allnli"]
         return [*start, "--more", "country_iso_code=FRA", *few, *more]
@@ -49,7 +51,7 @@ def stages(shared: Path, minilm: Path, out: Path, tiny: bool) -> dict[str, list[
         "recipe-sentence_transformers": whole("sentence_transformers", model),
         "training": ["benchmarks.vs_sentence_transformers", *sizes, *steps],
         "roofline": ["benchmarks.roofline", *sizes, *short],
-        "recipe-24GiB": [*whole("crossrank", model, "max_steps=200"), "--memory-gib", RTX_3090_GIB],
+        "recipe-24GiB": [*whole("crossrank", model, *enough), "--memory-gib", RTX_3090_GIB],
         "recipe-minilm": whole("crossrank", minilm),
         "batches": ["benchmarks.batches", *sizes, "--batches", *batches, "--steps", 4 if tiny else 40],
         "largest": ["benchmarks.batches", *sizes, "--largest", *shapes, "--memory-gib", RTX_3090_GIB,
