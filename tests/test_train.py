@@ -89,7 +89,7 @@ def test_the_run_folder(runs):
     results = json.loads((folder / "results.json").read_text())
     assert set(results["metrics"]) == {"builtin-dev", "builtin-test"}
     assert (results["world_size"], results["backend"]) == (2, "ddp")
-    counted = {"steps", "epochs", "interruptions", "skipped_steps"}
+    counted = {"steps", "epochs", "interruptions", "skipped_steps", "best_step"}
     assert {"seconds", "samples_per_second", "tokens_per_second", *counted} == set(results["train"])
     assert {"step", "epoch", "loss", "grad_norm", "learning_rate", "samples_per_second", "tokens_per_second"} <= set(
         events(folder, "train")[0]
