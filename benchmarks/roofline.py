@@ -21,6 +21,7 @@ import torch
 from benchmarks import common
 from benchmarks.contenders import crossrank_config
 
+WARM_UP = 10  # steps; on a CPU the heap grows as long as a step needs more memory than any before
 WAITS = ("aten::item", "aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynchronize")
 
 
@@ -94,7 +95,7 @@ def memory(trainer: Any, batch: int, bf16: bool) -> dict[str, float]:
 
 def main() -> None:
     options = common.parser(__doc__)
-    options.add_argument("--steps", type=int, default=8, help="timed steps, after two that warm up")
+    options.add_argument("--steps", type=int, default=20, help=f"timed steps, after {WARM_UP} that warm up")
     chosen = options.parse_args()
     from trainer import dist
     from trainer.batch import IGNORED
@@ -103,7 +104,7 @@ def main() -> None:
 
     run = argparse.Namespace(
         model=common.model_folder(chosen.model, chosen.tokenizer), data=chosen.data, batch=chosen.batch,
-        bf16=chosen.bf16, steps=chosen.steps + 3, window=1000, seed=42, more=[],
+        bf16=chosen.bf16, steps=chosen.steps + WARM_UP + 1, window=1000, seed=42, more=[],
     )  # fmt: skip
     folder = tempfile.TemporaryDirectory()
     trainer = prepare(crossrank_config(run, Path(folder.name) / "run"), dist.start(600))
@@ -130,12 +131,12 @@ def main() -> None:
         return [*marks, time.perf_counter()]
 
     for current in trainer.sampler:
-        if current.step == chosen.steps + 2:
+        if current.step == chosen.steps + WARM_UP:
             with torch.profiler.profile() as profile:
                 step(current)
             continue
         marks = step(current)
-        if current.step >= 2:
+        if current.step >= WARM_UP:
             flops.append(needed_flops(trainer.model.model.config, tokens.lengths[current.rows]))
             for name, seconds in zip(times, np.diff(marks), strict=True):
                 times[name].append(float(seconds))

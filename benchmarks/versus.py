@@ -8,8 +8,8 @@ from benchmarks import common
 def main(peer: str, what: tuple[str, ...]) -> None:
     options = common.parser(__doc__)
     options.add_argument("--what", choices=what, default=what[0])
-    options.add_argument("--steps", type=int, default=12, help="of a training run; the first window is not timed")
-    options.add_argument("--window", type=int, default=3, help="steps between log events")
+    options.add_argument("--steps", type=int, default=40, help="of a training run; the first window is not timed")
+    options.add_argument("--window", type=int, default=10, help="steps between log events")
     options.add_argument("--pairs", type=int, default=2000, help="of an evaluation")
     chosen = options.parse_args()
     ours, theirs = "crossrank", peer
