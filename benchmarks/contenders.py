@@ -24,6 +24,8 @@ import torch
 
 from benchmarks import common
 
+F1 = ("f1_macro", "f1_micro", "f1_weighted")
+
 
 def peak_memory() -> dict[str, float]:
     """Of this process, in MB: resident memory, and what torch allocated on the GPU."""
@@ -85,7 +87,6 @@ def crossrank_recipe(options: argparse.Namespace, folder: Path) -> dict[str, Any
     `total_seconds` compares with another trainer's; it holds a second evaluation in fp32, which others do not make.
     """
     from trainer.cli import parse_train
-    from trainer.config import METRICS
     from trainer.train import train
 
     os.environ["CROSSRANK_CACHE"] = str(folder / "cache")  # tokens made anew, as the others have to
@@ -97,12 +98,19 @@ def crossrank_recipe(options: argparse.Namespace, folder: Path) -> dict[str, Any
     more = [f"--{text}" for text in options.more]
     started = time.perf_counter()
     results = train(parse_train([*(f"--{name}={value}" for name, value in fields.items()), *more]))
+    events = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return {
         "total_seconds": time.perf_counter() - started,
         "train_seconds": results["train"]["seconds"],
         "samples_per_second": results["train"]["samples_per_second"],
         "kwh": results["energy"]["kwh"] if results["energy"] else None,
-        "scores": {split: {name: scores[name] for name in METRICS} for split, scores in results["metrics"].items()},
+        "scores": {split: {name: scores[name] for name in F1} for split, scores in results["metrics"].items()},
+        "losses": [(event["step"], event["loss"]) for event in events if event["event"] == "train"],
+        "dev_f1_macro": [
+            (event["step"], event["f1_macro"])
+            for event in events
+            if event["event"] == "eval" and event["split"] == "AllNLI-dev"
+        ],
     }
 
 
@@ -140,8 +148,16 @@ def sentence_transformers_recipe(options: argparse.Namespace, folder: Path) -> d
     return {
         "total_seconds": time.perf_counter() - started,
         "train_and_evaluation_seconds": trained["train_runtime"],
-        "scores": {split: {name: float(value) for name, value in found.items()} for split, found in scores.items()},
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "scores": {
+            split: {name: float(found[f"{split.rpartition('-')[2]}_{name}"]) for name in F1}
+            for split, found in scores.items()
+        },
+        "losses": [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
+        "dev_f1_macro": [
+            (entry["step"], entry["eval_dev_f1_macro"])
+            for entry in trainer.state.log_history
+            if "eval_dev_f1_macro" in entry
+        ],
     }
 
 
