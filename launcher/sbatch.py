@@ -1,9 +1,9 @@
 """A batch script from the ones in `slurm/`, with the user's choices written into it, and its submission.
 
 Those scripts work by themselves, and they are the templates: their #SBATCH lines are replaced or added to, the part
-that they share takes the place of its `source` line, and the user's values are set in front of it. So what --dry_run
-prints stands alone. Every value is either quoted for the shell or, in an #SBATCH line, refused where it could be
-anything but a value.
+that they share takes the place of its `source` line, and the user's values are set in front of it; how to submit them
+by hand is left out. So what --dry_run prints stands alone. Every value is either quoted for the shell or, in an #SBATCH
+line, refused where it could be anything but a value.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def render(config: SlurmConfig, arguments: list[str]) -> str:
     _, _, library = (SCRIPTS / "job.sh").read_text(encoding="utf-8").partition("\n")
     _, _, rest = body.partition('job.sh"\n')
     return "\n".join(
-        [*comments, *(directive(*option) for option in options.items()), "set -euo pipefail", "",
+        [*comments[: comments.index("#")], *(directive(*option) for option in options.items()), "set -euo pipefail", "",
          *settings(config), shlex.join(["set", "--", *arguments]), "", library + rest]
     )  # fmt: skip
 

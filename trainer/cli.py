@@ -46,7 +46,8 @@ def parse(parser: ArgumentParser, argv: list[str], **settings: Any) -> dict[str,
 
 def _plain(error: Exception) -> str:
     """A parser's error on one line, in the words of the command line."""
-    return re.sub(r'Parser key "(\w+)":', r"field \1:", " ".join(str(error).split())).replace("typing.", "")
+    text = re.sub(r'Parser key "(\w+)":', r"field \1:", " ".join(str(error).split()))
+    return re.sub(r"<class '([\w.]+)'>", r"\1", text).replace("typing.", "")
 
 
 def _dashes(arg: str) -> str:
