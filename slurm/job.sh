@@ -86,7 +86,7 @@ run() {
             wait "$step" && code=0 || code=$?
             kill -0 "$step" 2>/dev/null || break
         done
-        # torchrun turns its ranks' codes into 1; they leave them here.
+        # srun ends with the highest code of its tasks; the rank that failed first has left its own here.
         if [ "$code" != 0 ] && [ -s "$CROSSRANK_EXIT_FILE" ]; then code=$(cat "$CROSSRANK_EXIT_FILE"); fi
         rm -f "$CROSSRANK_EXIT_FILE"
     fi

@@ -230,6 +230,7 @@ def test_a_rank_fails(cluster, script):
     assert job.state == "FAILED"
     assert job.log.count("rows.csv, row 1: hypothesis is empty") == 1
     assert "[rank " in job.log
+    assert "Traceback" not in job.log
     assert "REQUEUE " not in job.log
 
 
