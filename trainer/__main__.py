@@ -105,6 +105,10 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    # OpenMP's threads wait for each other in a loop. By default they loop so long that one busy neighbour halves the
+    # speed of a run on a CPU, and three leave a third of it. This is libgomp's own value for more threads than cores,
+    # which it reads when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # DeepSpeed's launcher puts the rank before the verb; it is in the environment, too.
     verb, *rest = [arg for arg in argv if not arg.startswith("--local_rank=")] or ["--help"]
     if verb in ("-h", "--help"):
