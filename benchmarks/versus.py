@@ -5,11 +5,11 @@ from __future__ import annotations
 from benchmarks import common
 
 
-def main(peer: str, what: tuple[str, ...]) -> None:
+def main(peer: str, what: tuple[str, ...], steps: int = 40, window: int = 10) -> None:
     options = common.parser(__doc__)
     options.add_argument("--what", choices=what, default=what[0])
-    options.add_argument("--steps", type=int, default=40, help="of a training run; the first window is not timed")
-    options.add_argument("--window", type=int, default=10, help="steps between log events")
+    options.add_argument("--steps", type=int, default=steps, help="of a training run; the first window is not timed")
+    options.add_argument("--window", type=int, default=window, help="steps between log events")
     options.add_argument("--pairs", type=int, default=2000, help="of an evaluation")
     chosen = options.parse_args()
     ours, theirs = "crossrank", peer

@@ -40,7 +40,7 @@ def stages(shared: Path, minilm: Path, out: Path, tiny: bool) -> dict[str, list[
         start = ["benchmarks.contenders", f"{trainer}_recipe", "--model", encoder, "--data", shared / "data" / "allnli"]
         return [*start, "--more", "country_iso_code=FRA", *few, *more]
 
-    steps = ["--steps", 4, "--window", 1, "--batch", 8, "--rounds", 1] if tiny else ["--steps", 120, "--window", 20]
+    steps = ["--steps", 4, "--window", 1, "--batch", 8, "--rounds", 1] if tiny else ["--steps", 150, "--window", 50]
     pairs = ["--pairs", 64, "--rounds", 1] if tiny else ["--pairs", 19_656]
     short = ["--steps", 2, "--batch", 8] if tiny else ["--steps", 30]
     batches = [4, 8] if tiny else [16, 64, 256, 1024, 4096]
