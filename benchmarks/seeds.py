@@ -3,15 +3,20 @@
     python -m benchmarks.seeds [--seeds 42 43 44] [--trainers crossrank] [--model minilm]
 
 One result file a run, from which table and plot are made. A run whose file is there is not repeated, so it can be
-interrupted, or shared out among processes; on two cores with MiniLM each run takes a quarter of an hour.
+interrupted, or shared out among processes; on two cores with MiniLM each run takes a quarter of an hour. On the way
+sentence-transformers evaluates in fp32, crossrank in the run's own numbers; the final scores are in the same ones.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
+
+from matplotlib import pyplot
 
 from benchmarks import common
 from trainer.markdown import table
@@ -37,8 +42,6 @@ def summary(runs: dict[str, dict[int, Any]]) -> str:
 
 
 def plot(runs: dict[str, dict[int, Any]], path: Path) -> None:
-    from matplotlib import pyplot
-
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for trainer, by_seed in runs.items():
         for number, run in enumerate(by_seed.values()):
@@ -67,12 +70,19 @@ def main() -> None:
                 continue
             settings = ["--model", model, "--data", chosen.data, "--batch", chosen.batch, "--bf16", chosen.bf16]
             result = common.run_json("benchmarks.contenders", f"{trainer}_recipe", *settings, "--seed", seed)
-            common.save(own, chosen, result)
-    runs: dict[str, dict[int, Any]] = {}
-    for trainer in TRAINERS:
-        files = sorted(chosen.results.glob(f"recipe-{name}-{trainer}-*.json"))
-        runs[trainer] = {int(path.stem.rpartition("-")[2]): json.loads(path.read_text()) for path in files}
-    runs = {trainer: by_seed for trainer, by_seed in runs.items() if by_seed}
+            stated = vars(chosen) | {"name": None, "seeds": [seed], "trainers": [trainer]}
+            common.save(own, argparse.Namespace(**stated), result)
+    runs: dict[str, dict[int, Any]] = {trainer: {} for trainer in TRAINERS}
+    for seed in chosen.seeds:
+        files = {trainer: chosen.results / f"recipe-{name}-{trainer}-{seed}.json" for trainer in TRAINERS}
+        if not all(file.exists() for file in files.values()):
+            continue  # a mean is over the same seeds for both
+        for trainer, file in files.items():
+            runs[trainer][seed] = json.loads(file.read_text())
+            if runs[trainer][seed]["settings"]["batch"] != chosen.batch:
+                sys.exit(f"{file} is of another batch size; choose another folder for --results")
+    if not runs["crossrank"]:
+        return
     print(summary(runs))
     plot(runs, chosen.results / f"recipe-{name}.png")
 

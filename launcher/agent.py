@@ -10,18 +10,31 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 from pathlib import Path
+from typing import NoReturn
+
+STOPPED = 85  # as a rank that has saved: start the same command again
+
+
+def stop(number: int, frame: object) -> NoReturn:
+    """Before there are ranks there is nothing to save. When they start, torchrun takes the signals itself."""
+    print(f"crossrank: stopped by {signal.Signals(number).name} before the ranks began", file=sys.stderr)
+    sys.exit(STOPPED)
 
 
 def main(argv: list[str]) -> int:
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, stop)
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    code = 1
+    code, killed = 1, False
     with tempfile.TemporaryDirectory() as folder:
         codes = Path(os.environ.setdefault("CROSSRANK_EXIT_FILE", f"{folder}/exit"))
         try:
@@ -30,15 +43,17 @@ def main(argv: list[str]) -> int:
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             ended = f"rank {rank} ended with exit code {failure.exitcode}"
-            code = max(1, failure.exitcode)
-            if failure.exitcode < 0:
-                ended = f"rank {rank} was killed by {signal.Signals(-failure.exitcode).name}"
+            code, killed = max(1, failure.exitcode), failure.exitcode < 0
+            if killed:
+                ended = f"rank {rank} on {socket.gethostname()} was killed by {signal.Signals(-failure.exitcode).name}"
         except SignalException as error:
             ended = f"interrupted by {signal.Signals(error.sigval).name}"
-        if codes.exists():  # the ranks have said what there is to say
-            return int(codes.read_text())
-    print(f"crossrank: {ended}", file=sys.stderr)
-    return code
+        except RendezvousError as error:
+            ended = f"the machines lost each other: {error}"
+        said = codes.exists()  # the ranks have said what there is to say, but for one that was killed
+        if killed or not said:
+            print(f"crossrank: {ended}", file=sys.stderr)
+        return int(codes.read_text()) if said else code
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ begin() {
         "restart ${SLURM_RESTART_COUNT:-0}, meeting at $MASTER_ADDR:$MASTER_PORT"
     srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 "${inside[@]}" \
         python -m launcher.preflight "$run_folder" "$@" || exit 2
-    rm -rf "$run_folder/.preflight-$SLURM_JOB_ID" "$CROSSRANK_EXIT_FILE"
+    rm -rf "$run_folder/.preflight-$SLURM_JOB_ID" "$CROSSRANK_EXIT_FILE"{,.*}
 }
 
 # Slurm's warning goes to this shell, which hands it on to the ranks. No trap for TERM: what its user cancels stays so.
@@ -86,9 +86,9 @@ run() {
             wait "$step" && code=0 || code=$?
             kill -0 "$step" 2>/dev/null || break
         done
-        # srun ends with the highest code of its tasks; the rank that failed first has left its own here.
+        # srun ends with the highest code of its tasks, also of one that it killed; the ranks have left theirs here.
         if [ "$code" != 0 ] && [ -s "$CROSSRANK_EXIT_FILE" ]; then code=$(cat "$CROSSRANK_EXIT_FILE"); fi
-        rm -f "$CROSSRANK_EXIT_FILE"
+        rm -f "$CROSSRANK_EXIT_FILE"{,.*}
     fi
     echo "END $(date -Is) job $SLURM_JOB_ID, exit code $code"
     if [ -n "$warned" ] && [ "$code" = 85 ]; then

@@ -305,3 +305,20 @@ def test_local_ends_as_its_ranks_do(tmp_path):
     said = (tmp_path / "log").read_text()
     assert "start the same command again" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "start", [["trainer"], ["launcher.agent", "--standalone", "--nproc-per-node=2", "-m", "trainer"]]
+)
+def test_stopped_while_it_starts(tmp_path, start):
+    """In the seconds in which torch is loaded there is nothing to save; a job must still know that it may go on."""
+    command = [sys.executable, "-m", *start, "train", "--recipe", "demo", "--output_dir", str(tmp_path / "run")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    bit = 1 << (signal.SIGUSR1 - 1)
+    while not int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1], 16) & bit:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    _, error = process.communicate()
+    assert process.returncode == 85
+    assert re.fullmatch(r"crossrank: stopped by SIGUSR1 before the (run|ranks) began.*\n", error)

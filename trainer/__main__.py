@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from trainer.config import DataConfig, Preempted, TrainingFailed, UserError, unknown
 
@@ -37,9 +38,21 @@ def train(argv: list[str]) -> None:
     from trainer.cli import parse_train
 
     config = parse_train(argv)
-    from trainer import api
+    for name in config.preemption_signals:
+        if name != "SIGINT":
+            signal.signal(getattr(signal, name), stop_early)
+    from trainer import api  # which takes seconds, and more on a network file system
 
     api.train(config)
+
+
+def stop_early(number: int, frame: object) -> NoReturn:
+    """Until the run takes the signals itself: it would die of them, and a batch script would not queue it again."""
+    leave_code(EXIT_CODE)
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(f"crossrank: stopped by {signal.Signals(number).name} before the run began; start the same command again",
+              file=sys.stderr, flush=True)  # fmt: skip
+    os._exit(EXIT_CODE)
 
 
 def evaluate(argv: list[str]) -> None:
@@ -105,10 +118,10 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    # OpenMP's threads wait for each other in a loop. By default they loop so long that one busy neighbour halves the
-    # speed of a run on a CPU, and three leave a third of it. This is libgomp's own value for more threads than cores,
-    # which it reads when torch is loaded.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # OpenMP's threads wait for each other in a loop: by default so long that one busy neighbour halves the speed of a
+    # run on a CPU, and three leave a third of it. libgomp reads this when torch is loaded.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # DeepSpeed's launcher puts the rank before the verb; it is in the environment, too.
     verb, *rest = [arg for arg in argv if not arg.startswith("--local_rank=")] or ["--help"]
     if verb in ("-h", "--help"):
@@ -143,10 +156,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def leave_code(code: int) -> None:
-    """Leaves the exit code where a batch script looks for it: torchrun turns every code of its ranks into 1."""
+    """Leaves the exit code where agent and batch script look for it: torchrun turns every code of its ranks into 1."""
     if name := os.environ.get("CROSSRANK_EXIT_FILE"):
-        with suppress(OSError):
-            Path(name).write_text(str(code))
+        own = Path(f"{name}.{socket.gethostname()}.{os.getpid()}")
+        with suppress(OSError):  # whole at any time: several ranks leave theirs, and may be killed meanwhile
+            own.write_text(str(code))
+            own.replace(name)
 
 
 def fail(code: int, text: str) -> int:

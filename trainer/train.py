@@ -268,15 +268,15 @@ def train(config: Config, report: Callable[[Path], None] | None = None) -> dict[
     try:
         trainer = prepare(config, world, preemption)
         results = complete(trainer)
+        if world.is_main:
+            for split, scores in results["metrics"].items():
+                run.say(f"{split}: " + ", ".join(f"{name} {scores[name]:.4f}" for name in METRICS))
+            if report:
+                report(trainer.folder)
+            run.say(f"model: {trainer.folder / 'model'}")
+        return results
     finally:
         preemption.close()
-    if world.is_main:
-        for split, scores in results["metrics"].items():
-            run.say(f"{split}: " + ", ".join(f"{name} {scores[name]:.4f}" for name in METRICS))
-        if report:
-            report(trainer.folder)
-        run.say(f"model: {trainer.folder / 'model'}")
-    return results
 
 
 def complete(trainer: Trainer) -> dict[str, Any]:

@@ -244,6 +244,9 @@ def test_a_rank_is_killed(cluster, script):
     os.kill(ranks_of(job)[1], signal.SIGKILL)
     assert job.wait() != "0:0"
     assert job.state == "FAILED", job.log
+    if script == BY_TORCHRUN:
+        assert "rank 1 on node2 was killed by SIGKILL" in job.log
+    assert "Traceback" not in job.log
     assert job.show()["Restarts"] == "0"
 
 
