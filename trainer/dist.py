@@ -194,7 +194,7 @@ def explain(error: RuntimeError, world: World, timeout_seconds: int) -> str | No
         return None
     if "onnection closed" in text or "onnection reset" in text or "roken pipe" in text:
         return "the connection to another rank broke off; look for what ended that one"
-    if "imed out" not in text:
+    if "imed out" not in text and "pplication timeout" not in text:  # the second one where another call timed out first
         return None
     # Whoever waits comes here, sooner or later; the others are those that were waited for.
     store = dist.distributed_c10d._get_default_store()
