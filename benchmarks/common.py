@@ -129,8 +129,9 @@ def save(name: str, settings: argparse.Namespace, result: dict[str, Any]) -> Pat
     """NAME.json in the folder of results: the machine, the settings and what was measured."""
     settings.results.mkdir(parents=True, exist_ok=True)
     path = settings.results / f"{settings.name or name}.json"
-    stated = {k: str(v.relative_to(ROOT.parent)) if isinstance(v, Path) and v.is_relative_to(ROOT.parent) else
-              str(v) if isinstance(v, Path) else v for k, v in vars(settings).items()}  # fmt: skip
+    above = (ROOT.parent, SHARED.parent)  # what is below them is named from there
+    stated = {k: str(next((v.relative_to(p) for p in above if v.is_relative_to(p)), v)) if isinstance(v, Path) else v
+              for k, v in vars(settings).items()}  # fmt: skip
     path.write_text(json.dumps({"machine": machine(), "settings": stated, **result}, indent=1) + "\n")
     print(f"written to {path}")
     return path

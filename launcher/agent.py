@@ -16,17 +16,17 @@ import tempfile
 from pathlib import Path
 from typing import NoReturn
 
-STOPPED = 85  # as a rank that has saved: start the same command again
+from trainer.config import EXIT_CODE
 
 
 def stop(number: int, frame: object) -> NoReturn:
     """Before there are ranks there is nothing to save. When they start, torchrun takes the signals itself."""
     print(f"crossrank: stopped by {signal.Signals(number).name} before the ranks began", file=sys.stderr)
-    sys.exit(STOPPED)
+    os._exit(130 if number == signal.SIGINT else EXIT_CODE)  # an exception would surface in the middle of torch
 
 
 def main(argv: list[str]) -> int:
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException

@@ -307,18 +307,21 @@ def test_local_ends_as_its_ranks_do(tmp_path):
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 85), (signal.SIGINT, 130)])
 @pytest.mark.parametrize(
     "start", [["trainer"], ["launcher.agent", "--standalone", "--nproc-per-node=2", "-m", "trainer"]]
 )
-def test_stopped_while_it_starts(tmp_path, start):
+def test_stopped_while_it_starts(tmp_path, start, number, code):
     """In the seconds in which torch is loaded there is nothing to save; a job must still know that it may go on."""
     command = [sys.executable, "-m", *start, "train", "--recipe", "demo", "--output_dir", str(tmp_path / "run")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    bit = 1 << (signal.SIGUSR1 - 1)
+    bit = 1 << (signal.SIGUSR1 - 1)  # Python catches SIGINT from the start
     while not int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1], 16) & bit:
         time.sleep(0.01)
-    process.send_signal(signal.SIGUSR1)
+    process.send_signal(number)
     _, error = process.communicate()
-    assert process.returncode == 85
-    assert re.fullmatch(r"crossrank: stopped by SIGUSR1 before the (run|ranks) began.*\n", error)
+    assert process.returncode == code
+    assert re.fullmatch(
+        r"crossrank: (stopped by SIG\w+ before the (run|ranks) began.*)\n|crossrank: interrupted\n", error
+    )

@@ -16,9 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trainer.config import DataConfig, Preempted, TrainingFailed, UserError, unknown
-
-EXIT_CODE = 85  # preempted: start the same command again
+from trainer.config import EXIT_CODE, DataConfig, Preempted, TrainingFailed, UserError, unknown
 
 USAGE = """usage: crossrank VERB ...
 
@@ -39,20 +37,27 @@ def train(argv: list[str]) -> None:
 
     config = parse_train(argv)
     for name in config.preemption_signals:
-        if name != "SIGINT":
-            signal.signal(getattr(signal, name), stop_early)
+        signal.signal(getattr(signal, name), stop_early)
     from trainer import api  # which takes seconds, and more on a network file system
 
     api.train(config)
 
 
 def stop_early(number: int, frame: object) -> NoReturn:
-    """Until the run takes the signals itself: it would die of them, and a batch script would not queue it again."""
-    leave_code(EXIT_CODE)
+    """Until the run takes the signals itself: it would die of them, and a batch script would not queue it again.
+
+    Python's own Ctrl-C would surface in the middle of torch, which turns it into errors of other kinds.
+    """
+    code, text = (
+        EXIT_CODE,
+        f"stopped by {signal.Signals(number).name} before the run began; start the same command again",
+    )
+    if number == signal.SIGINT:
+        code, text = 130, "interrupted"
+    leave_code(code)
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        print(f"crossrank: stopped by {signal.Signals(number).name} before the run began; start the same command again",
-              file=sys.stderr, flush=True)  # fmt: skip
-    os._exit(EXIT_CODE)
+        print(f"crossrank: {text}", file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 def evaluate(argv: list[str]) -> None:

@@ -27,6 +27,9 @@ class TrainingFailed(RuntimeError):
     """The run cannot go on, through no mistake in the input; printed without a traceback."""
 
 
+EXIT_CODE = 85  # preempted: start the same command again
+
+
 class Preempted(Exception):
     """The ranks have agreed to stop, since one was asked to; the message is for the user."""
 
