@@ -61,12 +61,12 @@ def sent_bytes() -> int:
 def worker(argv: list[str]) -> None:
     """One rank: steps of the recipe on one backend; rank 0 prints what was measured."""
     from benchmarks.contenders import crossrank_config, parser
-    from trainer import dist
+    from trainer import ranks
     from trainer.train import prepare
 
     options = parser().parse_args(["crossrank", *argv])
     with tempfile.TemporaryDirectory() as folder:
-        world = dist.start(600)
+        world = ranks.start(600)
         trainer = prepare(crossrank_config(options, Path(folder) / "run"), world)
         trainer.model.train()
         num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters())
@@ -82,7 +82,7 @@ def worker(argv: list[str]) -> None:
             world.barrier()
             seconds.append(time.perf_counter() - started)
             sent = sent_bytes() - before
-        dist.stop()
+        ranks.stop()
     if world.is_main:
         measured = {
             "samples_per_second": options.batch / statistics.median(seconds[3:]),

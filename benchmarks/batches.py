@@ -32,9 +32,9 @@ def largest(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    from trainer.model import CrossEncoder
-    from trainer.precision import autocast
-    from trainer.tokens import Tokens
+    from trainer.data.tokens import Tokens
+    from trainer.model.cross_encoder import CrossEncoder
+    from trainer.model.precision import autocast
 
     shape = {"vocab_size": 50265, "max_position_embeddings": 514, "num_labels": 3, "pad_token_id": 1} | SHAPES[name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -23,7 +23,7 @@ def main() -> None:
     options.add_argument("--saves", type=int, default=5)
     options.add_argument("--gap", type=int, default=3, help="steps from one save to the next")
     chosen = options.parse_args()
-    from trainer import dist
+    from trainer import ranks
     from trainer.loop import Window
     from trainer.train import prepare
 
@@ -33,7 +33,7 @@ def main() -> None:
         bf16=chosen.bf16, steps=steps + 2, window=1000, more=["save_total_limit=2"],
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        trainer = prepare(crossrank_config(run, Path(folder) / "run"), dist.start(600))
+        trainer = prepare(crossrank_config(run, Path(folder) / "run"), ranks.start(600))
         trainer.window = Window.new(trainer.world.device)
         trainer.model.train()
         seconds: dict[str, list[float]] = {"stall": [], "step while writing": [], "step": [], "write": []}

@@ -56,12 +56,12 @@ def crossrank_config(options: argparse.Namespace, folder: Path) -> Any:
 
 
 def crossrank(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from trainer import dist
-    from trainer.precision import products
+    from trainer import ranks
+    from trainer.model.precision import products
     from trainer.train import prepare
 
     config = crossrank_config(options, folder)
-    world = dist.start(600)
+    world = ranks.start(600)
     trainer = prepare(config, world)
     with products(world.device, config.bf16):
         trainer.loop()
@@ -73,7 +73,7 @@ def crossrank(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     # The model goes before the ranks part: between hosts, gloo's end would wait for a peer that has left.
     del trainer
     gc.collect()
-    dist.stop()
+    ranks.stop()
     if not world.is_main:
         return {}
     return speed([(pairs, t, s) for t, s in zip(tokens, seconds, strict=True)]) | {
@@ -254,13 +254,13 @@ def transformers(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def crossrank_evaluation(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from trainer import dist
+    from trainer import ranks
     from trainer.config import DataConfig
-    from trainer.data import load_pairs
+    from trainer.data.sources import load_pairs
     from trainer.evaluate import predict_logits
     from trainer.predict import InferenceConfig, Predictor
 
-    predictor = Predictor(str(options.model), InferenceConfig(bf16=options.bf16), dist.start(600))
+    predictor = Predictor(str(options.model), InferenceConfig(bf16=options.bf16), ranks.start(600))
     files = DataConfig(test_file=str(options.data / "test.parquet"), max_test_samples=options.pairs)
     pairs = load_pairs(files, "test", predictor.label_names)
     started = time.perf_counter()

@@ -59,7 +59,7 @@ def needed_flops(config: Any, lengths: np.ndarray) -> float:
 
 def saved_bytes(trainer: Any, tokens: Any, num_pairs: int, bf16: bool) -> int:
     """What the forward of the first pairs of `tokens` keeps for its backward, each storage once, without parameters."""
-    from trainer.precision import autocast
+    from trainer.model.precision import autocast
 
     own = {parameter.untyped_storage().data_ptr() for parameter in trainer.model.parameters()}
     saved: dict[int, int] = {}
@@ -80,7 +80,7 @@ def saved_bytes(trainer: Any, tokens: Any, num_pairs: int, bf16: bool) -> int:
 
 def memory(trainer: Any, batch: int, bf16: bool) -> dict[str, float]:
     """Bytes of a training step: weights, gradients and moments, and what a forward of `batch` pairs keeps."""
-    from trainer.tokens import Tokens
+    from trainer.data.tokens import Tokens
 
     real = trainer.tokens["train"]
     longest = trainer.max_length
@@ -97,9 +97,9 @@ def main() -> None:
     options = common.parser(__doc__)
     options.add_argument("--steps", type=int, default=20, help=f"timed steps, after {WARM_UP} that warm up")
     chosen = options.parse_args()
-    from trainer import dist
-    from trainer.batch import IGNORED
-    from trainer.precision import autocast, has_bf16, products
+    from trainer import ranks
+    from trainer.model.batch import IGNORED
+    from trainer.model.precision import autocast, has_bf16, products
     from trainer.train import prepare
 
     run = argparse.Namespace(
@@ -107,7 +107,7 @@ def main() -> None:
         bf16=chosen.bf16, steps=chosen.steps + WARM_UP + 1, window=1000, seed=42, more=[],
     )  # fmt: skip
     folder = tempfile.TemporaryDirectory()
-    trainer = prepare(crossrank_config(run, Path(folder.name) / "run"), dist.start(600))
+    trainer = prepare(crossrank_config(run, Path(folder.name) / "run"), ranks.start(600))
     device, tokens, labels = trainer.world.device, trainer.tokens["train"], trainer.splits["train"].label
     trainer.model.train()
     times: dict[str, list[float]] = {"data": [], "forward": [], "backward": [], "optimizer": []}

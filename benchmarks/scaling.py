@@ -20,9 +20,9 @@ def imbalance(data: Any, model: Any, batch: int, ranks: int) -> dict[str, float]
     from transformers import AutoTokenizer
 
     from trainer.config import DataConfig
-    from trainer.data import load_pairs
-    from trainer.sampler import GlobalBatchSampler, deal
-    from trainer.tokens import tokenize
+    from trainer.data.sampler import GlobalBatchSampler, deal
+    from trainer.data.sources import load_pairs
+    from trainer.data.tokens import tokenize
 
     pairs = load_pairs(DataConfig(train_file=str(data / "train.parquet"), max_train_samples=32_000), "train", None)
     tokens = tokenize(pairs, AutoTokenizer.from_pretrained(model), 512, None, print)

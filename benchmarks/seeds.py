@@ -19,7 +19,7 @@ from typing import Any
 from matplotlib import pyplot
 
 from benchmarks import common
-from trainer.markdown import table
+from trainer.report.markdown import table
 
 TRAINERS = ("crossrank", "sentence_transformers")
 COLOURS = dict(zip(TRAINERS, ("#4878a8", "#c8823c"), strict=True))

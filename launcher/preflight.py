@@ -21,7 +21,7 @@ from typing import Any
 from launcher.devices import num_present
 from trainer.cli import parse_train
 from trainer.config import UserError
-from trainer.run import git_state, versions
+from trainer.run.folder import git_state, versions
 
 PATIENCE = 60.0  # seconds; network file systems show new files some seconds late
 ROOT = Path(__file__).parent.parent

@@ -64,7 +64,7 @@ def minilm() -> Path:
 @pytest.fixture(scope="session")
 def builtin_model(tmp_path_factory) -> Path:
     """The embedded tiny model, as a folder."""
-    from trainer.builtin import make_config, make_model, make_tokenizer
+    from trainer.data.builtin import make_config, make_model, make_tokenizer
 
     folder = tmp_path_factory.mktemp("builtin")
     make_model(make_config(), seed=42).save_pretrained(folder)

@@ -1,48 +1,25 @@
-"""Imports point down: every file imports only files above it in this list."""
+"""Imports point down: a file or room of the trainer imports only those that stand above it in this list."""
 
 import ast
 import subprocess
 import sys
 from pathlib import Path
 
+# Rooms are folders; the others are the few files beside them.
 ORDER = [
     "config",
-    "sampler",
+    "files",
     "metrics",
-    "builtin",
-    "precision",
-    "optim",
-    "run",
-    "dist",
-    "dropout",
-    "vocabulary",
+    "ranks",
     "data",
-    "tokens",
-    "batch",
-    "attention",
     "model",
-    "about",
-    "preempt",
-    "energy",
-    "trackers",
-    "checkpoint",
-    "backends.single",
-    "backends.ddp",
-    "backends.deepspeed",
-    "backends.fsdp",
     "backends",
+    "run",
+    "report",
     "evaluate",
     "loop",
     "train",
-    "stream",
     "predict",
-    "folder",
-    "markdown",
-    "plots",
-    "card",
-    "compare",
-    "report",
-    "hub",
     "cli",
     "api",
     "doctor",
@@ -50,36 +27,65 @@ ORDER = [
 ]
 # What starts a run stands beside what runs on every rank, and sees of it what needs no torch.
 LAUNCHER = ["devices", "sbatch", "follow", "preflight", "agent", "command"]
-SEEN_BY_LAUNCHER = {"config", "cli", "run"}
+SEEN_BY_LAUNCHER = {"config", "cli", "run.folder"}
+SEEN_BY_REPORT = {"config", "files", "metrics"}
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "trainer"
 
 
 def imported(path: Path, package: str = "trainer") -> set[str]:
+    """The modules of `package` that a file imports, as dotted names below it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package:
             module = node.module.removeprefix(package).lstrip(".")
-            names |= {module} if module else {alias.name for alias in node.names}
+            for alias in node.names:
+                inner = f"{module}.{alias.name}".lstrip(".")
+                found = (ROOT / package / inner.replace(".", "/")).with_suffix(".py").exists()
+                names.add(inner if found else module)
     return names
 
 
-def test_every_file_has_its_place():
-    files = {str(p.relative_to(FOLDER).with_suffix("")).replace("/", ".") for p in FOLDER.rglob("*.py")}
-    assert {name.removesuffix(".__init__") for name in files} - {"__init__"} == set(ORDER)
+def rooms(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def files_of(room: str) -> list[Path]:
+    return sorted((FOLDER / room).rglob("*.py")) or [FOLDER / f"{room}.py"]
+
+
+def test_every_file_has_its_room():
+    found = {path.relative_to(FOLDER).with_suffix("").parts[0] for path in FOLDER.rglob("*.py")}
+    assert found - {"__init__"} == set(ORDER)
 
 
 def test_imports_point_down():
-    for position, name in enumerate(ORDER):
-        path = FOLDER / name.replace(".", "/")
-        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        # A backend that needs an optional package is imported when it is asked for.
-        assert imported(path) <= set(ORDER[:position]), name
+    for position, room in enumerate(ORDER):
+        for path in files_of(room):
+            assert rooms(imported(path)) <= set(ORDER[: position + 1]), path
 
 
-def test_the_package_imports_nothing():
-    assert (FOLDER / "__init__.py").read_text() == ""
-    assert (ROOT / "launcher" / "__init__.py").read_text() == ""
+def test_no_cycles_in_a_room():
+    for room in ORDER:
+        graph = {}
+        for path in files_of(room):
+            name = ".".join(path.relative_to(FOLDER).with_suffix("").parts).removesuffix(".__init__")
+            graph[name] = {other for other in imported(path) if other.split(".")[0] == room} - {name}
+        while free := [name for name, below in graph.items() if not below & graph.keys()]:
+            for name in free:
+                del graph[name]
+        # A backend is imported by its room's front when it is asked for.
+        assert not graph, f"imports in a circle: {graph}"
+
+
+def test_packages_import_nothing():
+    fronts = {path for package in (FOLDER, ROOT / "launcher") for path in package.rglob("__init__.py")}
+    assert {path for path in fronts if path.read_text()} == {FOLDER / "backends" / "__init__.py"}
+
+
+def test_the_report_needs_little():
+    for path in files_of("report"):
+        assert rooms(imported(path)) <= SEEN_BY_REPORT | {"report"}, path
 
 
 def test_the_launcher_imports_little():
@@ -90,7 +96,8 @@ def test_the_launcher_imports_little():
         assert imported(path) <= SEEN_BY_LAUNCHER, name
 
 
-def test_the_launcher_needs_no_torch():
-    modules = ", ".join(f"launcher.{name}" for name in LAUNCHER)
+def test_launcher_and_report_need_no_torch():
+    reports = [f"trainer.report.{path.stem}" for path in files_of("report") if path.stem != "__init__"]
+    modules = ", ".join([*(f"launcher.{name}" for name in LAUNCHER), *reports])
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -31,7 +31,7 @@ def test_losses_agree_with_the_reference_trainer(tmp_path):
     pytest.importorskip("sentence_transformers")
     from transformers import BertConfig, BertForSequenceClassification
 
-    from trainer.builtin import make_tokenizer, pairs
+    from trainer.data.builtin import make_tokenizer, pairs
 
     tokenizer = make_tokenizer()
     real = SHARED / "data" / "allnli" / "train_first3000_hub_order.parquet"

@@ -43,7 +43,7 @@ def test_any_number_of_ranks_gives_the_same_run(runs, ranks):
 
 def test_evaluation_is_the_same_to_the_last_digit(runs, tmp_path):
     """The same model scored by any number of ranks."""
-    from trainer.builtin import pairs
+    from trainer.data.builtin import pairs
 
     table = tmp_path / "dev.jsonl"
     table.write_text("".join(json.dumps(row) + "\n" for row in pairs("dev")[:331]))
@@ -108,7 +108,7 @@ def test_the_run_folder(runs):
 
 def test_the_model_gives_our_scores_elsewhere(runs, tmp_path):
     """sentence_transformers.CrossEncoder and transformers.pipeline read the model and agree with crossrank predict."""
-    from trainer.builtin import LABEL_NAMES, pairs
+    from trainer.data.builtin import LABEL_NAMES, pairs
 
     sentence_transformers = pytest.importorskip("sentence_transformers")
     from transformers import pipeline
@@ -318,7 +318,7 @@ def test_an_encoder_alone_is_no_classifier(minilm):
 
 def test_classes_in_another_order_keep_their_meaning(runs, tmp_path):
     """A trained head under other label orders: when training goes on, and when it is scored on numbered labels."""
-    from trainer.builtin import LABEL_NAMES, pairs
+    from trainer.data.builtin import LABEL_NAMES, pairs
 
     order = ["contradiction", "neutral", "entailment"]
     numbered = tmp_path / "dev.csv"

@@ -86,8 +86,8 @@ def predict(argv: list[str]) -> None:
 
 def report(argv: list[str]) -> None:
     from trainer.cli import make_parser, parse
-    from trainer.report import report as write
-    from trainer.run import say
+    from trainer.report.write import report as write
+    from trainer.run.folder import say
 
     parser = make_parser("crossrank report", (), usage="crossrank report RUN_DIR [RUN_DIR ...] [--output_dir FOLDER]")
     parser.add_argument("runs", metavar="RUN_DIR", nargs="+", help="run folders; several are compared")
@@ -154,9 +154,9 @@ def main(argv: list[str] | None = None) -> int:
     except Exception:
         return fail(1, f"failed:\n{traceback.format_exc()}")
     if "torch" in sys.modules:
-        from trainer import dist
+        from trainer import ranks
 
-        dist.stop()
+        ranks.stop()
     return code
 
 
@@ -175,11 +175,11 @@ def fail(code: int, text: str) -> int:
         leave_code(code)
         print(f"crossrank: {text}", file=sys.stderr)
         return code
-    from trainer import dist
+    from trainer import ranks
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run that has failed has nothing to save
     # Ctrl-C reaches every rank by itself.
-    if dist.may_report_failure(patience=0.0 if code == 130 else 20.0):
+    if ranks.may_report_failure(patience=0.0 if code == 130 else 20.0):
         leave_code(code)
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "?"))
         print(f"crossrank: [rank {rank}] {text}", file=sys.stderr, flush=True)

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from trainer import hub, run
 from trainer import train as training
 from trainer.cli import given_fields, parse_train
 from trainer.config import Config, DataConfig, UserError, first_line, unknown
 from trainer.predict import EvaluateConfig, InferenceConfig, evaluate_model, predict_pairs
-from trainer.report import write_report
+from trainer.report import hub
+from trainer.report.write import write_report
+from trainer.run import folder as run
 
 
 def train(config: Config | None = None, *, recipe: str | None = None, **fields: Any) -> dict[str, Any]:

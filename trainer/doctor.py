@@ -79,7 +79,7 @@ def _checks(config: DoctorConfig) -> Iterator[Check]:
 def _torch() -> Iterator[Check]:
     import torch
 
-    from trainer.precision import has_bf16
+    from trainer.model.precision import has_bf16
 
     yield Check("torch", torch.__version__)
     if not torch.cuda.is_available():
@@ -155,15 +155,15 @@ def meet() -> None:
     """One collective on the device and one on the CPU, whose results are checked."""
     import torch
 
-    from trainer import dist
+    from trainer import ranks
 
-    world = dist.start(120)
+    world = ranks.start(120)
     total = float(world.sum(torch.tensor([float(world.rank)], device=world.device)))
     if total != world.size * (world.size - 1) / 2 or world.broadcast("hello") != "hello":
         raise UserError(f"rank {world.rank} received wrong numbers")
     if world.is_main:
         print(f"met on {world.device.type}, and their sum is right")
-    dist.stop()
+    ranks.stop()
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.data import Pairs
-from trainer.dist import World
+from trainer.data.sampler import deal
+from trainer.data.sources import Pairs
+from trainer.data.tokens import Tokens
 from trainer.metrics import classification_scores, log_softmax, scores_by_source
-from trainer.model import CrossEncoder
-from trainer.precision import autocast, products
-from trainer.sampler import deal
-from trainer.tokens import Tokens
+from trainer.model.cross_encoder import CrossEncoder
+from trainer.model.precision import autocast, products
+from trainer.ranks import World
 
 
 @dataclass(frozen=True)

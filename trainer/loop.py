@@ -21,23 +21,23 @@ import torch
 from filelock import FileLock
 from torch.nn.functional import cross_entropy
 
-from trainer import run
 from trainer.backends import Single
-from trainer.batch import IGNORED
-from trainer.checkpoint import Checkpoint, Checkpoints
+from trainer.backends.optim import learning_rate
 from trainer.config import Config, Preempted, TrainingFailed, UserError, num_forwards
-from trainer.data import Pairs, Role, split_name
-from trainer.dist import World
-from trainer.dropout import hash_key
-from trainer.energy import Meter, write_csv
+from trainer.data.sampler import GlobalBatchSampler, Step, deal
+from trainer.data.sources import Pairs, Role, split_name
+from trainer.data.tokens import Tokens
 from trainer.evaluate import Evaluation, evaluate
-from trainer.model import CrossEncoder, save_trained
-from trainer.optim import learning_rate
-from trainer.precision import autocast, products
-from trainer.preempt import Preemption
-from trainer.run import Journal
-from trainer.sampler import GlobalBatchSampler, Step, deal
-from trainer.tokens import Tokens
+from trainer.model.batch import IGNORED
+from trainer.model.cross_encoder import CrossEncoder, save_trained
+from trainer.model.dropout import hash_key
+from trainer.model.precision import autocast, products
+from trainer.ranks import World
+from trainer.run import folder as run
+from trainer.run.checkpoint import Checkpoint, Checkpoints
+from trainer.run.energy import Meter, write_csv
+from trainer.run.folder import Journal
+from trainer.run.preempt import Preemption
 
 
 @dataclass

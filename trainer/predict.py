@@ -11,16 +11,18 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from trainer import dist, run
+from trainer import ranks
 from trainer.config import METRICS, DataConfig, Fields, ModelConfig, UserError
-from trainer.data import Pairs, load_pairs, split_name, unlabelled
-from trainer.dist import World
+from trainer.data.sources import Pairs, load_pairs, split_name, unlabelled
+from trainer.data.stream import WRITERS, open_output, stream, stream_stdin
+from trainer.data.tokens import Tokens, cache_folder, tokenize
 from trainer.evaluate import evaluate, predict_logits, write_predictions
+from trainer.files import write_json
 from trainer.metrics import log_softmax
-from trainer.model import CrossEncoder, load_trained, longest_input
-from trainer.precision import check_bf16
-from trainer.stream import WRITERS, open_output, stream, stream_stdin
-from trainer.tokens import Tokens, cache_folder, tokenize
+from trainer.model.cross_encoder import CrossEncoder, load_trained, longest_input
+from trainer.model.precision import check_bf16
+from trainer.ranks import World
+from trainer.run import folder as run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, ou
             Path(output.output_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write {output.output_dir}: {error.strerror}") from None
-    world = dist.start(inference.ddp_timeout)
+    world = ranks.start(inference.ddp_timeout)
     predictor = Predictor(folder, inference, world)
     if data.label_names and sorted(data.label_names) != sorted(predictor.label_names):
         raise UserError(f"label_names {data.label_names} are not the model's classes {predictor.label_names}")
@@ -116,13 +118,13 @@ def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, ou
     if not metrics:
         raise UserError("nothing to evaluate on: give --validation_file, --test_file or a --dataset_name")
     if output.output_dir is not None and world.is_main:
-        run.write_json(Path(output.output_dir) / "results.json", {"metrics": metrics, "versions": run.versions()})
+        write_json(Path(output.output_dir) / "results.json", {"metrics": metrics, "versions": run.versions()})
     return metrics
 
 
 def predict_pairs(folder: str, pairs: list[tuple[str, str]], config: InferenceConfig) -> np.ndarray:
     """Probabilities (n, classes) of pairs, in order, on every rank. Raises UserError naming a pair without text."""
-    world = dist.start(config.ddp_timeout)
+    world = ranks.start(config.ddp_timeout)
     predictor = Predictor(folder, config, world)
     if not pairs:
         return np.empty((0, len(predictor.label_names)))
@@ -134,7 +136,7 @@ def predict_pairs(folder: str, pairs: list[tuple[str, str]], config: InferenceCo
 def predict_file(folder: str, config: PredictConfig, inference: InferenceConfig) -> None:
     """Reads pairs, writes the class and the classes' probabilities of each, in order, a part of the file at a time."""
     check_output(config.output)
-    world = dist.start(inference.ddp_timeout)
+    world = ranks.start(inference.ddp_timeout)
     if world.size > 1 and config.input == "-":
         raise UserError("stdin reaches one rank alone; give several ranks a file as --input")
     place = "stdin" if config.input == "-" else config.input

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from trainer import dist, energy, run
-from trainer.about import about, example_scores
+from trainer import ranks
 from trainer.backends import make_backend
-from trainer.checkpoint import Checkpoint, Checkpoints, cannot_write, load_given
 from trainer.config import (
     METRICS,
     Config,
@@ -22,18 +20,23 @@ from trainer.config import (
     global_batch_size,
     total_steps,
 )
-from trainer.data import Pairs, Role, load_splits, split_name
-from trainer.dist import World
-from trainer.energy import Meter
+from trainer.data.sampler import GlobalBatchSampler, Step
+from trainer.data.sources import Pairs, Role, load_splits, split_name
+from trainer.data.tokens import Tokens, cache_folder, tokenize
 from trainer.evaluate import Evaluation, evaluate, write_predictions
+from trainer.files import write_json
 from trainer.loop import Trainer
-from trainer.model import CrossEncoder, compile_layers, load_for_training, longest_input
-from trainer.precision import allow_tf32, check_bf16
-from trainer.preempt import Preemption
-from trainer.run import Journal
-from trainer.sampler import GlobalBatchSampler, Step
-from trainer.tokens import Tokens, cache_folder, tokenize
-from trainer.trackers import start_trackers
+from trainer.model.cross_encoder import CrossEncoder, compile_layers, load_for_training, longest_input
+from trainer.model.precision import allow_tf32, check_bf16
+from trainer.ranks import World
+from trainer.run import energy
+from trainer.run import folder as run
+from trainer.run.about import about, example_scores
+from trainer.run.checkpoint import Checkpoint, Checkpoints, cannot_write, load_given
+from trainer.run.energy import Meter
+from trainer.run.folder import Journal
+from trainer.run.preempt import Preemption
+from trainer.run.trackers import start_trackers
 
 
 def prepare(config: Config, world: World, preemption: Preemption | None = None) -> Trainer:
@@ -215,7 +218,7 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     summary: dict[str, Any] = trainer.world.broadcast(summarise(trainer, metrics) | {"examples": examples})
     trainer.checkpoints.wait()
     if trainer.world.is_main:
-        run.write_json(trainer.folder / "results.json", summary)
+        write_json(trainer.folder / "results.json", summary)
     return summary
 
 
@@ -263,7 +266,7 @@ def train(config: Config, report: Callable[[Path], None] | None = None) -> dict[
 
     `report` gets the folder of the finished run, on rank 0.
     """
-    world = dist.start(config.ddp_timeout)
+    world = ranks.start(config.ddp_timeout)
     preemption = Preemption(world, config.preemption_signals)
     try:
         trainer = prepare(config, world, preemption)
@@ -284,7 +287,7 @@ def complete(trainer: Trainer) -> dict[str, Any]:
     config, world = trainer.config, trainer.world
     try:
         if world.is_main:
-            run.write_json(trainer.folder / "about.json", trainer.about)
+            write_json(trainer.folder / "about.json", trainer.about)
         if world.device.type == "cuda":
             fit_micro_batches(trainer)
         trainer.loop()
@@ -299,7 +302,7 @@ def complete(trainer: Trainer) -> dict[str, Any]:
     except (OSError, SafetensorError) as error:  # everything has been read; what is left is writing
         raise cannot_write(trainer.folder, error) from None
     except RuntimeError as error:
-        if reason := dist.explain(error, world, config.ddp_timeout):
+        if reason := ranks.explain(error, world, config.ddp_timeout):
             raise TrainingFailed(f"step {trainer.sampler.step}: {reason}") from None
         raise
     finally:

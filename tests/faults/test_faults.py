@@ -142,7 +142,7 @@ def test_asked_to_stop_while_it_evaluates(whole, tmp_path):
     folder, script = tmp_path / "run", tmp_path / "slow.py"
     script.write_text(
         "import sys, os, signal\nfrom trainer import __main__, evaluate\noriginal = evaluate.in_order\n"
-        "from trainer.model import CrossEncoder\nforward = CrossEncoder.forward\n"
+        "from trainer.model.cross_encoder import CrossEncoder\nforward = CrossEncoder.forward\n"
         "def once(self, batch):\n"
         "    if not self.training and os.environ['RANK'] == '1':\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -162,7 +162,7 @@ def test_asked_to_stop_while_it_evaluates(whole, tmp_path):
 def test_asked_to_stop_while_it_tokenises(tmp_path):
     script = tmp_path / "slow.py"
     script.write_text(
-        "import sys, time\nfrom trainer import __main__, tokens\ntokens.CHUNK = 10\n"
+        "import sys, time\nfrom trainer import __main__\nfrom trainer.data import tokens\ntokens.CHUNK = 10\n"
         "bar = tokens.tqdm.update\n"
         "def slow(self, n):\n    time.sleep(0.1)\n    return bar(self, n)\n"
         "tokens.tqdm.update = slow\nsys.exit(__main__.main(sys.argv[1:]))\n"
@@ -238,12 +238,12 @@ def test_disk_full_while_it_saves(whole, small_disk):
     assert_same_run(folder, whole[0])
 
 
-@pytest.mark.parametrize("what", ["loop.save_trained", "train.write_predictions", "run.write_json"])
+@pytest.mark.parametrize("what", ["loop.save_trained", "train.write_predictions", "train.write_json"])
 def test_disk_full_at_the_end(whole, small_disk, what):
     """Space runs out as the model, the predictions or the results are written: all but that is safe."""
     script, folder = small_disk / "full.py", small_disk / "run"
     script.write_text(
-        "import os, shutil, sys, time\nfrom trainer import __main__, loop, run, train\n"
+        "import os, shutil, sys, time\nfrom trainer import __main__, loop, train\n"
         f"write = {what}\n"
         "def when_full(*args):\n"
         "    if getattr(args[0], 'name', '') == 'about.json':\n        return write(*args)\n"

@@ -17,10 +17,10 @@ import torch
 from conftest import ROOT, events, losses, weights_equal
 from test_attention import assert_equal, library_logits, make, make_tokens
 
-from trainer.attention import FAMILIES
-from trainer.dist import World
 from trainer.loop import Trainer, Window
-from trainer.model import CrossEncoder
+from trainer.model.attention import FAMILIES
+from trainer.model.cross_encoder import CrossEncoder
+from trainer.ranks import World
 
 ON = torch.device(os.environ.get("CROSSRANK_GPU_TESTS_ON", "cuda"))
 pytestmark = [

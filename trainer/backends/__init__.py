@@ -2,7 +2,7 @@
 
 from trainer.backends.single import Single
 from trainer.config import Config, UserError
-from trainer.dist import World
+from trainer.ranks import World
 
 __all__ = ["Single", "make_backend"]
 

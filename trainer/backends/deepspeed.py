@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import dist
+from trainer import ranks
+from trainer.backends.optim import parameter_groups
 from trainer.backends.single import Single, add_moments
 from trainer.config import Config, UserError, global_batch_size, num_forwards, unknown
-from trainer.dist import World
-from trainer.optim import parameter_groups
+from trainer.ranks import World
 
 CONFIGS = Path(__file__).parent.parent.parent / "ds_configs"
 NO_CLIPPING = 1e30  # a limit that no norm reaches: with 0, DeepSpeed does not compute the norm
@@ -33,7 +33,7 @@ class DeepSpeed(Single):
 
     def __init__(self, world: World, config: Config) -> None:
         super().__init__(world, config)
-        dist.form_group(world)
+        ranks.form_group(world)
         try:
             import deepspeed
         except ImportError:

@@ -15,11 +15,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 
-from trainer import dist
+from trainer import ranks
+from trainer.backends.optim import parameter_groups
 from trainer.backends.single import Single
 from trainer.config import Config
-from trainer.dist import World
-from trainer.optim import parameter_groups
+from trainer.ranks import World
 
 
 class FSDP(Single):
@@ -28,7 +28,7 @@ class FSDP(Single):
 
     def __init__(self, world: World, config: Config) -> None:
         super().__init__(world, config)
-        dist.form_group(world)
+        ranks.form_group(world)
 
     def prepare(self, module: nn.Module) -> nn.Module:
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer.backends.optim import make_optimizer, parameter_groups
 from trainer.config import Config, UserError
-from trainer.dist import World
-from trainer.optim import make_optimizer, parameter_groups
+from trainer.ranks import World
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 

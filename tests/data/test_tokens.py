@@ -1,0 +1,162 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from transformers import AutoTokenizer
+
+from trainer.data.builtin import pairs as builtin_pairs
+from trainer.data.sources import Pairs
+from trainer.data.tokens import tokenize
+from trainer.model.batch import IGNORED, assemble
+
+
+def make_pairs(rows):
+    return Pairs(
+        "test", [r["premise"] for r in rows], [r["hypothesis"] for r in rows],
+        np.array([r["label"] for r in rows]), np.arange(len(rows)), None, ("a", "b", "c"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return make_pairs(builtin_pairs("dev")[:300])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(builtin_model):
+    return AutoTokenizer.from_pretrained(builtin_model)
+
+
+def silent(text):
+    raise AssertionError(f"unexpected warning: {text}")
+
+
+@pytest.mark.parametrize("max_length", [128, 12])
+def test_tokens_are_the_tokenizers(pairs, tokenizer, tmp_path, max_length):
+    tokens = tokenize(pairs, tokenizer, max_length, tmp_path, silent)
+    reference = AutoTokenizer.from_pretrained(tokenizer.name_or_path)(
+        pairs.premise, pairs.hypothesis, truncation="longest_first", max_length=max_length
+    )
+    for i, (ids, types) in enumerate(zip(reference["input_ids"], reference["token_type_ids"], strict=True)):
+        assert tokens.ids[tokens.offsets[i] : tokens.offsets[i + 1]].tolist() == ids
+        assert (np.arange(len(ids)) >= tokens.second[i]).astype(int).tolist() == types
+    assert bool(tokens.truncated.any()) == (max_length == 12)
+    assert tokens.bytes_per_pair < 100
+
+
+def test_real_tokenizer(allnli, roberta_tokenizer, tmp_path):
+    """RoBERTa's tokens, which have no types: 27 a pair on average."""
+    import pyarrow.parquet as pq
+
+    pairs = make_pairs(pq.read_table(allnli / "train.parquet").slice(0, 2000).to_pylist())
+    tokenizer = AutoTokenizer.from_pretrained(roberta_tokenizer)
+    tokens = tokenize(pairs, tokenizer, 512, tmp_path, silent)
+    reference = AutoTokenizer.from_pretrained(roberta_tokenizer)(pairs.premise, pairs.hypothesis)["input_ids"]
+    assert tokens.ids.tolist() == [i for ids in reference for i in ids]
+    assert (tokens.second == tokens.lengths).all()
+    assert 26 < tokens.lengths.mean() < 28
+
+
+def cached_file(folder):
+    (file,) = folder.glob("*.safetensors")
+    return file
+
+
+def test_cache_is_used_and_keyed(pairs, tokenizer, tmp_path):
+    first = tokenize(pairs, tokenizer, 64, tmp_path, silent)
+    stamp = cached_file(tmp_path).stat().st_mtime_ns
+    again = tokenize(pairs, tokenizer, 64, tmp_path, silent)
+    assert cached_file(tmp_path).stat().st_mtime_ns == stamp
+    assert all((getattr(first, n) == getattr(again, n)).all() for n in ("ids", "offsets", "second", "truncated"))
+    tokenize(pairs, tokenizer, 32, tmp_path, silent)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "foreign"])
+def test_damaged_cache_is_rebuilt(pairs, tokenizer, tmp_path, damage):
+    good = tokenize(pairs, tokenizer, 64, tmp_path, silent)
+    file = cached_file(tmp_path)
+    data = bytearray(file.read_bytes())
+    if damage == "flip":
+        data[-5] ^= 1
+    elif damage == "foreign":
+        from safetensors.numpy import save
+
+        data = save({"other": np.zeros(3)})
+    else:
+        data = data[: len(data) // 2] if damage == "truncate" else b""
+    file.write_bytes(data)
+    warnings: list[str] = []
+    again = tokenize(pairs, tokenizer, 64, tmp_path, warnings.append)
+    assert (again.ids == good.ids).all()
+    assert len(warnings) == 1
+    assert "damaged" in warnings[0]
+    tokenize(pairs, tokenizer, 64, tmp_path, silent)
+
+
+def test_cache_of_another_version(pairs, tokenizer, tmp_path):
+    """Whole, but with other arrays than this version reads."""
+    from trainer.data.tokens import _checksum
+
+    good = tokenize(pairs, tokenizer, 64, tmp_path, silent)
+    arrays = {name.replace("second", "types"): array for name, array in good._arrays().items()}
+    save_file(arrays, tmp_path / f"{good.fingerprint}.safetensors", metadata={"sha256": _checksum(arrays)})
+    warnings: list[str] = []
+    again = tokenize(pairs, tokenizer, 64, tmp_path, warnings.append)
+    assert (again.second == good.second).all()
+    assert "built again" in warnings[0]
+
+
+def test_cache_that_cannot_be_written(pairs, tokenizer, tmp_path):
+    (tmp_path / "file").write_text("")
+    warnings: list[str] = []
+    assert len(tokenize(pairs, tokenizer, 64, tmp_path / "file", warnings.append).second) == len(pairs)
+    assert "no token cache" in warnings[0]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from tests.test_tokens import make_pairs
+from trainer.data import tokens
+from trainer.data.builtin import pairs
+from transformers import AutoTokenizer
+encode = tokens._encode
+tokens._encode = lambda *a: (print("encoded"), encode(*a))[1]
+tokens.tokenize(make_pairs(pairs("train")), AutoTokenizer.from_pretrained(sys.argv[1]), 64, Path(sys.argv[2]), print)
+"""
+
+
+def test_one_process_writes_others_wait(builtin_model, tmp_path):
+    command = [sys.executable, "-c", WRITER, str(builtin_model), str(tmp_path)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    outputs = [process.communicate()[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0]
+    assert "".join(outputs).split() == ["encoded"]
+
+
+def test_batches_lay_pairs_end_to_end(pairs, tokenizer, tmp_path):
+    import torch
+
+    tokens = tokenize(pairs, tokenizer, 64, tmp_path, silent)
+    rows = np.array([7, 3, 200])
+    batch = assemble(tokens, pairs.label, rows, torch.device("cpu"))
+    assert sorted(batch.rows) == sorted(rows)
+    assert (np.diff(tokens.lengths[batch.rows]) <= 0).all()
+    rows = batch.rows
+    expected = [tokens.ids[tokens.offsets[r] : tokens.offsets[r + 1]].tolist() for r in rows]
+    assert batch.ids.tolist() == [i for ids in expected for i in ids]
+    assert batch.positions.tolist() == [p for ids in expected for p in range(len(ids))]
+    assert batch.pair.tolist() == [n for n, ids in enumerate(expected) for _ in ids]
+    assert batch.ids[batch.first].tolist() == [ids[0] for ids in expected]
+    assert batch.labels.tolist() == pairs.label[rows].tolist()
+    lengths = [len(ids) for ids in expected]
+    assert [(g.pairs, g.longest, g.tokens) for g in batch.groups] == [(3, max(lengths), sum(lengths))]
+    assert batch.widths.tolist() == [max(lengths)] * 3
+    one_each = assemble(tokens, pairs.label, rows, torch.device("cpu"), likeness=1.0)
+    assert [group.longest for group in one_each.groups] == sorted(set(lengths), reverse=True)
+    assert one_each.widths.tolist() == lengths
+    empty = assemble(tokens, pairs.label, rows[:0], torch.device("cpu"))
+    assert empty.labels.tolist() == [IGNORED]

@@ -1,0 +1,135 @@
+"""The unpadded forward equals the library's own padded one, in logits and gradients, for every family."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from trainer.data.tokens import Tokens
+from trainer.model.attention import FAMILIES
+from trainer.model.batch import assemble
+from trainer.model.cross_encoder import CrossEncoder
+
+VOCABULARY = 97
+SIZES = {
+    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "embedding_size": 16,
+    "vocab_size": VOCABULARY, "max_position_embeddings": 520, "num_labels": 3, "pad_token_id": 1, "type_vocab_size": 2,
+}  # fmt: skip
+
+
+def make(family: str, dropout: float = 0.0):
+    torch.manual_seed(0)
+    sizes = dict(SIZES)
+    if family == "distilbert":
+        sizes |= {"dim": 32, "hidden_dim": 48, "n_layers": 3, "n_heads": 4}
+        sizes = {k: v for k, v in sizes.items() if not k.startswith(("num_h", "num_a", "hidden_size", "inter"))}
+    if family == "modernbert":  # a window that most pairs are longer than
+        sizes |= {"local_attention": 8, "global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3}
+    config = AutoConfig.for_model(family, **sizes)
+    for name in config.to_dict():
+        if "dropout" in name:
+            setattr(config, name, dropout)
+    model = AutoModelForSequenceClassification.from_config(config)
+    with torch.no_grad():  # weights of a trained model's size, so that a difference would show
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def make_tokens(lengths) -> Tokens:
+    rng = np.random.default_rng(sum(lengths))
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = rng.integers(2, VOCABULARY, offsets[-1]).astype(np.uint16)
+    second = np.array([rng.integers(1, n) for n in lengths], np.int32)
+    return Tokens(ids, offsets, second, np.zeros(len(lengths), bool), "f")
+
+
+def library_logits(model, tokens: Tokens) -> torch.Tensor:
+    """The model as transformers runs it, on a padded batch made here, independently."""
+    longest = int(tokens.lengths.max())
+    ids = torch.full((len(tokens.lengths), longest), model.config.pad_token_id)
+    mask, types = torch.zeros_like(ids), torch.zeros_like(ids)
+    for row, length in enumerate(tokens.lengths):
+        ids[row, :length] = torch.from_numpy(tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]].astype(int))
+        mask[row, :length] = 1
+        types[row, tokens.second[row] : length] = 1
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if getattr(model.config, "type_vocab_size", 0) > 1:
+        inputs["token_type_ids"] = types
+    return model(**{name: value.to(model.device) for name, value in inputs.items()}).logits
+
+
+def gradients(model, loss) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(ours: CrossEncoder, theirs, lengths) -> None:
+    tokens = make_tokens(lengths)
+    labels = np.arange(len(lengths)) % 3
+    batch = ours.batch(tokens, labels, np.arange(len(lengths)), theirs.device)
+    got, expected = ours(batch), library_logits(theirs, tokens)[batch.rows]
+    assert torch.allclose(got, expected, rtol=0, atol=1e-5)
+    loss = torch.nn.functional.cross_entropy
+    got_gradients = gradients(ours.model, loss(got, batch.labels))
+    expected_gradients = gradients(theirs, loss(expected, batch.labels))
+    largest = max(gradient.abs().max() for gradient in expected_gradients.values())
+    for name, gradient in expected_gradients.items():
+        # Softmax does not see a key's bias: that gradient is 0 but for rounding, which has no relative size.
+        scale = gradient.abs().max().clamp(min=1e-4 * largest)
+        assert ((got_gradients[name] - gradient).abs().max() / scale) < 1e-4, name
+
+
+@pytest.mark.parametrize("unpad", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+@given(
+    st.one_of(
+        st.lists(st.integers(3, 40), min_size=1, max_size=9), st.lists(st.integers(3, 512), min_size=1, max_size=3)
+    )
+)
+def test_equal_to_the_library(family, unpad, lengths):
+    model = make(family)
+    theirs = copy.deepcopy(model)
+    assert_equal(CrossEncoder(model, unpad=unpad), theirs, lengths)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_is_the_same_padded_or_not(family):
+    """Masks belong to the samples: with dropout on, the two layouts still compute the same."""
+    tokens = make_tokens([7, 30, 12, 3, 25])
+    logits = []
+    for unpad in (True, False):
+        model = CrossEncoder(make(family, dropout=0.2), unpad=unpad)
+        batch = model.batch(tokens, np.zeros(5, int), np.arange(5), torch.device("cpu"), seed=1, step=2)
+        logits.append(model.train()(batch))
+    assert torch.allclose(*logits, atol=1e-5)
+    assert not torch.allclose(logits[0], model.eval()(batch), atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing(family):
+    model = make(family, dropout=0.2)
+    plain, saving = CrossEncoder(copy.deepcopy(model)), CrossEncoder(copy.deepcopy(model))
+    saving.model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = assemble(make_tokens([7, 30, 12]), np.zeros(3, int), np.arange(3), torch.device("cpu"), seed=1, step=2)
+    expected, got = (gradients(m.model, m.train()(batch).square().sum()) for m in (plain, saving))
+    assert all(torch.allclose(got[name], expected[name], atol=1e-6) for name in expected)
+
+
+def test_padding_is_not_computed():
+    """Linear layers see real tokens alone, and the last layer's feed-forward the first tokens alone."""
+    model = CrossEncoder(make("roberta"))
+    seen: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda m, a, out, name=name: seen.update({name: a[0].shape[:-1].numel()}))
+    model(assemble(make_tokens([5, 40, 9]), np.zeros(3, int), np.arange(3), torch.device("cpu")))
+    layer = "model.roberta.encoder.layer."
+    assert seen[layer + "0.intermediate.dense"] == seen[layer + "2.attention.self.key"] == 54
+    assert seen[layer + "2.intermediate.dense"] == seen[layer + "2.attention.self.query"] == 3

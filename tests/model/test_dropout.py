@@ -1,0 +1,76 @@
+"""The masks are random enough to be dropout, and belong to the sample whatever the layout."""
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.model.dropout import DropoutKeys, KeyedDropout, token_keys
+
+TOKENS, FEATURES = 2000, 512
+
+
+def masks(p: float, seed: int = 42, step: int = 3, site: int = 1) -> torch.Tensor:
+    rows, positions = np.arange(TOKENS) // 25, np.arange(TOKENS) % 25
+    keys = DropoutKeys()
+    tokens = torch.from_numpy(token_keys(seed, step, rows, positions))
+    keys.set(tokens[None], tokens[positions == 0])
+    return keys.mask(site, p, torch.ones(1, TOKENS, FEATURES))[0]
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_masks_look_independent(p):
+    mask = masks(p)
+    kept = (mask > 0).double()
+    # Means: within five standard errors, over all elements and for each token and feature.
+    sigma = (p * (1 - p)) ** 0.5
+    assert abs(kept.mean() - (1 - p)) < 5 * sigma / kept.numel() ** 0.5
+    for dim, n in ((0, TOKENS), (1, FEATURES)):
+        z = (kept.mean(dim) - (1 - p)) / (sigma / n**0.5)
+        assert 0.9 < z.std() < 1.1
+        assert z.abs().max() < 6
+    # Survivors are scaled so that the expectation stays.
+    assert abs(mask.mean() - 1) < 0.005
+    # Correlations between tokens and between features are those of chance.
+    centred = (kept - (1 - p)) / sigma
+    for matrix, n in ((centred @ centred.T / FEATURES, FEATURES), (centred.T @ centred / TOKENS, TOKENS)):
+        off_diagonal = matrix[~torch.eye(len(matrix), dtype=torch.bool)]
+        assert abs(off_diagonal.std() * n**0.5 - 1) < 0.05
+        assert off_diagonal.abs().max() * n**0.5 < 7
+
+
+@pytest.mark.parametrize("change", [{"seed": 43}, {"step": 4}, {"site": 2}])
+def test_masks_change_with_seed_step_and_site(change):
+    agreement = ((masks(0.5) > 0) == (masks(0.5, **change) > 0)).double().mean()
+    assert abs(agreement - 0.5) < 0.005
+
+
+def test_masks_follow_the_sample():
+    """A pair keeps its masks in another batch, at another place, in a padded batch."""
+    rows, lengths = np.array([5, 9]), np.array([4, 6])
+    row, position = np.repeat(rows, lengths), np.concatenate([np.arange(n) for n in lengths])
+    flat = torch.from_numpy(token_keys(1, 2, row, position))
+    keys = DropoutKeys()
+    keys.set(flat[None], flat[[0, 4]])
+    dropout = KeyedDropout(0.3, keys)
+    packed = dropout(torch.ones(1, 10, 33))[0]
+    first = dropout(torch.ones(2, 33))
+    alone = torch.from_numpy(token_keys(1, 2, np.full(6, 9), np.arange(6)))
+    padded = torch.zeros(1, 8, dtype=torch.int64)
+    padded[0, :6] = alone
+    keys.set(padded, alone[:1])
+    assert torch.equal(dropout(torch.ones(1, 8, 33))[0, :6], packed[4:])
+    assert torch.equal(first[1], packed[4])
+
+
+def test_attention_masks_do_not_depend_on_padding():
+    keys, queries = DropoutKeys(), torch.from_numpy(token_keys(1, 2, np.zeros(12), np.arange(12)))[None]
+    wide = keys.attention_mask(3, 0.2, torch.ones(1, 4, 12, 12), queries)
+    narrow = keys.attention_mask(3, 0.2, torch.ones(1, 4, 9, 9), queries[:, :9])
+    assert torch.equal(wide[:, :, :9, :9], narrow)
+    assert not torch.equal(wide[:, 0], wide[:, 1])
+
+
+def test_off_in_evaluation():
+    dropout = KeyedDropout(0.5, DropoutKeys()).eval()
+    x = torch.randn(2, 3)
+    assert dropout(x) is x

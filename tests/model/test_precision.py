@@ -1,0 +1,35 @@
+import torch
+
+from trainer.model.precision import Bf16ProductsInFp32
+
+
+def agree(ours: torch.Tensor, exact: torch.Tensor) -> bool:
+    """Equal after rounding, but for the few that lie so near to a tie that the order of the sum decides."""
+    return ours.dtype == torch.bfloat16 and (ours != exact.bfloat16()).float().mean().item() < 1e-3
+
+
+def test_bf16_products_on_a_cpu_without_them():
+    """What stands in for bfloat16 hardware gives its numbers: exact products, summed in fp32."""
+    torch.manual_seed(0)
+    a, b = torch.randn(200, 300).bfloat16(), torch.randn(300, 100).bfloat16()
+    bias = torch.randn(100).bfloat16()
+    with Bf16ProductsInFp32():
+        product, affine = a @ b, torch.addmm(bias, a, b)
+        batched = torch.bmm(a.view(2, 100, 300), b.expand(2, 300, 100))
+        assert (a.float() @ b.float()).dtype == torch.float32
+    exact = a.double() @ b.double()
+    assert agree(product, exact)
+    assert agree(affine, exact + bias.double())
+    assert agree(batched.view(200, 100), exact)
+
+
+def test_and_their_gradients():
+    torch.manual_seed(0)
+    inputs, weight = torch.randn(200, 300), torch.randn(50, 300, requires_grad=True)
+    with Bf16ProductsInFp32():
+        with torch.autocast("cpu", torch.bfloat16):
+            output = torch.nn.functional.linear(inputs, weight)
+        output.backward(torch.ones_like(output))
+    assert agree(output, inputs.bfloat16().double() @ weight.bfloat16().double().T)
+    column_sums = inputs.bfloat16().double().sum(0).expand(50, 300)
+    assert agree(weight.grad.bfloat16(), column_sums)

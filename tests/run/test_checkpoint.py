@@ -1,0 +1,307 @@
+"""Resume is exact, and nothing that is damaged or hostile is ever loaded."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Ranks, crossrank, events, losses
+from safetensors.torch import load_file
+
+from trainer.backends.deepspeed import CONFIGS
+from trainer.run.checkpoint import Checkpoints, Damaged, load
+
+RUN = ["--recipe", "demo", "--max_train_samples", "330", "--max_eval_samples", "101", "--max_test_samples", "101",
+       "--logging_steps", "1", "--num_train_epochs", "2", "--save_steps", "2", "--eval_steps", "4",
+       "--track_emissions", "false", "--write_report", "false"]  # fmt: skip
+DROPOUT = ["--dropout", "0.1"]
+ZERO = {path.stem: ["--deepspeed", path.stem] for path in CONFIGS.glob("*.json")}
+BACKENDS = {"ddp": [], "fsdp": ["--backend", "fsdp"], **ZERO}
+MORE = [pytest.param(*names, 2, marks=pytest.mark.full) for names in (("ddp", "fsdp"), ("fsdp", "zero1"))]
+FULL = [pytest.param(name, marks=pytest.mark.full) for name in sorted(ZERO) if name not in ("zero2", "zero3")]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def bit_equal(a: Path, b: Path) -> bool:
+    ours, theirs = weights(a), weights(b)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def interrupted(folder: Path, whole: Path, step: int) -> Path:
+    """A copy of the whole run as it was when its process died after `step`."""
+    shutil.copytree(whole, folder)
+    for path in (folder / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    (folder / "results.json").unlink()
+    shutil.rmtree(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Uninterrupted runs of 12 steps, all checkpoints kept: on one process, and on two ranks of every backend."""
+    made: dict[str, Path] = {}
+
+    def run(backend: str = "single", *options: str) -> Path:
+        key = "-".join([backend, *options])
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("whole") / "run"
+            ranks = 0 if backend == "single" else 2
+            wiring = [] if backend == "single" else BACKENDS[backend]
+            keep = ["--save_total_limit", "null"]
+            crossrank("train", *RUN, *DROPOUT, *wiring, *options, *keep, "--output_dir", made[key], ranks=ranks)
+        return made[key]
+
+    return run
+
+
+@pytest.mark.parametrize("options", [[], ["--bf16"]], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("backend", ["single", "ddp", "fsdp", "zero2", "zero3", *FULL])
+def test_resumed_is_bit_equal(whole, tmp_path, backend, options):
+    if backend.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    if options and backend not in ("single", "ddp"):
+        pytest.skip("fp32 shows it")
+    reference = whole(backend, *options)
+    folder = interrupted(tmp_path / "run", reference, 6)
+    ranks, wiring = (0, []) if backend == "single" else (2, BACKENDS[backend])
+    result = crossrank("train", *RUN, *DROPOUT, *wiring, *options, "--output_dir", folder, ranks=ranks)
+    assert "going on at step 6" in result.said
+    assert bit_equal(folder, reference)
+    assert losses(folder) == losses(reference)
+    assert json.loads((folder / "results.json").read_text())["train"]["interruptions"] == 1
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed", "ranks"),
+    [("single", "ddp", 3), ("zero3", "fsdp", 3), ("zero2", "single", 0), *MORE],
+)
+def test_resume_on_other_ranks_and_backends(whole, tmp_path, saved, resumed, ranks):
+    if "zero" in saved + resumed:
+        pytest.importorskip("deepspeed")
+    reference = whole(saved)
+    folder = interrupted(tmp_path / "run", reference, 6)
+    wiring = BACKENDS.get(resumed, [])
+    crossrank("train", *RUN, *DROPOUT, *wiring, "--output_dir", folder, ranks=ranks)
+    assert np.allclose(losses(folder), losses(reference), rtol=0, atol=1e-5)
+    assert losses(folder)[:6] == losses(reference)[:6]
+
+
+def test_another_config_is_refused(whole, tmp_path):
+    folder = interrupted(tmp_path / "run", whole(), 6)
+    command = ["train", *RUN, *DROPOUT, "--output_dir", folder]
+    for option, value in (
+        ("--learning_rate", "1e-4"),
+        ("--seed", "7"),
+        ("--num_train_epochs", "3"),
+        ("--bf16", "true"),
+    ):
+        result = crossrank(*command, option, value, check=False)
+        assert result.returncode == 2
+        assert f"{option[2:]}: saved" in result.stderr
+    result = crossrank(*command, "--max_train_samples", "320", check=False)
+    assert "max_train_samples: saved 330, now 320" in result.stderr
+    result = crossrank(*command, "--resume_from_checkpoint", "none", check=False)
+    assert "unfinished run" in result.stderr
+    crossrank(*command, "--logging_steps", "5", "--save_steps", "3", "--per_device_train_batch_size", "16")
+
+
+def test_other_data_is_refused(tmp_path):
+    """Under the same name, or another: what is in the files counts."""
+    from trainer.data.builtin import pairs
+
+    def write(name: str, rows: list[dict]) -> Path:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path / name
+
+    train, dev = write("train.jsonl", pairs("train")[:128]), write("dev.jsonl", pairs("dev")[:20])
+    options = ["--model_name_or_path", "builtin", "--train_file", train, "--max_steps", "4", "--save_steps", "2",
+               "--train_batch_size", "32", "--save_total_limit", "null", "--track_emissions", "false",
+               "--write_report", "false"]  # fmt: skip
+    crossrank("train", *options, "--validation_file", dev, "--output_dir", tmp_path / "whole")
+    folder = interrupted(tmp_path / "run", tmp_path / "whole", 2)
+    about = (folder / "about.json").read_bytes()
+    write("dev.jsonl", pairs("dev")[20:40])
+    result = crossrank("train", *options, "--validation_file", dev, "--output_dir", folder, check=False)
+    assert result.returncode == 2
+    assert "dev.jsonl is not the dev data with which the run began" in result.stderr
+    assert (folder / "about.json").read_bytes() == about
+    moved = write("moved.jsonl", pairs("dev")[:20])
+    crossrank("train", *options, "--validation_file", moved, "--output_dir", folder)
+    assert bit_equal(folder, tmp_path / "whole")
+
+
+def test_signals_mean_again_what_they_meant():
+    from trainer.ranks import World
+    from trainer.run.preempt import Preemption
+
+    before = signal.getsignal(signal.SIGTERM)
+    preemption = Preemption(World(0, 1, 0, torch.device("cpu")), ["SIGTERM"])
+    assert signal.getsignal(signal.SIGTERM) != before
+    preemption.close()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_named_checkpoint(whole, tmp_path):
+    reference = whole()
+    named = reference / "checkpoints" / "step-000008"
+    crossrank("train", *RUN, *DROPOUT, "--resume_from_checkpoint", named, "--output_dir", tmp_path / "run")
+    assert bit_equal(tmp_path / "run", reference)
+    assert losses(tmp_path / "run") == losses(reference)[8:]
+    result = crossrank("train", *RUN, *DROPOUT, "--resume_from_checkpoint", tmp_path, "--output_dir", tmp_path / "b",
+                       check=False)  # fmt: skip
+    assert result.returncode == 2
+    assert "manifest.json is missing" in result.stderr
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+HARM = {
+    "deleted": lambda path: path.unlink(),
+    "emptied": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-5]),
+    "bit flipped": flip,
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json", "manifest.json"])
+def test_damage_is_seen(whole, tmp_path, file, harm):
+    shutil.copytree(whole() / "checkpoints", tmp_path / "checkpoints")
+    checkpoints, said = Checkpoints(tmp_path / "checkpoints", None), []
+    newest = checkpoints.newest(said.append)
+    HARM[harm](newest.path / file)
+    with pytest.raises(Damaged):
+        load(newest.path)
+    assert newest.path.is_dir()
+    assert checkpoints.newest(said.append).path.name == "step-000010"
+    assert len(said) == 1
+    assert "skipping" in said[0]
+    assert "step-000012" in said[0]
+    assert newest.path.with_name("step-000012.damaged-1").is_dir()
+
+
+def test_two_damaged_and_then_all(whole, tmp_path):
+    reference = whole()
+    folder = interrupted(tmp_path / "run", reference, 12)
+    for step in ("12", "10"):
+        flip(folder / "checkpoints" / f"step-0000{step}" / "tensors.safetensors")
+    result = crossrank("train", *RUN, *DROPOUT, "--output_dir", folder)
+    assert result.stderr.count("skipping the checkpoint") == 2
+    assert "going on at step 8" in result.stderr
+    assert bit_equal(folder, reference)
+    assert (folder / "checkpoints" / "step-000012.damaged-1").is_dir()
+    other = interrupted(tmp_path / "other", reference, 12)
+    for path in (other / "checkpoints").iterdir():
+        (path / "manifest.json").unlink()
+    result = crossrank("train", *RUN, *DROPOUT, "--output_dir", other)
+    assert "starts anew" in result.stderr
+    assert bit_equal(other, reference)
+
+
+def bomb(path: Path) -> bytes:
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(path / "executed"),)
+
+    return pickle.dumps(Bomb())
+
+
+def test_hostile_checkpoints_are_refused(whole, tmp_path):
+    good = whole() / "checkpoints" / "step-000012"
+
+    def hostile(name: str) -> Path:
+        return Path(shutil.copytree(good, tmp_path / name))
+
+    cases = {}
+    cases["pickle beside"] = hostile("a")
+    (cases["pickle beside"] / "optimizer.pt").write_bytes(bomb(tmp_path))
+    cases["pickle inside"] = hostile("b")
+    (cases["pickle inside"] / "tensors.safetensors").write_bytes(bomb(tmp_path))
+    for name, entry in (("path", "../a/optimizer.pt"), ("absolute", "/etc/passwd")):
+        cases[name] = hostile(name)
+        manifest = json.loads((cases[name] / "manifest.json").read_text())
+        manifest["files"][entry] = manifest["files"]["state.json"]
+        (cases[name] / "manifest.json").write_text(json.dumps(manifest))
+    cases["link"] = hostile("c")
+    (cases["link"] / "state.json").rename(tmp_path / "state.json")
+    (cases["link"] / "state.json").symlink_to(tmp_path / "state.json")
+    cases["other format"] = hostile("d")
+    manifest = json.loads((good / "manifest.json").read_text()) | {"format": "crossrank-checkpoint-9"}
+    (cases["other format"] / "manifest.json").write_text(json.dumps(manifest))
+    for name, path in cases.items():
+        with pytest.raises(Damaged):
+            load(path)
+        assert not (tmp_path / "executed").exists(), name
+
+
+def test_the_last_good_one_stays_until_the_next_is_written(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(1, {"a": torch.ones(3)}, {"n": 1})
+    checkpoints.wait()
+    (tmp_path / "checkpoints" / ".step-000002.1").mkdir()  # a process that died while it wrote
+    assert checkpoints.newest(print).state == {"n": 1}
+    checkpoints.save(2, {"a": torch.ones(3)}, {"n": 2})
+    checkpoints.wait()
+    assert [path.name for path in checkpoints._all()] == ["step-000002"]
+    checkpoints.clear_remains()
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-000002"]
+
+
+def test_two_runs_in_one_folder(whole, tmp_path):
+    folder = tmp_path / "run"
+    long = [*RUN, "--num_train_epochs", "200", "--eval_strategy", "no", "--output_dir", folder]
+    first = Ranks(["train", *long], 0, None, None, {})
+    while not (folder / "checkpoints" / "step-000002").exists():
+        assert first.processes[0].is_alive(), first.said
+    second = crossrank("train", *long, check=False)
+    assert second.returncode == 2
+    assert "another run is writing" in second.stderr
+    first.processes[0].kill()
+    first.wait()
+
+
+def test_numbers_that_go_wrong(tmp_path):
+    options = [*RUN, "--learning_rate", "1e30", "--max_grad_norm", "0", "--warmup_ratio", "0", "--logging_steps", "4"]
+    result = crossrank("train", *options, "--output_dir", tmp_path / "a", ranks=2, check=False)
+    assert result.returncode == 1
+    assert result.stderr.count("is not finite") == 1
+    assert "step 2: the loss on rank" in result.stderr or "step 2: the gradient norm" in result.stderr
+    assert "rows " in result.stderr
+    # No checkpoint is written of weights that are no numbers.
+    assert not list((tmp_path / "a").glob("checkpoints/step-*"))
+
+
+def test_skipped_steps_are_counted(tmp_path):
+    """One infinite gradient, as hardware or a loss spike might bring: that step changes nothing."""
+    script = tmp_path / "spike.py"
+    script.write_text(
+        "import sys, torch\nfrom trainer import __main__, train\n"
+        "backward = train.Trainer.backward\n"
+        "def spike(self, current, rows, last):\n"
+        "    loss = backward(self, current, rows, last)\n"
+        "    if current.step == 3:\n"
+        "        next(self.model.parameters()).grad.fill_(float('inf'))\n"
+        "    return loss\n"
+        "train.Trainer.backward = spike\nsys.exit(__main__.main(sys.argv[1:]))\n"
+    )
+    result = crossrank("train", *RUN, "--skip_nonfinite", "1", "--output_dir", tmp_path / "a", script=script)
+    assert "step 4 is skipped" in result.stderr
+    assert json.loads((tmp_path / "a" / "results.json").read_text())["train"]["skipped_steps"] == 1
+    assert len(events(tmp_path / "a", "train")) == 12
+    result = crossrank("train", *RUN, "--output_dir", tmp_path / "b", script=script, check=False)
+    assert result.returncode == 1
+    assert "step 4: the gradient norm is not finite" in result.stderr

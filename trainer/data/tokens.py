@@ -1,0 +1,176 @@
+"""Pairs as token numbers: computed once, kept flat, cached on disk.
+
+All pairs of a split are one array of token numbers with offsets, a few dozen bytes a pair; no Python list of lists
+stays alive. The cache file is named by a fingerprint of everything that decides its content, is written under another
+name and renamed, and carries a checksum: a damaged or foreign file is rebuilt, never trusted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+from trainer.config import UserError
+from trainer.data.sources import Pairs
+
+FORMAT = "crossrank-tokens-1"
+CHUNK = 2000  # pairs a call of the tokenizer: enough to keep its threads busy, few enough for a moving progress bar
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of n pairs.
+
+    Attributes:
+        ids: (tokens,) token numbers in the smallest fitting integer type.
+        offsets: (n + 1,) pair i is ids[offsets[i]:offsets[i + 1]].
+        second: (n,) tokens before the second text (token type 1) begins; the pair's length where types are not used.
+        truncated: (n,) whether the pair was longer than max_length.
+        fingerprint: of the texts, the labels, the tokenizer and the options.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    second: np.ndarray
+    truncated: np.ndarray
+    fingerprint: str
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(n,) tokens of each pair; asked for in every step, so computed once."""
+        return np.diff(self.offsets)
+
+    @property
+    def bytes_per_pair(self) -> float:
+        return sum(a.nbytes for a in self._arrays().values()) / max(1, len(self.second))
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {"ids": self.ids, "offsets": self.offsets, "second": self.second, "truncated": self.truncated}
+
+
+def cache_folder() -> Path:
+    """$CROSSRANK_CACHE, or ~/.cache/crossrank."""
+    return Path(os.environ.get("CROSSRANK_CACHE", "~/.cache/crossrank")).expanduser() / "tokens"
+
+
+def tokenize(
+    pairs: Pairs,
+    tokenizer: Any,
+    max_length: int,
+    folder: Path | None,
+    warn: Callable[[str], None],
+    progress: bool = False,
+    check: Callable[[], None] = lambda: None,
+) -> Tokens:
+    """The tokens of `pairs`, from the cache in `folder` if it has them; one process writes, the node's others wait.
+
+    `folder` None: no cache. One that cannot be written is a warning, not an error. `check` is called now and then, and
+    may raise to stop.
+    """
+    rust = _backend(tokenizer, max_length)
+    has_types = "token_type_ids" in tokenizer.model_input_names
+    fingerprint = _fingerprint(pairs, rust, has_types)
+    if folder is None:
+        return _encode(pairs, rust, has_types, fingerprint, progress, check)
+    tokens = None
+    path = folder / f"{fingerprint}.safetensors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            tokens = _read(path, fingerprint, warn)
+            if tokens is None:
+                tokens = _encode(pairs, rust, has_types, fingerprint, progress, check)
+                _write(tokens, path)
+    except (OSError, SafetensorError) as error:
+        warn(f"no token cache, tokenising at every start: {error}")
+    return tokens or _encode(pairs, rust, has_types, fingerprint, progress, check)
+
+
+def _backend(tokenizer: Any, max_length: int) -> Any:
+    """A copy of the Rust tokenizer that cuts the longest text first. Raises UserError where there is none."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"{type(tokenizer).__name__} has no Rust tokenizer; save the model's folder with tokenizer.json"
+        )
+    rust = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    rust.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
+    rust.no_padding()
+    return rust
+
+
+def _fingerprint(pairs: Pairs, rust: Any, has_types: bool) -> str:
+    digest = hashlib.sha256(f"{FORMAT}\n{has_types}\n{rust.to_str()}\n".encode())
+    for texts in (pairs.premise, pairs.hypothesis):
+        digest.update("\x1e".join(texts).encode("utf-8", "surrogatepass") + b"\x1d")
+    digest.update(pairs.label.tobytes())
+    return digest.hexdigest()
+
+
+def _encode(
+    pairs: Pairs, rust: Any, has_types: bool, fingerprint: str, progress: bool, check: Callable[[], None]
+) -> Tokens:
+    vocabulary = rust.get_vocab_size()
+    number = np.uint16 if vocabulary <= 1 << 16 else np.int32
+    flat, lengths, second, truncated = [], [], [], []
+    with tqdm(total=len(pairs), desc="tokenising", unit="pair", delay=3, disable=not progress) as bar:
+        for start in range(0, len(pairs), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            encodings = rust.encode_batch_fast(list(zip(pairs.premise[chunk], pairs.hypothesis[chunk], strict=True)))
+            flat.append(np.concatenate([np.array(e.ids, dtype=number) for e in encodings]))
+            lengths += [len(e.ids) for e in encodings]
+            second += [len(e.ids) - sum(e.type_ids) if has_types else len(e.ids) for e in encodings]
+            truncated += [bool(e.overflowing) for e in encodings]
+            bar.update(len(encodings))
+            check()
+    if 0 in lengths:
+        row = pairs.row[lengths.index(0)]
+        raise UserError(f"{pairs.name}, row {row}: the tokenizer makes no token of this pair, not even a special one")
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return Tokens(np.concatenate(flat), offsets, np.array(second, np.int32), np.array(truncated), fingerprint)
+
+
+def _checksum(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name}{arrays[name].dtype}{arrays[name].shape}".encode() + arrays[name].tobytes())
+    return digest.hexdigest()
+
+
+def _write(tokens: Tokens, path: Path) -> None:
+    arrays = tokens._arrays()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(arrays, temporary, metadata={"sha256": _checksum(arrays)})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path, fingerprint: str, warn: Callable[[str], None]) -> Tokens | None:
+    from safetensors import safe_open
+
+    if not path.exists():
+        return None
+    try:
+        arrays = load_file(path)
+        with safe_open(path, framework="numpy") as file:
+            expected = (file.metadata() or {}).get("sha256")
+        if expected == _checksum(arrays):
+            return Tokens(**arrays, fingerprint=fingerprint)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        pass
+    warn(f"the token cache {path} is damaged; it is built again")
+    return None

@@ -1,0 +1,289 @@
+"""The model card: a pure function of what the run folder says, rendered from card.md.j2.
+
+Metadata go through huggingface_hub's classes, every word of others through `markdown`'s escapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shlex
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import EvalResult, ModelCardData
+from markupsafe import Markup
+
+from trainer.config import PATHS, Config
+from trainer.report import markdown
+from trainer.report.markdown import code, escape, table
+from trainer.report.read import SCORES, Run
+
+RESAMPLES = 2000
+MOST_LINES = 200  # of the training logs
+HERE_ALONE = ("output_dir", "run_name", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private_repo")
+
+
+def title(run: Run) -> str:
+    return f"CrossEncoder based on {run.about['model']['base']}"
+
+
+def card(run: Run, plots: list[str]) -> str:
+    """The model card; `plots` names the pictures beside it. A pure function of the run."""
+    about, results = run.about, run.results
+    examples = results.get("examples") or []
+    padded = about["padding"]["padding"] / max(1, sum(about["padding"].values()))
+    logs, note = training_logs(run)
+    return markdown.render(
+        "card.md.j2",
+        metadata=Markup(metadata(run).to_yaml()),  # noqa: S704
+        title=title(run),
+        finished=bool(results),
+        last_step=max((event["step"] for event in run.events), default=0),
+        damaged=run.damaged,
+        verb="trained from scratch with the architecture of" if from_scratch(run) else "finetuned from",
+        base=hub_link(about["model"]["base"], about["model"]["hub_id"]),
+        link=hub_link(about["dataset"]["name"], about["dataset"]["hub_id"], "datasets/"),
+        dataset_place=dataset_place(about["dataset"]),
+        about=about,
+        config=run.config,
+        results={"metrics": {}, **results},
+        energy=results.get("energy"),
+        hub_model_id=run.config["hub_model_id"],
+        examples=examples,
+        printed=str(np.array([e["scores"] for e in examples], np.float32).round(4)).split("\n"),
+        statistics=statistics,
+        samples=samples,
+        scores=partial(scores, run),
+        details=partial(details, run),
+        confusion=partial(confusion, run),
+        sources=sources,
+        resamples=RESAMPLES,
+        changed=hyperparameters(run, changed_only=True),
+        hyperparameters=hyperparameters(run, changed_only=False),
+        logs=logs,
+        logs_note=note,
+        padding_share=f"{padded:.0%}",
+        commit=commit(about["git"]),
+        command=command(run),
+        plots=plots,
+        split_plots=[name for name in plots if name not in ("training", "lengths")],
+        labels={"torch": "PyTorch", "numpy": "NumPy"},
+    )
+
+
+def from_scratch(run: Run) -> bool:
+    return run.config["init"] == "random" or run.config["model_name_or_path"] == "builtin"
+
+
+def metadata(run: Run) -> ModelCardData:
+    """What the hub reads. Nothing that would have to be guessed: neither language nor licence of unknown data."""
+    about, energy = run.about, run.results.get("energy")
+    data, machine = about["dataset"], about["hardware"]
+    emissions = None
+    if energy:
+        emissions = {
+            "emissions": energy["co2_kg"] * 1000,  # the hub counts grams
+            "energy_consumed": energy["kwh"],
+            "source": "codecarbon",
+            "training_type": "training from scratch" if from_scratch(run) else "fine-tuning",
+            "on_cloud": machine["on_cloud"],
+            "cpu_model": machine["cpu"],
+            "ram_total_size": machine["ram_gb"],
+            "hours_used": round(energy["hours"], 3),
+            **({"hardware_used": f"{machine['gpus']} x {machine['gpu']}"} if machine["gpu"] else {}),
+        }
+    made = {
+        "language": [data["language"]] if data["language"] else None,
+        "tags": ["sentence-transformers", "cross-encoder", "generated_from_trainer", "crossrank",
+                 f"dataset_size:{about['data']['train']['size']}", "loss:CrossEntropyLoss"],
+        "base_model": about["model"]["hub_id"],
+        "datasets": [data["hub_id"]] if data["hub_id"] else None,
+        "pipeline_tag": "text-classification",
+        "library_name": "sentence-transformers",
+        "metrics": list(SCORES),
+        "co2_eq_emissions": emissions,
+        "model_name": title(run),
+        "eval_results": eval_results(run) or None,
+    }  # fmt: skip
+    return ModelCardData(**{name: value for name, value in made.items() if value is not None})
+
+
+def eval_results(run: Run) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="cross-encoder-classification",
+            task_name="Cross Encoder Classification",
+            dataset_name=split.replace("-", " "),
+            dataset_type=split,
+            metric_type=name,
+            metric_name=shown,
+            metric_value=values[name],
+        )
+        for split, values in run.results.get("metrics", {}).items()
+        for name, shown in SCORES.items()
+    ]
+
+
+def hub_link(name: str, hub_id: str | None, kind: str = "") -> Markup:
+    return Markup(f"[{escape(name)}](https://huggingface.co/{kind}{hub_id})" if hub_id else escape(name))  # noqa: S704
+
+
+def dataset_place(data: dict[str, Any]) -> Markup:
+    """The data set and its very revision."""
+    link = hub_link(data["name"], data["hub_id"], "datasets/")
+    if not (data["hub_id"] and data["revision"]):
+        return link
+    revision = escape(data["revision"])
+    return link + Markup(f" at [{revision[:7]}](https://huggingface.co/datasets/{data['hub_id']}/tree/{revision})")  # noqa: S704
+
+
+def statistics(split: dict[str, Any]) -> Markup:
+    def listed(lines: list[str]) -> str:
+        return f"<ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>"
+
+    details = [
+        listed([f"{n}: ~{share:.2%}" for n, share in column["shares"].items()][:20])
+        if "shares" in column
+        else listed([f"{n}: {round(column[n], 2)} characters" for n in ("min", "mean", "max")])
+        for column in split["statistics"]
+    ]
+    header = ["", *map(escape, split["columns"])]
+    return table(header, [["type", *(c["type"] for c in split["statistics"])], ["details", *details]])
+
+
+def samples(split: dict[str, Any]) -> Markup:
+    return table([escape(c) for c in split["columns"]], [[code(cell) for cell in row] for row in split["samples"]])
+
+
+def rounded(value: float | None) -> str:
+    return "-" if value is None else str(round(value, 4))
+
+
+def bold(cells: list[str]) -> list[str]:
+    return [cell if cell == "-" else f"**{cell}**" for cell in cells]
+
+
+def scores(run: Run) -> Markup:
+    """Metrics down, splits across; the first one is what training looks at."""
+    metrics = run.results["metrics"]
+    rows = [[name, *(rounded(split[name]) for split in metrics.values())] for name in SCORES]
+    return table(["Metric", *map(escape, metrics)], [bold(rows[0]), *rows[1:]])
+
+
+def details(run: Run) -> Markup:
+    """A line a split and number format: pairs, F1 macro with its interval, loss."""
+    rows = []
+    for name, split in run.results["metrics"].items():
+        low, high = interval(split["confusion_matrix"])
+        size = sum(map(sum, split["confusion_matrix"]))
+        own = "bf16" if run.config["bf16"] else "fp32"
+        rows.append([escape(name), own, f"{size:,}", *(rounded(split[m]) for m in SCORES), f"{low:.4f} to {high:.4f}",
+                     rounded(split["loss"])])  # fmt: skip
+        if "fp32" in split:
+            rows.append([escape(name), "fp32", f"{size:,}", *(rounded(split["fp32"][m]) for m in SCORES), "",
+                         rounded(split["fp32"]["loss"])])  # fmt: skip
+    return table(["Split", "Precision", "Pairs", *SCORES, "95 % of f1_macro", "Loss"], rows)
+
+
+def interval(confusion_matrix: list[list[int]]) -> tuple[float, float]:
+    """The 95 % bootstrap percentile interval of F1 macro (Efron 1979).
+
+    Drawing n pairs with replacement and counting them by true and predicted class is one multinomial draw of the
+    matrix's cells, so the predictions themselves are not needed.
+    """
+    matrix = np.array(confusion_matrix, dtype=float)
+    size = int(matrix.sum())
+    draws = np.random.default_rng(0).multinomial(size, matrix.ravel() / size, RESAMPLES).reshape(-1, *matrix.shape)
+    hits, truth, said = np.diagonal(draws, axis1=1, axis2=2), draws.sum(2), draws.sum(1)
+    there = (truth + said) > 0  # a class that neither occurs nor is predicted does not enter the mean
+    f1 = np.where(there, 2 * hits / np.maximum(truth + said, 1), 0.0).sum(1) / there.sum(1)
+    low, high = np.quantile(f1, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def confusion(run: Run, split: dict[str, Any]) -> Markup:
+    names = [escape(name, 30) for name in run.about["model"]["label_names"]]
+    if len(names) > 20:
+        return Markup("More than twenty classes; the matrix is in results.json.")
+    rows = [[name, *(f"{n:,}" for n in row)] for name, row in zip(names, split["confusion_matrix"], strict=True)]
+    return table(["", *names], rows)
+
+
+def sources(split: dict[str, Any]) -> Markup:
+    rows = [
+        [escape(name, 60), f"{own['num_samples']:,}", *(rounded(own[m]) for m in SCORES)]
+        for name, own in split["by_source"].items()
+    ]
+    return table(["Source", "Pairs", *SCORES], rows)
+
+
+def hyperparameters(run: Run, changed_only: bool) -> dict[str, Any]:
+    """Fields and values; of local paths the last part alone, which is nobody else's business."""
+    defaults = {field.name: field for field in dataclasses.fields(Config)}
+    chosen = {}
+    for name, value in run.config.items():
+        if name in HERE_ALONE or (changed_only and value == _default(defaults[name])):
+            continue
+        is_local = name in PATHS and isinstance(value, str) and (value.startswith(("/", ".", "~")) or "_file" in name)
+        chosen[name] = Path(value).name if is_local else value
+    return chosen
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def command(run: Run) -> str:
+    """What starts the same run; files are named without their folders."""
+    words = ["crossrank", "train"]
+    if run.about["world_size"] > 1:
+        words = ["torchrun", "--nproc-per-node", str(run.about["world_size"]), "-m", "trainer", "train"]
+    for name, value in hyperparameters(run, changed_only=True).items():
+        words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    return shlex.join(words)
+
+
+def commit(git: dict[str, Any] | None) -> Markup:
+    if git is None:
+        return Markup("an installed copy, not a checkout")
+    return code(git["commit"]) + (" with changes that were not committed" if git["dirty"] else "")
+
+
+def training_logs(run: Run) -> tuple[Markup | None, str]:
+    """The table of log lines and evaluations by step, and what to know of it; None where there are none."""
+    splits = list(dict.fromkeys(event["split"] for event in run.of("eval")))
+    steps: dict[int, dict[str, Any]] = {}
+    for event in run.events:
+        at = steps.setdefault(event["step"], {"Epoch": f"{event['epoch']:.4f}"})
+        # The final evaluation may be of weights that have been evaluated before: the first one counts.
+        at.setdefault("train" if event["event"] == "train" else f"eval {event['split']}", event)
+    if not steps:
+        return None, ""
+    dev = run.about["data"].get("dev", {}).get("name")
+    rows = [[at["Epoch"], str(step), *_cells(at, splits, dev)] for step, at in sorted(steps.items())]
+    kept = list(thinned(rows))
+    best = max((r for r in kept if dev in splits and r[4] != "-"), key=lambda r: float(r[4]), default=None)
+    rows = [bold(row) if row is best else row for row in kept]
+    note = "The training loss is the mean since the line before." + (" The best evaluation is bold." if best else "")
+    if len(kept) < len(steps):
+        note += f" {len(steps) - len(kept):,} lines are left out; metrics.jsonl has them."
+    header = ["Epoch", "Step", "Training Loss", "Validation Loss", *(f"{escape(s)}_f1_macro" for s in splits)]
+    return table(header, rows, "c" * len(header)), note
+
+
+def _cells(at: dict[str, Any], splits: list[str], dev: str | None) -> list[str]:
+    f1 = [rounded(at.get(f"eval {split}", {}).get("f1_macro")) for split in splits]
+    return [rounded(at.get("train", {}).get("loss")), rounded(at.get(f"eval {dev}", {}).get("loss")), *f1]
+
+
+def thinned(rows: list[list[str]]) -> Iterator[list[str]]:
+    """Every evaluation, and so many of the others that the table can be read."""
+    every = math.ceil(len(rows) / MOST_LINES)
+    for number, row in enumerate(rows):
+        if number % every == 0 or any(cell != "-" for cell in row[4:]):
+            yield row

@@ -1,0 +1,96 @@
+"""Several runs beside each other: `crossrank report RUN RUN ...`. Those that differ in their seed alone are a group."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from trainer.config import UserError
+from trainer.files import write_text
+from trainer.report import markdown
+from trainer.report.card import hyperparameters, rounded
+from trainer.report.markdown import escape, table
+from trainer.report.plots import draw_training, figure, save, short
+from trainer.report.read import SCORES, Run
+
+Group = tuple[str, list[Run]]
+# Fields by which the runs of a group may differ: where, how it is watched, and what the batch came to by another way.
+LOGISTICS = {
+    "seed", "data_seed", "output_dir", "run_name", "resume_from_checkpoint", "save_strategy", "save_steps",
+    "save_total_limit", "preemption_signals", "logging_steps", "ddp_timeout", "report_to", "track_emissions",
+    "country_iso_code", "write_report", "push_to_hub", "hub_model_id", "hub_private_repo",
+    "train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps",
+}  # fmt: skip
+
+
+def write_comparison(runs: list[Run], folder: Path) -> Path:
+    """Writes report.html, README.md and their pictures into `folder`. Raises UserError where it can't be written."""
+    groups = grouped(runs)
+    try:
+        with figure(12, 6.4) as drawn:
+            draw_training(drawn, groups)
+            save(drawn, folder / "plots" / "training")
+        text = markdown.render("compare.md.j2", groups=groups, scores=score_table(groups), runs=run_table(groups))
+        write_text(folder / "README.md", text)
+        write_text(folder / "report.html", markdown.to_html("Runs compared", text, folder))
+    except OSError as error:
+        raise UserError(f"cannot write the report into {folder}: {error.strerror}") from None
+    return folder / "report.html"
+
+
+def grouped(runs: list[Run]) -> list[Group]:
+    """Runs of one config but for the seed and what does not change a run; named by what the groups differ in."""
+    kept = [{k: v for k, v in settings(run, run.config).items() if k not in LOGISTICS} for run in runs]
+    differing = [name for name in kept[0] if any(own[name] != kept[0][name] for own in kept)]
+    groups: dict[str, list[Run]] = {}
+    for run, own in zip(runs, kept, strict=True):
+        groups.setdefault(str([own[field] for field in differing]), []).append(run)
+    names: list[str] = []
+    for first, *_ in groups.values():
+        own = settings(first, hyperparameters(first, False))
+        name = ", ".join(f"{field} {short(str(own[field]))}" for field in differing)
+        # More differences than a legend can hold.
+        name = name if 0 < len(name) <= 60 else short(first.config["run_name"] or first.folder.name)
+        names.append(f"{name} ({len(names) + 1})" if name in names else name)
+    return list(zip(names, groups.values(), strict=True))
+
+
+def settings(run: Run, fields: dict[str, Any]) -> dict[str, Any]:
+    """`fields` of the run, and what its batch came to."""
+    return {**fields, "global_batch_size": run.about["global_batch_size"]}
+
+
+def score_table(groups: list[Group]) -> Markup:
+    """Mean and standard deviation over the runs of a group that are finished."""
+    splits = list(dict.fromkeys(s for _, runs in groups for run in runs for s in run.results.get("metrics", {})))
+    rows = []
+    for name, runs in groups:
+        finished = [run.results for run in runs if run.results]
+        speed = [results["train"]["samples_per_second"] for results in finished]
+        cells = [
+            spread([results["metrics"][split][metric] for results in finished if split in results["metrics"]])
+            for split in splits
+            for metric in SCORES
+        ]
+        rows.append([escape(name), str(len(finished)), *cells, f"{statistics.mean(speed):,.0f}" if speed else "-"])
+    names = [f"{escape(split)} {metric}" for split in splits for metric in SCORES]
+    return table(["Runs", "Finished", *names, "Pairs a second"], rows)
+
+
+def spread(values: list[float]) -> str:
+    if len(values) < 2:
+        return rounded(values[0] if values else None)
+    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+
+
+def run_table(groups: list[Group]) -> Markup:
+    rows: list[list[Any]] = [
+        [escape(run.folder.name), escape(name), str(run.config["seed"]), str(run.about["world_size"]),
+         escape(run.about["backend"]), "yes" if run.results else "no"]
+        for name, runs in groups
+        for run in runs
+    ]  # fmt: skip
+    return table(["Folder", "Group", "Seed", "Ranks", "Backend", "Finished"], rows)

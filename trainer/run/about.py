@@ -1,0 +1,163 @@
+"""about.json: what a reader of the model card wants to know of data, model and machine, noted before the first step.
+
+It holds no more text than the card shows: a text of 100 kB is not carried along.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainer.config import Config, DataConfig
+from trainer.data.sampler import epoch_order
+from trainer.data.sources import Pairs, Role, split_name
+from trainer.data.tokens import Tokens
+from trainer.metrics import log_softmax
+from trainer.ranks import World
+from trainer.run import folder as run
+
+FIRST = 1000  # rows that statistics are taken of, as sentence-transformers' cards do
+SHOWN = 300  # characters of a text that the card shows
+ENGLISH = ("all-nli", "snli", "multi_nli", "mnli", "builtin")
+
+
+def about(
+    config: Config,
+    splits: dict[Role, Pairs],
+    tokens: dict[Role, Tokens],
+    batch_size: int,
+    model: Any,
+    max_length: int,
+    world: World,
+) -> dict[str, Any]:
+    """All of it; `batch_size` is the global one."""
+    data = {role: {"name": split_name(config, role), **of_split(pairs, tokens[role])} for role, pairs in splits.items()}
+    seed = config.seed if config.data_seed is None else config.data_seed
+    return {
+        "dataset": of_dataset(config),
+        "data": data,
+        "padding": padding(tokens["train"].lengths, batch_size, seed),
+        "model": of_model(config, model, max_length),
+        "hardware": hardware(world),
+        "world_size": world.size,
+        "global_batch_size": batch_size,
+        "versions": run.versions(),
+        "git": run.git_state(),
+    }
+
+
+def of_split(pairs: Pairs, tokens: Tokens) -> dict[str, Any]:
+    """Size, columns, statistics, three samples, token lengths: lengths[i] pairs have i tokens."""
+    texts = [text_statistics(values[:FIRST]) for values in (pairs.premise, pairs.hypothesis)]
+    return {
+        "size": len(pairs),
+        "dropped": pairs.num_dropped,
+        "cut": int(tokens.truncated.sum()),
+        "columns": list(pairs.columns),
+        "statistics": [*texts, label_statistics(pairs.label[:FIRST])],
+        "samples": [
+            [pairs.premise[i][: SHOWN + 1], pairs.hypothesis[i][: SHOWN + 1], int(pairs.label[i])]
+            for i in range(min(3, len(pairs)))
+        ],
+        "labels": np.bincount(pairs.label, minlength=len(pairs.label_names)).tolist(),
+        "lengths": np.bincount(tokens.lengths).tolist(),
+    }
+
+
+def text_statistics(texts: list[str]) -> dict[str, Any]:
+    """Lengths in characters."""
+    lengths = [len(text) for text in texts]
+    return {"type": "string", "min": min(lengths), "mean": float(np.mean(lengths)), "max": max(lengths)}
+
+
+def label_statistics(labels: np.ndarray) -> dict[str, Any]:
+    """Shares of the classes that occur."""
+    numbers, counts = np.unique(labels, return_counts=True)
+    shares = {str(n): float(c / len(labels)) for n, c in zip(numbers.tolist(), counts.tolist(), strict=True)}
+    return {"type": "int", "shares": shares}
+
+
+def example_scores(pairs: Pairs, logits: np.ndarray) -> list[dict[str, Any]]:
+    """The first five pairs that the card can show whole, with the model's probabilities (classes,) for each."""
+    short = (i for i in range(len(pairs)) if max(len(pairs.premise[i]), len(pairs.hypothesis[i])) <= SHOWN)
+    chosen = [i for i, _ in zip(short, range(5), strict=False)]
+    return [
+        {"premise": pairs.premise[i], "hypothesis": pairs.hypothesis[i], "scores": scores.tolist()}
+        for i, scores in zip(chosen, np.exp(log_softmax(logits[chosen])), strict=True)
+    ]
+
+
+def padding(lengths: np.ndarray, batch_size: int, seed: int) -> dict[str, int]:
+    """Tokens of the first epoch, and how many more its batches would have, each padded to its longest pair."""
+    ordered = lengths[epoch_order(len(lengths), seed, 0)]
+    starts = np.arange(0, len(lengths), batch_size)
+    sizes = np.diff(np.append(starts, len(lengths)))
+    padded = int((np.maximum.reduceat(ordered, starts) * sizes).sum())
+    return {"tokens": int(lengths.sum()), "padding": padded - int(lengths.sum())}
+
+
+def of_dataset(config: DataConfig) -> dict[str, Any]:
+    """Its name, and its place on the hub where it has one; of local files nobody knows which revision they are."""
+    name = config.dataset_name
+    files = any((config.train_file, config.validation_file, config.test_file))
+    local = name is None or name == "builtin" or Path(name).exists()
+    on_hub = not local and bool(re.fullmatch(r"[\w.-]+/[\w.-]+" if files else r"[\w.-]+(/[\w.-]+)?", name or ""))
+    shown = Path((name or config.train_file or "data").rstrip("/")).name
+    return {
+        "name": shown,
+        "hub_id": name if on_hub else None,
+        "from_files": files,
+        "revision": None if files or not on_hub else config.dataset_revision,
+        "language": "en" if shown in ENGLISH else None,
+    }
+
+
+def of_model(config: Config, model: Any, max_length: int) -> dict[str, Any]:
+    name, settings = config.model_name_or_path, model.config
+    local = name == "builtin" or Path(name).exists()
+    return {
+        "base": Path(name.rstrip("/")).name if local else name,
+        "hub_id": None if local else name,
+        "revision": None if local else getattr(settings, "_commit_hash", None) or config.model_revision,
+        "architecture": type(model).__name__,
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "max_length": max_length,
+        "label_names": [settings.id2label[i] for i in range(settings.num_labels)],
+    }
+
+
+def hardware(world: World) -> dict[str, Any]:
+    """This rank's machine; GPUs are counted over all ranks."""
+    gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
+    return {
+        "cpu": cpu_name(),
+        "cpus": os.cpu_count(),
+        "gpu": gpu,
+        "gpus": world.size if gpu else 0,
+        "ram_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
+        "on_cloud": on_cloud(),
+    }
+
+
+def on_cloud() -> bool:
+    """Whether the firmware names one of the three large clouds; asking their services would take a network."""
+    try:
+        firmware = Path("/sys/class/dmi/id")
+        vendor, tag = ((firmware / name).read_text().strip() for name in ("sys_vendor", "chassis_asset_tag"))
+    except OSError:
+        return False
+    return vendor in ("Amazon EC2", "Google") or tag in ("Amazon EC2", "7783-7084-3265-9085-8269-3286-77")  # Azure
+
+
+def cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
