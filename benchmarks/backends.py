@@ -71,10 +71,10 @@ def worker(argv: list[str]) -> None:
         trainer.model.train()
         num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters())
         seconds, kept, sent = [], 0, 0
-        for current in trainer.sampler:
+        for current in trainer.sampler.steps():
             world.barrier()
             started, before = time.perf_counter(), sent_bytes()
-            for rows in trainer.shares(current):
+            for rows in trainer.micro_batches(current):
                 trainer.backward(current, rows, last=True)
             if current.step == 2:
                 kept = tensor_bytes()

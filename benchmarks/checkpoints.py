@@ -24,7 +24,6 @@ def main() -> None:
     options.add_argument("--gap", type=int, default=3, help="steps from one save to the next")
     chosen = options.parse_args()
     from trainer import ranks
-    from trainer.loop import Window
     from trainer.train import prepare
 
     steps = chosen.saves * chosen.gap
@@ -34,12 +33,11 @@ def main() -> None:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         trainer = prepare(crossrank_config(run, Path(folder) / "run"), ranks.start(600))
-        trainer.window = Window.new(trainer.world.device)
         trainer.model.train()
         seconds: dict[str, list[float]] = {"stall": [], "step while writing": [], "step": [], "write": []}
-        for current in trainer.sampler:
+        for current in trainer.sampler.steps():
             started = time.perf_counter()
-            for rows in trainer.shares(current):
+            for rows in trainer.micro_batches(current):
                 trainer.backward(current, rows, last=True)
             trainer.backend.step(1e-5, 1.0)
             if current.step < 2:
@@ -47,16 +45,17 @@ def main() -> None:
             after_save = current.step > 2 and (current.step - 2) % chosen.gap == 0
             seconds["step while writing" if after_save else "step"].append(time.perf_counter() - started)
             if (current.step - 1) % chosen.gap == 0:
-                trainer.checkpoints.wait()
+                trainer.output.checkpoints.wait()
                 started = time.perf_counter()
+                trainer.state.step = current.step + 1
                 trainer.save()
                 seconds["stall"].append(time.perf_counter() - started)
             elif after_save:
-                trainer.checkpoints.wait()
+                trainer.output.checkpoints.wait()
                 seconds["write"].append(time.perf_counter() - started)
-        trainer.checkpoints.wait()
+        trainer.output.checkpoints.wait()
         started = time.perf_counter()
-        checkpoint = trainer.checkpoints.newest(print)
+        checkpoint = trainer.output.checkpoints.newest()
         assert checkpoint is not None
         verified = time.perf_counter()
         trainer.backend.load_state(checkpoint.tensors, checkpoint.state["num_updates"])

@@ -109,7 +109,7 @@ def machine() -> dict[str, Any]:
     """Where and with what the numbers were measured."""
     import torch
 
-    from trainer.run.folder import git_state, versions
+    from trainer.run.versions import git_state, versions
 
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                 if line.startswith("model name")), platform.processor())  # fmt: skip

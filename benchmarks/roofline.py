@@ -82,8 +82,8 @@ def memory(trainer: Any, batch: int, bf16: bool) -> dict[str, float]:
     """Bytes of a training step: weights, gradients and moments, and what a forward of `batch` pairs keeps."""
     from trainer.data.tokens import Tokens
 
-    real = trainer.tokens["train"]
-    longest = trainer.max_length
+    real = trainer.data["train"].tokens
+    longest = trainer.model.max_length
     wide = Tokens(np.full(4 * longest, 5), np.arange(5) * longest, np.full(4, longest // 2), np.zeros(4, bool), "")
     return {
         "state": 16 * sum(p.numel() for p in trainer.model.parameters()),
@@ -108,7 +108,7 @@ def main() -> None:
     )  # fmt: skip
     folder = tempfile.TemporaryDirectory()
     trainer = prepare(crossrank_config(run, Path(folder.name) / "run"), ranks.start(600))
-    device, tokens, labels = trainer.world.device, trainer.tokens["train"], trainer.splits["train"].label
+    device, tokens, labels = trainer.world.device, trainer.data["train"].tokens, trainer.data["train"].pairs.label
     trainer.model.train()
     times: dict[str, list[float]] = {"data": [], "forward": [], "backward": [], "optimizer": []}
     flops, profile = [], None
@@ -130,7 +130,7 @@ def main() -> None:
         wait_for(device)
         return [*marks, time.perf_counter()]
 
-    for current in trainer.sampler:
+    for current in trainer.sampler.steps():
         if current.step == chosen.steps + WARM_UP:
             with torch.profiler.profile() as profile:
                 step(current)

@@ -25,12 +25,12 @@ def imbalance(data: Any, model: Any, batch: int, ranks: int) -> dict[str, float]
     from trainer.data.tokens import tokenize
 
     pairs = load_pairs(DataConfig(train_file=str(data / "train.parquet"), max_train_samples=32_000), "train", None)
-    tokens = tokenize(pairs, AutoTokenizer.from_pretrained(model), 512, None, print)
+    tokens = tokenize(pairs, AutoTokenizer.from_pretrained(model), 512, None)
     balanced, plain = [], []
-    for step in GlobalBatchSampler(len(pairs), batch, 42, len(pairs) // batch, ""):
+    for step in GlobalBatchSampler(len(pairs), batch, 42, len(pairs) // batch, "").steps():
         lengths = tokens.lengths[step.rows]
-        for shares, kept in ((deal(lengths, ranks), balanced), (np.array_split(np.arange(batch), ranks), plain)):
-            sums = [lengths[share].sum() for share in shares]
+        for parts, kept in ((deal(lengths, ranks), balanced), (np.array_split(np.arange(batch), ranks), plain)):
+            sums = [lengths[part].sum() for part in parts]
             kept.append(max(sums) / np.mean(sums))
     return {"dealt_by_length": statistics.mean(balanced), "as_they_come": statistics.mean(plain)}
 

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import NoReturn
 
-from trainer.config import EXIT_CODE
+from trainer.base.errors import EXIT_CODE
 
 
 def stop(number: int, frame: object) -> NoReturn:

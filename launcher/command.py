@@ -14,8 +14,10 @@ from typing import Any
 
 from launcher.devices import num_present, num_visible
 from launcher.sbatch import SlurmConfig, render, submit
+from trainer.base.errors import UserError, unknown
+from trainer.base.fields import Fields, option
 from trainer.cli import asks_for_help, given_fields, make_parser, parse, parse_train
-from trainer.config import Config, Fields, UserError, unknown
+from trainer.config import Config
 
 USAGE = """usage: crossrank launch HOW [options] -- train [--recipe NAME] [--field value ...]
 
@@ -34,7 +36,7 @@ SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 class LocalConfig(Fields):
     """Local"""
 
-    nproc: int | None = None
+    nproc: int | None = option(None, above=0)
     """Processes; None = one for each GPU, or one on the CPU."""
     dry_run: bool = False
     """Print the command, and start nothing."""
@@ -44,7 +46,7 @@ class LocalConfig(Fields):
 class TorchrunConfig(LocalConfig):
     """Torchrun"""
 
-    nnodes: int = 1
+    nnodes: int = option(1, above=0)
     """Machines that take part; the same command is to be started on each."""
     rdzv_endpoint: str | None = None
     """HOST:PORT where they meet; HOST is one of them."""

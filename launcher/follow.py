@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from trainer.config import TrainingFailed
+from trainer.base.errors import TrainingFailed
 
 ENDED = (
     "COMPLETED",

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher.devices import num_present
+from trainer.base.environment import check_host
+from trainer.base.errors import UserError
+from trainer.base.files import write_json
 from trainer.cli import parse_train
-from trainer.config import UserError
-from trainer.run.folder import git_state, versions
+from trainer.run.versions import git_state, versions
 
 PATIENCE = 60.0  # seconds; network file systems show new files some seconds late
 ROOT = Path(__file__).parent.parent
@@ -53,16 +55,6 @@ def main(argv: list[str]) -> int:
     if node == 0:
         describe(reports, Path(folder))
     return 0
-
-
-def check_host(name: str) -> None:
-    """An unknown name would let ranks wait for minutes."""
-    try:
-        socket.getaddrinfo(name, None)
-    except OSError:
-        raise UserError(
-            f"the host name {name} has no address here; mend the names of the nodes (/etc/hosts, DNS)"
-        ) from None
 
 
 def check_port(port: int) -> None:
@@ -106,9 +98,7 @@ def exchange(folder: Path, node: int, num_nodes: int, report: Report) -> list[Re
     meeting = folder / f".preflight-{os.environ['SLURM_JOB_ID']}"
     try:
         meeting.mkdir(parents=True, exist_ok=True)
-        temporary = meeting / f".{node}"
-        temporary.write_text(json.dumps(report), encoding="utf-8")
-        temporary.replace(meeting / str(node))
+        write_json(meeting / str(node), report)
     except OSError as error:
         raise UserError(f"cannot write to output_dir {folder.absolute()}: {error.strerror}") from None
     started = time.monotonic()

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainer.config import Fields, UserError
+from trainer.base.errors import UserError
+from trainer.base.fields import Fields, option
 
 SCRIPTS = Path(__file__).parent.parent / "slurm"
 TIMES = (
@@ -31,11 +32,11 @@ UNITS = {"days": 86_400, "hours": 3_600, "minutes": 60, "seconds": 1}
 class SlurmConfig(Fields):
     """Slurm"""
 
-    nodes: int = 1
+    nodes: int = option(1, above=0)
     """Nodes of the job."""
-    gpus_per_node: int | None = None
+    gpus_per_node: int | None = option(None, above=0)
     """GPUs of each node; None = no GPUs: compute on the CPU."""
-    nproc: int | None = None
+    nproc: int | None = option(None, above=0)
     """Ranks on each node; None = one for each GPU, or one."""
     ranks_by: Literal["torchrun", "srun"] = "torchrun"
     """What starts the ranks: one torchrun on each node (slurm/train.sbatch), or one task of Slurm for each rank
@@ -44,11 +45,11 @@ class SlurmConfig(Fields):
     """A run for each of these seeds, as a job array such as 0-4 or 1,7,42 (slurm/seeds.sbatch)."""
     time: str = "24:00:00"
     """Time limit as Slurm writes it: minutes, hours:minutes:seconds, days-hours; a job that reaches it goes on anew."""
-    warning_seconds: int = 120
+    warning_seconds: int = option(120, above=0)
     """How long before the time limit the ranks are told to save."""
     warning_signal: Literal["USR1", "USR2"] = "USR1"
     """With which signal; another one where NCCL or a tool uses it."""
-    cpus_per_task: int | None = None
+    cpus_per_task: int | None = option(None, above=0)
     """CPU cores of each task; None = one for each rank."""
     partition: str | None = None
     """Slurm's partition."""
@@ -62,9 +63,9 @@ class SlurmConfig(Fields):
     """More options of sbatch without their dashes, as mem=64G,exclusive."""
     job_name: str | None = None
     """Job's name; None = run_name, which is the recipe's name by itself."""
-    log_dir: str = "logs"
+    log_dir: str = option("logs", path=True)
     """Folder of the job's log, made where it is missing."""
-    venv: str | None = None
+    venv: str | None = option(None, path=True)
     """Virtual environment to use; None = the one that crossrank runs in."""
     container: str | None = None
     """Image in which apptainer runs the ranks; then no virtual environment is used."""
@@ -130,10 +131,10 @@ def directives(config: SlurmConfig) -> dict[str, object]:
         "output": f"{config.log_dir}/%x-{'%A_%a' if config.seeds else '%j'}.out",
         "signal": f"B:{config.warning_signal}@{config.warning_seconds}",
     }
-    for option in config.sbatch or []:
-        name, _, value = option.partition("=")
+    for given in config.sbatch or []:
+        name, _, value = given.partition("=")
         if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
-            raise UserError(f"sbatch option {option!r} must be as mem=64G or exclusive, without dashes")
+            raise UserError(f"sbatch option {given!r} must be as mem=64G or exclusive, without dashes")
         own[name] = value
     return {name: value for name, value in own.items() if value is not None}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from trainer.__main__ import main
+from trainer.base.log import log
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
@@ -150,6 +152,17 @@ class Ranks:
     @property
     def said(self) -> str:
         return "".join((self.folder / name).read_text() for name in ("out", "err") if (self.folder / name).exists())
+
+
+@pytest.fixture
+def said():
+    """What the run's log says in this process."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    log.addHandler(handler)
+    yield lines
+    log.removeHandler(handler)
 
 
 def free_port() -> int:

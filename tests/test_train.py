@@ -222,7 +222,7 @@ def test_a_micro_batch_that_does_not_fit_is_split(tmp_path):
     )
     crossrank("train", *SHORT, "--output_dir", tmp_path / "whole")
     result = crossrank("train", *SHORT, "--output_dir", tmp_path / "split", script=script)
-    assert "going on with 8 pairs a forward" in result.stderr
+    assert "8 pairs a forward" in result.stderr
     assert np.allclose(losses(tmp_path / "split"), losses(tmp_path / "whole"), rtol=0, atol=1e-6)
 
 
@@ -235,7 +235,7 @@ def test_compiled_layers_compute_the_same(tmp_path):
 
 FAILING = """
 import os, sys
-from trainer import __main__, loop, train
+from trainer import __main__, finish, loop, train
 if os.environ["RANK"] == "{rank}":
     def fail(*args, **kwargs):
         raise {error}
@@ -246,16 +246,16 @@ sys.exit(__main__.main(sys.argv[1:]))
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
-    "where", ["train.load_splits", "train.write_predictions", "loop.save_trained", "loop.learning_rate"]
+    "where", ["train.load_splits", "finish.write_predictions", "loop.CrossEncoder.save", "loop.learning_rate"]
 )
 def test_the_failing_ranks_error_is_printed_once(tmp_path, rank, where):
     """One rank alone fails, in whatever phase: its message once, no hang, and the job fails."""
-    if rank == 1 and where in ("train.write_predictions", "loop.save_trained"):
+    if rank == 1 and where in ("finish.write_predictions", "loop.CrossEncoder.save"):
         pytest.skip("only rank 0 writes")
     script = tmp_path / "failing.py"
     script.write_text(
         FAILING.format(rank=rank, where=where, error='UserError("no such luck")').replace(
-            "from trainer import", "from trainer.config import UserError\nfrom trainer import"
+            "from trainer import", "from trainer.base.errors import UserError\nfrom trainer import"
         )
     )
     options = [*SMALL, "--max_train_samples", "64", "--max_eval_samples", "30", "--max_test_samples", "30"]

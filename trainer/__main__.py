@@ -1,14 +1,13 @@
 """`crossrank VERB ...`, which is also `python -m trainer VERB ...` on every rank of torchrun or srun.
 
 Exit codes: 0 done, 1 a failure of the program, 2 a mistake in the input, 85 stopped on request and saved (start the
-same command again to go on), 130 interrupted.
+same command again to resume), 130 interrupted.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,7 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trainer.config import EXIT_CODE, DataConfig, Preempted, TrainingFailed, UserError, unknown
+from trainer.base.environment import Place, read_place
+from trainer.base.errors import EXIT_CODE, Preempted, TrainingFailed, UserError, unknown
+from trainer.base.files import write_text
+from trainer.base.log import start_log
+from trainer.config import DataConfig
 
 USAGE = """usage: crossrank VERB ...
 
@@ -54,8 +57,8 @@ def stop_early(number: int, frame: object) -> NoReturn:
     )
     if number == signal.SIGINT:
         code, text = 130, "interrupted"
-    leave_code(code)
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    record_exit_code(code)
+    if _place().rank == 0:
         print(f"crossrank: {text}", file=sys.stderr, flush=True)
     os._exit(code)
 
@@ -87,13 +90,14 @@ def predict(argv: list[str]) -> None:
 def report(argv: list[str]) -> None:
     from trainer.cli import make_parser, parse
     from trainer.report.write import report as write
-    from trainer.run.folder import say
+
+    start_log(is_main=True)
 
     parser = make_parser("crossrank report", (), usage="crossrank report RUN_DIR [RUN_DIR ...] [--output_dir FOLDER]")
     parser.add_argument("runs", metavar="RUN_DIR", nargs="+", help="run folders; several are compared")
     parser.add_argument("--output_dir", default="report", help="where the comparison of several runs goes")
     values = parse(parser, argv)
-    write(values["runs"], values["output_dir"], say)
+    write(values["runs"], values["output_dir"])
 
 
 def doctor(argv: list[str]) -> None:
@@ -147,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         if str(stop):  # rank 0 speaks for all
             print(f"crossrank: {stop}", file=sys.stderr)
         code = EXIT_CODE
-        leave_code(code)
+        record_exit_code(code)
     except BrokenPipeError:  # the reader of our output has had enough
         sys.stderr.close()
         return 1
@@ -160,19 +164,26 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def leave_code(code: int) -> None:
-    """Leaves the exit code where agent and batch script look for it: torchrun turns every code of its ranks into 1."""
+def record_exit_code(code: int) -> None:
+    """Where agent and batch script look for it: torchrun turns every code of its ranks into 1."""
     if name := os.environ.get("CROSSRANK_EXIT_FILE"):
-        own = Path(f"{name}.{socket.gethostname()}.{os.getpid()}")
-        with suppress(OSError):  # whole at any time: several ranks leave theirs, and may be killed meanwhile
-            own.write_text(str(code))
-            own.replace(name)
+        with suppress(OSError):  # complete at any time: several ranks write theirs, and may be killed meanwhile
+            write_text(Path(name), str(code), durable=False)
+
+
+def _place() -> Place:
+    """Which rank this is; where the variables contradict each other, the only one."""
+    try:
+        return read_place(os.environ)
+    except ValueError:
+        return Place()
 
 
 def fail(code: int, text: str) -> int:
     """Reports a failure once, by the first rank that fails, with its number."""
-    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", 1))) == 1:
-        leave_code(code)
+    place = _place()
+    if place.size == 1:
+        record_exit_code(code)
         print(f"crossrank: {text}", file=sys.stderr)
         return code
     from trainer import ranks
@@ -180,11 +191,10 @@ def fail(code: int, text: str) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run that has failed has nothing to save
     # Ctrl-C reaches every rank by itself.
     if ranks.may_report_failure(patience=0.0 if code == 130 else 20.0):
-        leave_code(code)
-        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "?"))
-        print(f"crossrank: [rank {rank}] {text}", file=sys.stderr, flush=True)
+        record_exit_code(code)
+        print(f"crossrank: [rank {place.rank}] {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    # Leave at once: a tidy exit would wait for collectives that the other ranks are stuck in.
+    # Exit at once: a tidy exit would wait for collectives that the other ranks are stuck in.
     os._exit(code)
 
 

@@ -6,7 +6,7 @@
     scores = predict("runs/mine/model", [("A man sleeps.", "A person rests.")])
     metrics = evaluate("runs/mine/model", test_file="test.parquet")
 
-Fields are those of the command line, by the same names. Mistakes in the input raise trainer.config.UserError.
+Fields are those of the command line, by the same names. Mistakes in the input raise trainer.base.errors.UserError.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 
 from trainer import train as training
+from trainer.base.errors import UserError, first_line, unknown
+from trainer.base.log import log
 from trainer.cli import given_fields, parse_train
-from trainer.config import Config, DataConfig, UserError, first_line, unknown
+from trainer.config import Config, DataConfig
 from trainer.predict import EvaluateConfig, InferenceConfig, evaluate_model, predict_pairs
 from trainer.report import hub
 from trainer.report.write import write_report
-from trainer.run import folder as run
 
 
 def train(config: Config | None = None, *, recipe: str | None = None, **fields: Any) -> dict[str, Any]:
@@ -41,20 +42,20 @@ def train(config: Config | None = None, *, recipe: str | None = None, **fields: 
         config = parse_train(["--recipe", recipe] if recipe else [], fields)
     if config.push_to_hub:  # a name that is not allowed is no reason to train first
         hub.repository(config, Path(config.output_dir or f"{config.run_name or 'run'}-0"))
-    return training.train(config, partial(leave, config))
+    return training.train(config, partial(hand_over, config))
 
 
-def leave(config: Config, folder: Path) -> None:
+def hand_over(config: Config, folder: Path) -> None:
     """The card and pictures of a finished run, which nothing that goes wrong here makes unfinished; and the upload."""
     if not config.write_report:
         return
     try:
         write_report(folder)
     except Exception as error:  # in a library that draws or renders, or a full disk
-        run.say(f"warning: no report was written ({first_line(error)}); crossrank report {folder} does it again")
+        log.warning(f"no report was written ({first_line(error)}); crossrank report {folder} does it again")
         return  # a model is not uploaded without its card
     if config.push_to_hub:
-        hub.push(config, folder, run.say)
+        hub.push(config, folder)
 
 
 def predict(model: str | Path, pairs: Iterable[tuple[str, str]], **options: Any) -> np.ndarray:

@@ -15,7 +15,10 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from trainer.config import GROUPS, Config, UserError, read_yaml, recipe_path, unknown
+from trainer.base.errors import UserError, unknown
+from trainer.config import GROUPS, Config, read_yaml
+
+RECIPES = Path(__file__).parent / "recipes"
 
 
 def make_parser(prog: str, groups: tuple[type, ...], explained: bool = True, **kwargs: Any) -> ArgumentParser:
@@ -114,6 +117,14 @@ def parse_train(argv: list[str], fields: dict[str, Any] | None = None) -> Config
         if name not in names:
             raise UserError(unknown("field", name, names))
     return Config(**values | given | (fields or {}))
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe that is shipped with the package. Raises UserError for an unknown name."""
+    valid = [path.stem for path in RECIPES.glob("*.yaml")]
+    if name not in valid:
+        raise UserError(unknown("recipe", name, valid))
+    return RECIPES / f"{name}.yaml"
 
 
 def _typed_yaml(path: Path, parser: ArgumentParser) -> dict[str, Any]:

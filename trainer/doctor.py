@@ -17,7 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config import Fields, UserError
+from trainer.base.environment import offline
+from trainer.base.errors import UserError
+from trainer.base.fields import Fields, option
 
 NEEDED = ("transformers", "tokenizers", "datasets", "evaluate", "safetensors", "pyarrow")
 OPTIONAL = {"deepspeed": 'pip install "crossrank[deepspeed]" for --backend deepspeed', "codecarbon": ""}
@@ -30,9 +32,9 @@ class DoctorConfig(Fields):
 
     json: bool = False
     """Print one JSON object a check."""
-    ranks: int = 1
+    ranks: int = option(1, above=0)
     """Let so many processes meet in a real collective."""
-    output_dir: str = "runs"
+    output_dir: str = option("runs", path=True)
     """Where runs are to be written."""
 
 
@@ -70,8 +72,7 @@ def _checks(config: DoctorConfig) -> Iterator[Check]:
     yield from _deepspeed_ops()
     yield _disk(Path(config.output_dir))
     yield _slurm()
-    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
-    yield Check("hub", "offline (HF_HUB_OFFLINE is set)" if offline else "online", None if offline else True)
+    yield Check("hub", "offline (HF_HUB_OFFLINE is set)" if offline() else "online", None if offline() else True)
     if config.ranks > 1:
         yield _meeting(config.ranks)
 
@@ -136,7 +137,7 @@ def _slurm() -> Check:
         version = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, timeout=10)
     except subprocess.TimeoutExpired:
         return Check("Slurm", "sbatch does not answer", False, "look at SLURM_CONF and at slurmctld")
-    if version.returncode != 0:  # the programs alone; a cluster is reached from its login node
+    if version.returncode != 0:  # only the programs; a cluster is reached from its login node
         return Check("Slurm", "sbatch is here, but knows of no cluster", None)
     return Check("Slurm", version.stdout.strip())
 

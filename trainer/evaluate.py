@@ -1,6 +1,6 @@
 """Exact evaluation: every sample once, the same numbers from any number of ranks.
 
-Samples are sorted by length and cut into batches before ranks come into play; ranks are dealt whole batches. So a
+Samples are sorted by length and cut into batches before ranks come into play; ranks are dealt entire batches. So a
 batch is computed in the same shape whoever computes it, no sample is padded in or counted twice, and logits travel
 with the index of their sample.
 """
@@ -17,7 +17,7 @@ import torch
 
 from trainer.data.sampler import deal
 from trainer.data.sources import Pairs
-from trainer.data.tokens import Tokens
+from trainer.data.tokens import Split, Tokens
 from trainer.metrics import classification_scores, log_softmax, scores_by_source
 from trainer.model.cross_encoder import CrossEncoder
 from trainer.model.precision import autocast, products
@@ -34,15 +34,15 @@ class Evaluation:
 
 def evaluate(
     model: CrossEncoder,
-    pairs: Pairs,
-    tokens: Tokens,
+    split: Split,
     world: World,
     batch_size: int,
     bf16: bool,
     check: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Scores of `model` on `pairs`; see metrics.classification_scores. With sources, also `by_source`."""
-    logits = predict_logits(model, tokens, world, batch_size, bf16, check)
+    """Scores of `model` on a split; see metrics.classification_scores. With sources, also `by_source`."""
+    pairs = split.pairs
+    logits = predict_logits(model, split.tokens, world, batch_size, bf16, check)
     scores = None
     if logits is not None:
         scores = classification_scores(pairs.label, logits, len(pairs.label_names))
@@ -69,10 +69,10 @@ def predict_logits(
     longest_first = np.argsort(-tokens.lengths, kind="stable")
     batches = [longest_first[i : i + batch_size] for i in range(0, len(longest_first), batch_size)]
     costs = np.array([tokens.lengths[batch].sum() for batch in batches])
-    shares = deal(costs, world.size)
-    mine = [batches[i] for i in shares[world.rank]]
+    dealt = deal(costs, world.size)
+    mine = [batches[i] for i in dealt[world.rank]]
     # A sharded model needs all ranks for a forward: one that has a batch less computes another for nothing.
-    idle = 0 if not batches else max(map(len, shares)) - len(mine)
+    idle = 0 if not batches else max(map(len, dealt)) - len(mine)
     labels = np.zeros(len(tokens.lengths), dtype=np.int64)
     order, results = [], []
     # Autocast around all batches rounds the weights once.

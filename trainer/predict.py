@@ -12,32 +12,36 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from trainer import ranks
-from trainer.config import METRICS, DataConfig, Fields, ModelConfig, UserError
+from trainer.base.errors import UserError, reason
+from trainer.base.fields import Fields, option
+from trainer.base.files import write_json
+from trainer.base.log import log
+from trainer.config import METRICS, DataConfig, ModelConfig
 from trainer.data.sources import Pairs, load_pairs, split_name, unlabelled
-from trainer.data.stream import WRITERS, open_output, stream, stream_stdin
-from trainer.data.tokens import Tokens, cache_folder, tokenize
+from trainer.data.stream import WRITERS, open_output, stream_stdin
+from trainer.data.tables import read_parts
+from trainer.data.tokens import Split, Tokens, cache_folder, tokenize
 from trainer.evaluate import evaluate, predict_logits, write_predictions
-from trainer.files import write_json
 from trainer.metrics import log_softmax
-from trainer.model.cross_encoder import CrossEncoder, load_trained, longest_input
+from trainer.model.loading import load_trained
 from trainer.model.precision import check_bf16
 from trainer.ranks import World
-from trainer.run import folder as run
+from trainer.run.versions import versions
 
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceConfig(Fields):
     """Inference"""
 
-    per_device_eval_batch_size: int = 64
+    per_device_eval_batch_size: int = option(64, above=0)
     """Pairs in one forward."""
     bf16: bool = False
     """Forward in bfloat16 autocast."""
-    max_length: int | None = None
+    max_length: int | None = option(None, above=0)
     """Longest pair in tokens; None = as in training."""
     trust_remote_code: bool = False
     """Run Python code that the model folder brings."""
-    ddp_timeout: int = 1800
+    ddp_timeout: int = option(1800, above=0)
     """Seconds until a collective that not every rank reached is an error."""
 
 
@@ -45,18 +49,18 @@ class InferenceConfig(Fields):
 class EvaluateConfig(Fields):
     """Output"""
 
-    output_dir: str | None = None
-    """Folder for results.json and predictions/; None = print the scores alone."""
+    output_dir: str | None = option(None, path=True)
+    """Folder for results.json and predictions/; None = only print the scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig(Fields):
     """Pairs in, scores out"""
 
-    input: str = "-"
+    input: str = option("-", path=True)
     """File of pairs: jsonl, csv, tsv or parquet, each also .gz; - = stdin, as jsonl or as two tab-separated columns
     without a header."""
-    output: str = "-"
+    output: str = option("-", path=True)
     """File of predictions, .jsonl, .csv, .tsv or .parquet by its name; - = jsonl on stdout."""
     premise_column: str | None = None
     """None = `premise`, else `sentence1`."""
@@ -69,16 +73,15 @@ class Predictor:
 
     def __init__(self, folder: str, config: InferenceConfig, world: World) -> None:
         self.config, self.world = config, world
-        self.say = run.say if world.is_main else lambda text: None
         if config.bf16 and (warning := check_bf16(world.device)):
-            self.say(f"warning: {warning}")
-        origin = ModelConfig(model_name_or_path=folder, trust_remote_code=config.trust_remote_code)
-        model, self.tokenizer, self.label_names = load_trained(origin)
-        self.max_length = longest_input(model, self.tokenizer, config.max_length)
-        self.model = CrossEncoder(model).to(world.device)
+            log.warning(warning)
+        code = config.trust_remote_code
+        origin = ModelConfig(model_name_or_path=folder, trust_remote_code=code, max_length=config.max_length)
+        self.model = load_trained(origin).to(world.device)
+        self.label_names = self.model.label_names
 
     def tokens(self, pairs: Pairs, cache: Path | None) -> Tokens:
-        return tokenize(pairs, self.tokenizer, self.max_length, cache, self.say, progress=self.world.is_main)
+        return tokenize(pairs, self.model.tokenizer, self.model.max_length, cache, progress=self.world.is_main)
 
     def logits(self, pairs: Pairs) -> np.ndarray | None:
         """(n, classes) on rank 0, None elsewhere."""
@@ -88,16 +91,7 @@ class Predictor:
 
 def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, output: EvaluateConfig) -> dict[str, Any]:
     """Scores of a trained model on the dev and test splits that the data has, by split name."""
-    for made in ("results.json", "predictions"):
-        if output.output_dir is not None and (Path(output.output_dir) / made).exists():
-            raise UserError(
-                f"{output.output_dir} holds {made}, which is never overwritten; choose another --output_dir"
-            )
-    if output.output_dir is not None:
-        try:
-            Path(output.output_dir).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write {output.output_dir}: {error.strerror}") from None
+    place = None if output.output_dir is None else new_folder(Path(output.output_dir))
     world = ranks.start(inference.ddp_timeout)
     predictor = Predictor(folder, inference, world)
     if data.label_names and sorted(data.label_names) != sorted(predictor.label_names):
@@ -107,19 +101,30 @@ def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, ou
         pairs = load_pairs(data, role, predictor.label_names)
         if pairs is None:
             continue
-        tokens = predictor.tokens(pairs, cache_folder())
-        result = evaluate(predictor.model, pairs, tokens, world, inference.per_device_eval_batch_size, inference.bf16)
-        predictor.say(f"{pairs.name}: {len(pairs):,} pairs; classes {', '.join(pairs.label_names)}")
-        name = split_name(data, role)
-        metrics[name] = result.scores
-        predictor.say(f"{name}: " + ", ".join(f"{m} {result.scores[m]:.4f}" for m in METRICS))
-        if output.output_dir is not None and result.logits is not None:
-            write_predictions(Path(output.output_dir) / "predictions" / f"{name}.parquet", pairs, result.logits)
+        split = Split(split_name(data, role), pairs, predictor.tokens(pairs, cache_folder()))
+        result = evaluate(predictor.model, split, world, inference.per_device_eval_batch_size, inference.bf16)
+        log.info(f"{pairs.name}: {len(pairs):,} pairs; classes {', '.join(pairs.label_names)}")
+        metrics[split.name] = result.scores
+        log.info(f"{split.name}: " + ", ".join(f"{m} {result.scores[m]:.4f}" for m in METRICS))
+        if place is not None and result.logits is not None:
+            write_predictions(place / "predictions" / f"{split.name}.parquet", pairs, result.logits)
     if not metrics:
         raise UserError("nothing to evaluate on: give --validation_file, --test_file or a --dataset_name")
-    if output.output_dir is not None and world.is_main:
-        write_json(Path(output.output_dir) / "results.json", {"metrics": metrics, "versions": run.versions()})
+    if place is not None and world.is_main:
+        write_json(place / "results.json", {"metrics": metrics, "versions": versions()})
     return metrics
+
+
+def new_folder(place: Path) -> Path:
+    """Where scores and predictions go. Raises UserError where some are already, or nothing can be written."""
+    for made in ("results.json", "predictions"):
+        if (place / made).exists():
+            raise UserError(f"{place} holds {made}, which is never overwritten; choose another --output_dir")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {place}: {reason(error)}") from None
+    return place
 
 
 def predict_pairs(folder: str, pairs: list[tuple[str, str]], config: InferenceConfig) -> np.ndarray:
@@ -138,9 +143,9 @@ def predict_file(folder: str, config: PredictConfig, inference: InferenceConfig)
     check_output(config.output)
     world = ranks.start(inference.ddp_timeout)
     if world.size > 1 and config.input == "-":
-        raise UserError("stdin reaches one rank alone; give several ranks a file as --input")
+        raise UserError("stdin reaches only one rank; give several ranks a file as --input")
     place = "stdin" if config.input == "-" else config.input
-    tables = stream_stdin() if config.input == "-" else stream(Path(config.input))
+    tables = stream_stdin() if config.input == "-" else read_parts(Path(config.input))
     first = next(tables, None)
     if first is None:
         raise UserError(f"{place}: no pairs")

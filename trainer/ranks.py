@@ -10,10 +10,9 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import socket
 import subprocess
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +23,9 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
-from trainer.config import UserError
+from trainer.base.environment import check_host, read_place
+from trainer.base.errors import UserError
+from trainer.base.log import start_log
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class World:
         dist.broadcast(buffer, 0)
         return json.loads(bytes(buffer.numpy()))
 
-    def share(self, tensor: torch.Tensor) -> None:
+    def broadcast_(self, tensor: torch.Tensor) -> None:
         """Overwrites `tensor` with rank 0's."""
         if self.size > 1:
             dist.broadcast(tensor, 0)
@@ -87,28 +88,15 @@ class World:
         self.sum(torch.zeros(1))
 
 
-def read_ranks(env: Mapping[str, str]) -> tuple[int, int, int]:
-    """(rank, world size, local rank) from torchrun's variables, else those of an srun step, else (0, 1, 0)."""
-    if "RANK" in env and "WORLD_SIZE" in env:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    elif "RANK" in env or int(env.get("WORLD_SIZE", 1)) > 1:
-        given, missing = ("RANK", "WORLD_SIZE") if "RANK" in env else ("WORLD_SIZE", "RANK")
-        raise UserError(f"{given} is set without {missing}; start ranks with torchrun or srun, or unset {given}")
-    elif "SLURM_STEP_NUM_TASKS" in env:  # set by srun alone, so that a plain command inside a batch script is one rank
-        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-    else:
-        return 0, 1, 0
-    rank, size, local_rank = (int(env.get(name, 0)) for name in names)
-    return rank, size, local_rank
-
-
 def start(timeout_seconds: int) -> World:
-    """Joins the other ranks and picks the device."""
-    rank, size, local_rank = read_ranks(os.environ)
+    """Joins the other ranks, picks the device, and starts the log, which rank 0 writes."""
+    place = read_place(os.environ)
+    rank, size, local_rank = place.rank, place.size, place.local_rank
+    start_log(rank == 0)
     device, index = torch.device("cpu"), local_rank
     if torch.cuda.is_available():
-        # A task of srun --gpus-per-task=1 sees one GPU alone, at index 0, whatever its local rank.
-        if torch.cuda.device_count() == 1 and "RANK" not in os.environ and "SLURM_LOCALID" in os.environ:
+        # A task of srun --gpus-per-task=1 sees only one GPU, at index 0, whatever its local rank.
+        if torch.cuda.device_count() == 1 and place.launcher == "srun":
             index = 0
         if index >= torch.cuda.device_count():
             raise UserError(
@@ -123,7 +111,7 @@ def start(timeout_seconds: int) -> World:
     if size > 1 and not dist.is_initialized():  # a program may train and then evaluate
         if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
             _meet_through_slurm(os.environ)
-        _check_host(os.environ["MASTER_ADDR"])
+        check_host(os.environ["MASTER_ADDR"])
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(index)}
         patience = timedelta(seconds=timeout_seconds)
         dist.init_process_group(_wiring(device), timeout=patience, store=_attempt(patience), rank=rank, world_size=size)
@@ -144,7 +132,7 @@ def keep_freed_memory() -> None:
 
 
 def _attempt(patience: timedelta) -> Any:
-    """Under torchrun, a part of its store for this attempt alone; None = as torch does it.
+    """Under torchrun, a part of its store for this attempt only; None = as torch does it.
 
     A restarted rank would otherwise find the addresses of the dead.
     """
@@ -179,14 +167,6 @@ def _meet_through_slurm(env: MutableMapping[str, str]) -> None:
     env["MASTER_PORT"] = str(20000 + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 10000)
 
 
-def _check_host(name: str) -> None:
-    """A name without an address would let the ranks wait for minutes."""
-    try:
-        socket.getaddrinfo(name, None)
-    except OSError:
-        raise UserError(f"MASTER_ADDR {name} has no address here; mend the nodes' names (/etc/hosts, DNS)") from None
-
-
 def explain(error: RuntimeError, world: World, timeout_seconds: int) -> str | None:
     """What a collective's error means for the user, with the ranks that are missing; None if it is another error."""
     text = str(error)
@@ -213,7 +193,7 @@ def stop() -> None:
 def may_report_failure(patience: float) -> bool:
     """Whether this rank is the one to print its error: the first that fails. The others fail as a consequence.
 
-    Before the ranks have met, it is each node's first one: a file may be missing on one node alone. The others wait,
+    Before the ranks have met, it is each node's first one: a file may be missing on one node only. The others wait,
     `patience` seconds, because the launcher kills all ranks as soon as one is gone, and that one must have printed.
     """
     if dist.is_initialized():
@@ -224,6 +204,6 @@ def may_report_failure(patience: float) -> bool:
         if not first:
             time.sleep(min(patience, 3.0))  # it is at its message already
         return first
-    if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) != 0:
-        time.sleep(patience)  # who is alive after that fails alone
+    if read_place(os.environ).local_rank != 0:
+        time.sleep(patience)  # who is alive after that fails by itself
     return True

@@ -10,8 +10,8 @@ from conftest import ROOT, crossrank, events, free_port, losses, weights_equal
 from safetensors.torch import load_file
 
 from trainer.backends.deepspeed import CONFIGS, fill, read_settings
+from trainer.base.errors import UserError
 from trainer.cli import parse_train
-from trainer.config import UserError
 
 # 31 steps, the last of 1 pair, of which one rank has none; a gradient norm that is always clipped.
 RUN = ["--recipe", "demo", "--max_train_samples", "481", "--train_batch_size", "16", "--num_train_epochs", "1",

@@ -133,7 +133,7 @@ def test_warned_while_it_trains(cluster, local, script, name):
     job = cluster.sbatch(*tasks, *script, *LONG, "--output_dir", folder)
     preempted(cluster, job, folder, 20, name)
     assert "stopped at step" in job.log
-    assert "going on at step" in job.log
+    assert "resuming at step" in job.log
     assert_same_run(folder, local(LONG, ranks=2))
 
 
@@ -190,7 +190,7 @@ def test_a_node_dies(token_cache, local, victim, script):
         job.wait_for(lambda: job.show()["Restarts"] == "1")
         cluster.start_node(victim)
         assert job.wait() == "0:0", job.log
-        assert "going on at step" in job.log
+        assert "resuming at step" in job.log
         assert_same_run(folder, local(LONG, ranks=2))
 
 

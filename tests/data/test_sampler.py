@@ -3,8 +3,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config import UserError
-from trainer.data.sampler import GlobalBatchSampler, deal, epoch_order
+from trainer.base.errors import UserError
+from trainer.config import BatchConfig, OptimisationConfig
+from trainer.data.sampler import (
+    GlobalBatchSampler,
+    deal,
+    epoch_order,
+    global_batch_size,
+    num_forwards,
+    total_steps,
+)
 
 
 def make(num_samples=100, batch_size=8, seed=42, num_steps=30, fingerprint="f"):
@@ -24,7 +32,7 @@ def test_order_is_the_reference_trainers(seed, epoch):
 @given(st.integers(1, 300), st.integers(1, 70), st.integers(0, 5))
 def test_an_epoch_sees_every_row_once(num_samples, batch_size, seed):
     sampler = make(num_samples, batch_size, seed, num_steps=-(-num_samples // batch_size))
-    steps = list(sampler)
+    steps = list(sampler.steps())
     assert sorted(np.concatenate([s.rows for s in steps])) == list(range(num_samples))
     assert all(len(s.rows) == batch_size for s in steps[:-1])
     assert [s.step for s in steps] == list(range(len(steps)))
@@ -55,18 +63,14 @@ def test_deal_evens_out_tokens():
 
 @given(st.integers(0, 29))
 def test_resuming_seeks(done):
-    whole = [s.rows.tolist() for s in make()]
-    first = make()
-    iterator = iter(first)
-    for _ in range(done):
-        next(iterator)
-    second = make()
-    second.load_state_dict(first.state_dict())
-    assert [s.rows.tolist() for s in second] == whole[done:]
+    whole = [s.rows.tolist() for s in make().steps()]
+    start = make().seek(make().position(done))
+    assert start == done
+    assert [s.rows.tolist() for s in make().steps(start)] == whole[done:]
 
 
 def test_epochs_differ_and_the_short_batch_is_kept():
-    steps = list(make(num_samples=20, batch_size=8, num_steps=6))
+    steps = list(make(num_samples=20, batch_size=8, num_steps=6).steps())
     assert [len(s.rows) for s in steps] == [8, 8, 4, 8, 8, 4]
     assert [s.epoch for s in steps] == [0, 0, 0, 1, 1, 1]
     assert steps[0].rows.tolist() != steps[3].rows.tolist()
@@ -75,4 +79,17 @@ def test_epochs_differ_and_the_short_batch_is_kept():
 @pytest.mark.parametrize("change", [{"seed": 1}, {"batch_size": 9}, {"num_samples": 99}, {"fingerprint": "other"}])
 def test_another_run_is_refused(change):
     with pytest.raises(UserError, match=next(iter(change))):
-        make(**change).load_state_dict(make().state_dict())
+        make(**change).seek(make().position(3))
+
+
+def test_batch_sizes():
+    assert global_batch_size(BatchConfig(per_device_train_batch_size=8, gradient_accumulation_steps=3), 4) == 96
+    assert global_batch_size(BatchConfig(train_batch_size=64), 4) == 64
+    assert num_forwards(8, 64, 2) == 4
+    assert num_forwards(64, 3, 4) == 1
+
+
+def test_total_steps_counts_short_batches():
+    assert total_steps(OptimisationConfig(num_train_epochs=2), 65, 64) == 4
+    assert total_steps(OptimisationConfig(num_train_epochs=0.5), 640, 64) == 5
+    assert total_steps(OptimisationConfig(max_steps=7), 65, 64) == 7

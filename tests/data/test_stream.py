@@ -11,10 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import crossrank
 
-from trainer.config import UserError
-from trainer.data import stream as streaming
-from trainer.data.sources import read_table
-from trainer.data.stream import stream
+from trainer.base.errors import UserError
+from trainer.data import tables
+from trainer.data.tables import read_parts, read_table
 
 COUNT = 500
 
@@ -56,9 +55,9 @@ def write_pairs(path: Path, count: int) -> Path:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.tsv", "a.parquet", "a.parquet.gz"])
 def test_parts_are_the_table(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "ROWS", 64)
+    monkeypatch.setattr(tables, "ROWS", 64)
     path = write_pairs(tmp_path / name, COUNT)
-    parts = list(stream(path))
+    parts = list(read_parts(path))
     assert all(0 < part.num_rows <= 64 for part in parts)
     assert pa.concat_tables(parts).to_pylist() == read_table(path).select(["premise", "hypothesis"]).to_pylist()
 
@@ -68,7 +67,7 @@ def test_every_way_out_says_the_same_in_order(kind, model, tmp_path, monkeypatch
     from trainer.api import predict
     from trainer.predict import InferenceConfig, PredictConfig, predict_file
 
-    monkeypatch.setattr(streaming, "ROWS", 64)
+    monkeypatch.setattr(tables, "ROWS", 64)
     source, target = write_pairs(tmp_path / f"in.{kind}", COUNT), tmp_path / f"out.{kind}"
     predict_file(str(model), PredictConfig(input=str(source), output=str(target)), InferenceConfig())
     if kind == "jsonl":
@@ -98,20 +97,20 @@ def test_several_ranks_write_the_same_file(model, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "ROWS", 256)
+    monkeypatch.setattr(tables, "ROWS", 256)
     peaks = []
     for count in (2_000, 40_000):
         path = write_pairs(tmp_path / f"{count}.jsonl", count)
         tracemalloc.start()
-        assert sum(part.num_rows for part in stream(path)) == count
+        assert sum(part.num_rows for part in read_parts(path)) == count
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.5 * peaks[0]
 
 
 BAD = {
-    "json": ('{"premise": "a", "hypothesis": "b"}\n' * 100 + "{oops\n", "row 100: not JSON"),
-    "array": ("[1]\n", "row 0: a list, not an object"),
+    "json": ('{"premise": "a", "hypothesis": "b"}\n' * 100 + "{oops\n", "row 100: not a JSON object"),
+    "array": ("[1]\n", "row 0: not a JSON object (a list)"),
     "empty text": (
         '{"premise": "a", "hypothesis": "b"}\n' * 100 + '{"premise": " ", "hypothesis": "b"}\n',
         "row 100: premise is empty",
@@ -128,7 +127,7 @@ BAD = {
 def test_bad_input_is_named_with_its_row_and_leaves_no_file(case, model, tmp_path, monkeypatch):
     from trainer.predict import InferenceConfig, PredictConfig, predict_file
 
-    monkeypatch.setattr(streaming, "ROWS", 32)
+    monkeypatch.setattr(tables, "ROWS", 32)
     text, expected = BAD[case]
     (tmp_path / "in.jsonl").write_text(text)
     config = PredictConfig(input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "out.csv"))
@@ -142,7 +141,7 @@ def test_damaged_archives(tmp_path):
     path = write_pairs(tmp_path / "a.jsonl.gz", 2000)
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(UserError, match="cannot be read as jsonl"):
-        list(stream(path))
+        list(read_parts(path))
 
 
 def test_the_python_interface(model, tmp_path):

@@ -79,7 +79,7 @@ def finish(folder: Path, ranks: int, reference: Path) -> str:
 def test_killed_at_a_step(whole, tmp_path, ranks, victims):
     folder = tmp_path / "run"
     assert kill_once(folder, ranks, victims, lambda: steps_of(folder) >= 7) not in (0, 2)
-    assert "going on at step" in finish(folder, ranks, whole[ranks])
+    assert "resuming at step" in finish(folder, ranks, whole[ranks])
 
 
 def test_killed_while_it_saves(whole, tmp_path):
@@ -103,7 +103,7 @@ def test_killed_again_and_again(whole, tmp_path, seed):
         delay = chance.uniform(0.5, 5.0)
         while time.time() < begun + delay and all(process.is_alive() for process in started.processes):
             time.sleep(0.002)
-            if back is None and "going on at step" in started.said:
+            if back is None and "resuming at step" in started.said:
                 back = time.time() - begun
                 recovery.append(back)
         victims = list(range(max(1, ranks))) if chance.random() < 0.3 else [chance.randrange(max(1, ranks))]
@@ -184,7 +184,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
         "def stuck(self):\n"
         "    print('stuck', flush=True)\n"
         "    for _ in range(6000):\n        time.sleep(0.1)\n"
-        "train.Trainer.restore = stuck\nsys.exit(__main__.main(sys.argv[1:]))\n"
+        "train.Trainer.evaluate_before = stuck\nsys.exit(__main__.main(sys.argv[1:]))\n"
     )
     ranks = Ranks(["train", *RUN, "--output_dir", folder], 0, None, script, {})
     assert wait_for(lambda: "stuck" in ranks.said, ranks)
@@ -206,7 +206,7 @@ def test_torchrun_restarts_a_killed_rank(whole, tmp_path):
         "train.Trainer.log = die\nsys.exit(__main__.main(sys.argv[1:]))\n"
     )
     result = torchrun("train", *RUN, "--output_dir", folder, ranks=2, options=("--max-restarts", "2"), script=script)
-    assert re.search(r"going on at step [69] ", result.said), result.said
+    assert re.search(r"resuming at step [69] ", result.said), result.said
     assert_same_run(folder, whole[2])
 
 
@@ -234,19 +234,18 @@ def test_disk_full_while_it_saves(whole, small_disk):
     assert not list(folder.glob("checkpoints/.step-*"))
     subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
     said = crossrank("train", *RUN, *keep, "--output_dir", folder).said
-    assert "going on at step 6" in said
+    assert "resuming at step 6" in said
     assert_same_run(folder, whole[0])
 
 
-@pytest.mark.parametrize("what", ["loop.save_trained", "train.write_predictions", "train.write_json"])
+@pytest.mark.parametrize("what", ["loop.CrossEncoder.save", "finish.write_predictions", "finish.write_json"])
 def test_disk_full_at_the_end(whole, small_disk, what):
     """Space runs out as the model, the predictions or the results are written: all but that is safe."""
     script, folder = small_disk / "full.py", small_disk / "run"
     script.write_text(
-        "import os, shutil, sys, time\nfrom trainer import __main__, loop, train\n"
+        "import os, shutil, sys, time\nfrom trainer import __main__, finish, loop\n"
         f"write = {what}\n"
         "def when_full(*args):\n"
-        "    if getattr(args[0], 'name', '') == 'about.json':\n        return write(*args)\n"
         # The last checkpoint makes room when it is done, by the removal of the oldest.
         f"    while {{*os.listdir({str(folder / 'checkpoints')!r})}} != {{'step-000045', 'step-000048'}}:\n"
         "        time.sleep(0.01)\n"
@@ -264,7 +263,7 @@ def test_disk_full_at_the_end(whole, small_disk, what):
     assert "Traceback" not in result.stderr
     assert not (folder / "results.json").exists()
     (small_disk / "filler").unlink()
-    assert "going on at step 4" in crossrank("train", *RUN, "--output_dir", folder).said
+    assert "resuming at step 4" in crossrank("train", *RUN, "--output_dir", folder).said
     assert_same_run(folder, whole[0])
     assert (folder / "results.json").exists()
 

@@ -17,10 +17,11 @@ import torch
 from conftest import ROOT, events, losses, weights_equal
 from test_attention import assert_equal, library_logits, make, make_tokens
 
-from trainer.loop import Trainer, Window
+from trainer.loop import Trainer
 from trainer.model.attention import FAMILIES
 from trainer.model.cross_encoder import CrossEncoder
 from trainer.ranks import World
+from trainer.run.state import Window
 
 ON = torch.device(os.environ.get("CROSSRANK_GPU_TESTS_ON", "cuda"))
 pytestmark = [
@@ -128,14 +129,14 @@ def test_a_step_does_not_wait_for_the_device(tmp_path):
 
     trainer: Trainer = prepare(parse_train([*RUN, "--output_dir", str(tmp_path / "run")]), World(0, 1, 0, ON))
     trainer.model.train()
-    trainer.window = Window.new(ON)
-    for current in trainer.sampler:
+    window = Window.new(ON)
+    for current in trainer.sampler.steps():
         if current.step == 3:  # before, tables are made and kept
             torch.cuda.set_sync_debug_mode("error")
         try:
-            loss = sum(trainer.backward(current, rows, last=True) for rows in trainer.shares(current))
+            loss = sum(trainer.backward(current, rows, last=True) for rows in trainer.micro_batches(current))
             norm = trainer.backend.step(1e-4, 1.0)
-            trainer.window.add(current.step, loss, norm, len(current.rows), 0)
+            window.add(current.step, loss, norm, len(current.rows), 0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

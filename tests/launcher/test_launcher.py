@@ -17,7 +17,7 @@ from launcher.command import TorchrunConfig, num_processes, torchrun
 from launcher.devices import num_visible
 from launcher.follow import describe, exit_code, parse
 from launcher.sbatch import SlurmConfig, render, seconds
-from trainer.config import UserError
+from trainer.base.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 DEMO = ["--recipe", "demo", "--output_dir", "runs/my run"]
@@ -156,7 +156,7 @@ BAD = {
     "slurm --time 1 -- train --recipe demo": "the time limit 1 is 60 s, and the warning comes 120 s before",
     "slurm --time soon -- train --recipe demo": "must be as 90 (minutes), 12:00:00 or 2-12",
     "slurm --gpus_per_node 2 --nproc 4 -- train --recipe demo": "nproc 4 is more than gpus_per_node 2",
-    "slurm --nodes 0 -- train --recipe demo": "nodes must be positive",
+    "slurm --nodes 0 -- train --recipe demo": "nodes must be above 0",
     "slurm --venv /nowhere -- train --recipe demo": "has no bin/activate",
     "slurm --seeds 1..3 -- train --recipe demo": "must be as 0-4",
     "slurm --seeds 0-2 -- train --recipe demo --seed 3": "leave out --seed",
@@ -235,21 +235,18 @@ def test_without_slurm(tmp_path):
     assert "set -- --recipe demo --output_dir 'runs/my run'" in result.stdout
 
 
-def test_starts_at_once_and_without_torch():
+def test_starts_with_few_imports_and_without_torch():
     code = (
-        "import sys, time; started = time.perf_counter()\n"
+        "import sys\n"
         "from trainer.__main__ import main\n"
         "code = main(['launch', 'slurm', '--dry-run', '--', 'train', '--recipe', 'demo'])\n"
         "assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)\n"
-        "print(time.process_time(), file=sys.stderr); sys.exit(code)\n"
+        "print(len(sys.modules), file=sys.stderr); sys.exit(code)\n"
     )
-    times = []
-    for _ in range(3):
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-        assert result.returncode == 0, result.stderr
-        times.append(float(result.stderr))
-    # The processor's seconds: the machine may have others to serve.
-    assert min(times) < 0.3, times
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    # What it costs is what it imports; torch alone brings thousands of modules.
+    assert int(result.stderr) < 500
 
 
 def test_how_a_job_stands():

@@ -36,10 +36,10 @@ def test_bit_equal(family, unpad):
     assert len(np.setdiff1d(other.ids, tokens.ids)) > 5
     model = make(family, dropout=0.2)
     plain, saving = CrossEncoder(copy.deepcopy(model), unpad=unpad), CrossEncoder(model, unpad=unpad)
-    saving.set_unused_rows_aside(tokens)
-    assert 0 < saving.vocabulary[1].num_used < VOCABULARY - 20
+    saving.freeze_unused_rows(tokens)
+    assert 0 < saving.used_rows[1].num_used < VOCABULARY - 20
     trained(plain, tokens), trained(saving, tokens)
-    expected, got = plain.model.state_dict(), saving.whole(saving.model.state_dict())
+    expected, got = plain.model.state_dict(), saving.with_frozen_rows(saving.model.state_dict())
     assert expected.keys() == got.keys()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     batch = plain.batch(other, np.zeros(3, int), np.arange(3), torch.device("cpu"))
@@ -49,19 +49,19 @@ def test_bit_equal(family, unpad):
 
 def test_back_and_forth():
     model = CrossEncoder(make("roberta"))
-    model.set_unused_rows_aside(make_tokens(LENGTHS))
+    model.freeze_unused_rows(make_tokens(LENGTHS))
     weights = model.model.state_dict()
-    back = model.used(model.whole(weights))
+    back = model.without_frozen_rows(model.with_frozen_rows(weights))
     assert all(torch.equal(back[name], weights[name]) for name in weights)
-    assert model.used({}) == {}
+    assert model.without_frozen_rows({}) == {}
 
 
 def test_nothing_to_leave_out():
     model = CrossEncoder(make("roberta"))
     tokens = make_tokens([3])
     object.__setattr__(tokens, "ids", np.arange(VOCABULARY, dtype=np.uint16))
-    model.set_unused_rows_aside(tokens)
-    assert model.vocabulary is None
+    model.freeze_unused_rows(tokens)
+    assert model.used_rows is None
 
 
 def test_a_checkpoint_of_other_rows_is_refused(tmp_path):
@@ -75,4 +75,4 @@ def test_a_checkpoint_of_other_rows_is_refused(tmp_path):
         command = [*run, *there, "--data_seed", "1", *other, "--output_dir", tmp_path / other[-1]]
         result = crossrank(*command, check=False)
         assert result.returncode == 2
-        assert "set other rows of the embedding table aside" in result.stderr
+        assert "its run froze other rows of the embedding table" in result.stderr

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, free_port
 
+from trainer.base.errors import TrainingFailed, UserError
 from trainer.cli import parse_train
-from trainer.config import TrainingFailed, UserError
 from trainer.report import hub
 
 TOKEN = "hf_" + "s3cr3t" * 5
@@ -119,9 +119,9 @@ import sys
 from pathlib import Path
 from trainer.report import hub
 from trainer.cli import parse_train
-from trainer.config import TrainingFailed
+from trainer.base.errors import TrainingFailed
 try:
-    hub.push(parse_train(sys.argv[2:]), Path(sys.argv[1]), print)
+    hub.push(parse_train(sys.argv[2:]), Path(sys.argv[1]))
 except TrainingFailed as error:
     print(error)
 """
@@ -153,7 +153,7 @@ def test_a_token_in_an_error_is_hidden(monkeypatch, tmp_path):
 
     monkeypatch.setattr(hub.HfApi, "create_repo", fail)
     with pytest.raises(TrainingFailed) as caught:
-        hub.push(parse_train(RUN), tmp_path, print)
+        hub.push(parse_train(RUN), tmp_path)
     assert "bad header: Bearer ***" in str(caught.value)
 
 

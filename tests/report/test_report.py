@@ -14,7 +14,7 @@ import pytest
 from conftest import SHARED, crossrank
 from huggingface_hub import ModelCard
 
-from trainer.config import UserError
+from trainer.base.errors import UserError
 from trainer.report.card import interval, thinned
 from trainer.report.markdown import code, escape, table
 from trainer.report.plots import smooth
@@ -199,7 +199,7 @@ def test_an_unfinished_run_says_so(demo, tmp_path):
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_damaged_metrics_are_left_out_and_counted(demo, tmp_path, capsys):
+def test_damaged_metrics_are_left_out_and_counted(demo, tmp_path, said):
     shutil.copytree(demo, tmp_path / "run")
     whole = len(read_run(demo).events)
     with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
@@ -208,8 +208,8 @@ def test_damaged_metrics_are_left_out_and_counted(demo, tmp_path, capsys):
         )
     run = read_run(tmp_path / "run")
     assert (len(run.events), run.damaged) == (whole, 6)
-    report([str(tmp_path / "run")], "unused", print)
-    assert "6 damaged lines" in capsys.readouterr().out
+    report([str(tmp_path / "run")], "unused")
+    assert "6 damaged lines" in said[0]
     assert "6 damaged lines of metrics.jsonl are left out" in (tmp_path / "run" / "model" / "README.md").read_text()
 
 

@@ -75,7 +75,7 @@ def test_resumed_is_bit_equal(whole, tmp_path, backend, options):
     folder = interrupted(tmp_path / "run", reference, 6)
     ranks, wiring = (0, []) if backend == "single" else (2, BACKENDS[backend])
     result = crossrank("train", *RUN, *DROPOUT, *wiring, *options, "--output_dir", folder, ranks=ranks)
-    assert "going on at step 6" in result.said
+    assert "resuming at step 6" in result.said
     assert bit_equal(folder, reference)
     assert losses(folder) == losses(reference)
     assert json.loads((folder / "results.json").read_text())["train"]["interruptions"] == 1
@@ -179,15 +179,15 @@ HARM = {
 
 @pytest.mark.parametrize("harm", HARM)
 @pytest.mark.parametrize("file", ["tensors.safetensors", "state.json", "manifest.json"])
-def test_damage_is_seen(whole, tmp_path, file, harm):
+def test_damage_is_seen(whole, tmp_path, file, harm, said):
     shutil.copytree(whole() / "checkpoints", tmp_path / "checkpoints")
-    checkpoints, said = Checkpoints(tmp_path / "checkpoints", None), []
-    newest = checkpoints.newest(said.append)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", None)
+    newest = checkpoints.newest()
     HARM[harm](newest.path / file)
     with pytest.raises(Damaged):
         load(newest.path)
     assert newest.path.is_dir()
-    assert checkpoints.newest(said.append).path.name == "step-000010"
+    assert checkpoints.newest().path.name == "step-000010"
     assert len(said) == 1
     assert "skipping" in said[0]
     assert "step-000012" in said[0]
@@ -201,14 +201,14 @@ def test_two_damaged_and_then_all(whole, tmp_path):
         flip(folder / "checkpoints" / f"step-0000{step}" / "tensors.safetensors")
     result = crossrank("train", *RUN, *DROPOUT, "--output_dir", folder)
     assert result.stderr.count("skipping the checkpoint") == 2
-    assert "going on at step 8" in result.stderr
+    assert "resuming at step 8" in result.stderr
     assert bit_equal(folder, reference)
     assert (folder / "checkpoints" / "step-000012.damaged-1").is_dir()
     other = interrupted(tmp_path / "other", reference, 12)
     for path in (other / "checkpoints").iterdir():
         (path / "manifest.json").unlink()
     result = crossrank("train", *RUN, *DROPOUT, "--output_dir", other)
-    assert "starts anew" in result.stderr
+    assert "starts from the beginning" in result.stderr
     assert bit_equal(other, reference)
 
 
@@ -253,7 +253,7 @@ def test_the_last_good_one_stays_until_the_next_is_written(tmp_path):
     checkpoints.save(1, {"a": torch.ones(3)}, {"n": 1})
     checkpoints.wait()
     (tmp_path / "checkpoints" / ".step-000002.1").mkdir()  # a process that died while it wrote
-    assert checkpoints.newest(print).state == {"n": 1}
+    assert checkpoints.newest().state == {"n": 1}
     checkpoints.save(2, {"a": torch.ones(3)}, {"n": 2})
     checkpoints.wait()
     assert [path.name for path in checkpoints._all()] == ["step-000002"]

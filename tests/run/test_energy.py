@@ -89,8 +89,8 @@ def test_off(tmp_path):
     assert not (tmp_path / "run" / "emissions.csv").exists()
 
 
-def meter(said: list[str], **fields) -> Meter:
-    return Meter(LoggingConfig(**fields), ALONE, said.append)
+def meter(**fields) -> Meter:
+    return Meter(LoggingConfig(**fields), ALONE)
 
 
 def test_a_look_up_that_hangs_holds_nothing_up(monkeypatch):
@@ -103,7 +103,7 @@ def test_a_look_up_that_hangs_holds_nothing_up(monkeypatch):
         return "DEU", None
 
     monkeypatch.setattr(energy, "look_up_country", hang)
-    made = meter([])
+    made = meter()
     asked.wait()
     monkeypatch.setattr(energy, "PATIENCE", 0.01)
     assert made.rows()[0]["failed"] == "codecarbon has not started"
@@ -113,22 +113,21 @@ def test_a_look_up_that_hangs_holds_nothing_up(monkeypatch):
     made.close()
 
 
-def test_signal_handlers_stay(monkeypatch):
+def test_signal_handlers_stay(monkeypatch, said):
     names = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = [signal.getsignal(name) for name in names]
     monkeypatch.setattr(energy, "PATIENCE", None)
-    made = meter([], country_iso_code="FRA")
+    made = meter(country_iso_code="FRA")
     assert made.rows()[0]["energy_consumed"] >= 0
     made.close()
     assert [signal.getsignal(name) for name in names] == before
 
 
 @pytest.mark.parametrize(("country", "reason"), [("XXX", "does not know the country XXX"), (None, "is not known")])
-def test_never_a_wrong_country_in_silence(country, reason, monkeypatch):
+def test_never_a_wrong_country_in_silence(country, reason, monkeypatch, said):
     """No network, or a country that does not exist: the world's average, and a word about it."""
-    said: list[str] = []
     monkeypatch.setattr(energy, "PATIENCE", None)
-    made = meter(said, country_iso_code=country)
+    made = meter(country_iso_code=country)
     row = made.rows()[0]
     made.close()
     assert row["country_iso_code"] is None
@@ -170,7 +169,7 @@ def test_the_country_of_an_address(answer, expected, monkeypatch):
 def test_what_codecarbon_raises_ends_no_run(monkeypatch):
     monkeypatch.setitem(sys.modules, "codecarbon", None)
     monkeypatch.setattr(energy, "PATIENCE", None)
-    made = meter([])
+    made = meter()
     (row,) = made.rows()
     made.close()
     assert row["failed"].startswith("ModuleNotFoundError")

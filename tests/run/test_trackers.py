@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, crossrank, events
 
+from trainer.base.errors import UserError
 from trainer.cli import parse_train
-from trainer.config import UserError
 from trainer.run.trackers import Guarded, Tracker, start_trackers
 
 RUN = ["--recipe", "demo", "--max_train_samples", "330", "--max_eval_samples", "101", "--max_test_samples", "101",
@@ -88,9 +88,8 @@ class Broken(Tracker):
 
 
 @pytest.mark.parametrize("when", ["start", "log", "close"])
-def test_a_tracker_that_fails_says_so_once(when):
-    said: list[str] = []
-    tracker = Guarded("mine", lambda: Broken(when), said.append)
+def test_a_tracker_that_fails_says_so_once(when, said):
+    tracker = Guarded("mine", lambda: Broken(when))
     for step in range(3):
         tracker.log({"loss": 1.0}, step)
     tracker.close()
@@ -109,11 +108,10 @@ def test_a_run_outlives_its_tracker(tmp_path):
     assert (folder / "results.json").is_file()
 
 
-def test_a_package_that_is_not_there(monkeypatch, tmp_path):
-    said: list[str] = []
+def test_a_package_that_is_not_there(monkeypatch, tmp_path, said):
     monkeypatch.setitem(sys.modules, "wandb", None)
     config = parse_train(["--recipe", "demo", "--report_to", "wandb"])
-    for tracker in start_trackers(config, tmp_path, 0, said.append):
+    for tracker in start_trackers(config, tmp_path, 0):
         tracker.log({"loss": 1.0}, 1)
     assert len(said) == 1
     assert "pip install 'crossrank[wandb]'" in said[0]

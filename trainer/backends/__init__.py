@@ -1,7 +1,8 @@
 """Backends: the only place that knows how ranks are wired."""
 
 from trainer.backends.single import Single
-from trainer.config import Config, UserError
+from trainer.base.errors import UserError
+from trainer.config import Config
 from trainer.ranks import World
 
 __all__ = ["Single", "make_backend"]

@@ -1,4 +1,4 @@
-"""Several ranks, each with the whole model: torch's DistributedDataParallel.
+"""Several ranks, each with the full model: torch's DistributedDataParallel.
 
 Annotations are evaluated here: DDP looks at those of a communication hook.
 """
@@ -40,5 +40,5 @@ class DDP(Single):
         return nullcontext() if last or self.world.size == 1 else self.replica.no_sync()
 
     def backward(self, loss: torch.Tensor) -> None:
-        # DDP averages over ranks; ours are shares of one sum.
+        # DDP averages over ranks; ours are parts of one sum.
         super().backward(loss * self.world.size)

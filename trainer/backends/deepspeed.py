@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO (Rajbhandari et al. 2020), stages 0 to 3: optimizer, gradients and weights dealt out over the ranks.
+"""DeepSpeed's ZeRO (Rajbhandari et al. 2020), stages 0 to 3: optimizer, gradients and weights sharded over the ranks.
 
 Weights and sums of gradients are fp32 in every stage, and bf16 is autocast around the forward, as in the other
 backends. So the run is the same; only what a rank keeps in memory differs. DeepSpeed's JSON is DeepSpeed's: here the
@@ -19,7 +19,9 @@ from torch import nn
 from trainer import ranks
 from trainer.backends.optim import parameter_groups
 from trainer.backends.single import Single, add_moments
-from trainer.config import Config, UserError, global_batch_size, num_forwards, unknown
+from trainer.base.errors import UserError, unknown
+from trainer.config import Config
+from trainer.data.sampler import global_batch_size, num_forwards
 from trainer.ranks import World
 
 CONFIGS = Path(__file__).parent.parent.parent / "ds_configs"
@@ -54,11 +56,11 @@ class DeepSpeed(Single):
         self.module = module
         groups = parameter_groups(module, self.config)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=self.make_optimizer(groups), config=self.settings, dist_init_required=False
+            model=module, optimizer=self._make_optimizer(groups), config=self.settings, dist_init_required=False
         )
         return self.engine
 
-    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def _make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         offload = self.settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
         if offload == "cpu" and self.world.device.type != "cpu":
             from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -72,7 +74,7 @@ class DeepSpeed(Single):
                     f"the optimizer cannot be offloaded: DeepSpeedCPUAdam does not compile here ({error}); install g++ "
                     "and ninja, or choose a config without offload_optimizer"
                 ) from None
-        return super().make_optimizer(groups)
+        return super()._make_optimizer(groups)
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
@@ -80,7 +82,7 @@ class DeepSpeed(Single):
         yield
 
     def backward(self, loss: torch.Tensor) -> None:
-        # Ranks are averaged; ours are shares of one sum.
+        # Ranks are averaged; ours are parts of one sum.
         self.engine.backward(loss * self.world.size)
 
     def step(self, learning_rate: float, max_grad_norm: float) -> torch.Tensor:
@@ -92,43 +94,46 @@ class DeepSpeed(Single):
         self.engine.step()
         return torch.as_tensor(self.engine.get_global_grad_norm() if norm is None else norm)
 
-    def whole(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
+    def _shape(self, parameter: Any) -> torch.Size:
+        return getattr(parameter, "ds_shape", parameter.shape)  # under stage 3 a parameter itself is empty
+
+    def _full(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if self.stage == 0:
-            return super().whole(parameter, kind)
+            return super()._full(parameter, kind)
         if kind == "weight":
             return safe_get_full_fp32_param(parameter)
         return safe_get_full_optimizer_state(parameter, kind)
 
-    def set_whole(self, parameter: nn.Parameter, kind: str, whole: torch.Tensor) -> None:
+    def _set_full(self, parameter: nn.Parameter, kind: str, full: torch.Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         if self.stage == 0:
-            return super().set_whole(parameter, kind, whole)
+            return super()._set_full(parameter, kind, full)
         if self.stage == 3:
-            return self._set_share(parameter, kind, whole)
+            return self._set_shard(parameter, kind, full)
         if kind != "weight":
-            return safe_set_full_optimizer_state(parameter, whole, kind)
-        parameter.data.copy_(whole)
-        return safe_set_full_fp32_param(parameter, whole)
+            return safe_set_full_optimizer_state(parameter, full, kind)
+        parameter.data.copy_(full)
+        return safe_set_full_fp32_param(parameter, full)
 
-    def _set_share(self, parameter: Any, kind: str, whole: torch.Tensor) -> None:
+    def _set_shard(self, parameter: Any, kind: str, full: torch.Tensor) -> None:
         """This rank's part of a weight or moment under stage 3; DeepSpeed's own setter wants even parts."""
         key = None if kind == "weight" else kind
-        share, _ = self.optimizer._get_fp32_opt_state_partition(  # type: ignore[attr-defined]
+        shard, _ = self.optimizer._get_fp32_opt_state_partition(  # type: ignore[attr-defined]
             parameter, release_swap_buffers=False, optim_state_key=key
         )
-        start = share.numel() * self.world.rank
-        mine = whole.flatten()[start : start + share.numel()]
-        share.data[: len(mine)].copy_(mine)
+        start = shard.numel() * self.world.rank
+        mine = full.flatten()[start : start + shard.numel()]
+        shard.data[: len(mine)].copy_(mine)
         if kind == "weight":
             parameter.ds_tensor.data[: len(mine)].copy_(mine)
 
-    def make_moments(self, num_updates: int) -> None:
+    def _make_moments(self, num_updates: int) -> None:
         wrapped: Any = self.optimizer
         if self.stage == 0:
-            return super().make_moments(num_updates)
+            return super()._make_moments(num_updates)
         flat = wrapped.fp32_partitioned_groups_flat if self.stage == 3 else wrapped.single_partition_of_fp32_groups
         add_moments(wrapped.optimizer, flat, num_updates)
         self._link_moments()
@@ -157,7 +162,7 @@ class DeepSpeed(Single):
             super().load_weights(module, weights)
 
     def _gathered(self, module: nn.Module, modifier_rank: int | None = None) -> AbstractContextManager[object]:
-        """Stage 3: the weights whole on every rank while it lasts."""
+        """Stage 3: the full weights on every rank while it lasts."""
         import deepspeed
 
         parameters = list(module.parameters())

@@ -1,4 +1,4 @@
-"""torch's FSDP2 (`fully_shard`): weights, gradients and optimizer dealt out over the ranks, layer by layer.
+"""torch's FSDP2 (`fully_shard`): weights, gradients and optimizer sharded over the ranks, layer by layer.
 
 In bf16 it is autocast that rounds, as in the other backends: a bfloat16 policy would also round what autocast leaves in
 fp32, norms and embeddings. Gradients are summed in fp32.
@@ -38,7 +38,7 @@ class FSDP(Single):
                 fully_shard(part, mp_policy=policy)
         self.root: Any = fully_shard(module, mp_policy=policy)
         self.module = module
-        self.optimizer = self.make_optimizer(parameter_groups(module, self.config))  # of the shards
+        self.optimizer = self._make_optimizer(parameter_groups(module, self.config))  # of the shards
         return module
 
     def accumulate(self, last: bool) -> AbstractContextManager[object]:
@@ -46,14 +46,14 @@ class FSDP(Single):
         return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
-        # Ranks are averaged; ours are shares of one sum.
+        # Ranks are averaged; ours are parts of one sum.
         super().backward(loss * self.world.size)
 
     def step(self, learning_rate: float, max_grad_norm: float) -> torch.Tensor:
         norm: Any = super().step(learning_rate, max_grad_norm)
         return norm.full_tensor()
 
-    def clip(self, limit: float) -> torch.Tensor:
+    def _clip(self, limit: float) -> torch.Tensor:
         return nn.utils.clip_grad_norm_(self.module.parameters(), limit)  # the scale would have to be a DTensor
 
     def save_state(self) -> dict[str, torch.Tensor]:
@@ -66,14 +66,14 @@ class FSDP(Single):
             if isinstance(part, FSDPModule):
                 part.reshard()
 
-    def whole(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
-        share: Any = super().whole(parameter, kind)
-        return share.full_tensor()
+    def _full(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
+        shard: Any = super()._full(parameter, kind)
+        return shard.full_tensor()
 
-    def set_whole(self, parameter: nn.Parameter, kind: str, whole: torch.Tensor) -> None:
-        share: Any = super().whole(parameter, kind)
+    def _set_full(self, parameter: nn.Parameter, kind: str, full: torch.Tensor) -> None:
+        shard: Any = super()._full(parameter, kind)
         with torch.no_grad():
-            share.to_local().copy_(distribute_tensor(whole, share.device_mesh, share.placements).to_local())
+            shard.to_local().copy_(distribute_tensor(full, shard.device_mesh, shard.placements).to_local())
 
     def full_weights(self, module: nn.Module) -> dict[str, torch.Tensor]:
         self._reshard()

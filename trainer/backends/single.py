@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from trainer.backends.optim import make_optimizer, parameter_groups
-from trainer.config import Config, UserError
+from trainer.base.errors import UserError
+from trainer.config import Config
 from trainer.ranks import World
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -42,11 +43,8 @@ class Single:
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """Takes the model, on its device, and makes its optimizer; returns what the loop calls for a forward."""
-        self.module, self.optimizer = module, self.make_optimizer(parameter_groups(module, self.config))
+        self.module, self.optimizer = module, self._make_optimizer(parameter_groups(module, self.config))
         return module
-
-    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return make_optimizer(groups, self.config)
 
     def accumulate(self, last: bool) -> AbstractContextManager[object]:
         """Wraps forward and backward of one micro-batch; `last` of its step or not."""
@@ -57,7 +55,7 @@ class Single:
 
     def step(self, learning_rate: float, max_grad_norm: float) -> torch.Tensor:
         """Clips, steps, clears. Returns the global gradient norm before clipping, still on the device."""
-        norm = self.clip(max_grad_norm if max_grad_norm > 0 else torch.inf)
+        norm = self._clip(max_grad_norm if max_grad_norm > 0 else torch.inf)
         if self.config.skip_nonfinite and not torch.isfinite(norm):
             self.optimizer.zero_grad()
             return norm
@@ -67,58 +65,35 @@ class Single:
         self.optimizer.zero_grad()
         return norm
 
-    def clip(self, limit: float) -> torch.Tensor:
-        """Sees to it that the step takes gradients of at most this norm. Returns the one that they have.
-
-        The fused optimizer divides by the scale where it reads a gradient anyway; clip_grad_norm_ would read and write
-        each of them once more.
-        """
-        norm = nn.utils.get_total_norm(p.grad for p in self.module.parameters() if p.grad is not None)
-        self.optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0)
-        return norm
-
     def save_state(self) -> dict[str, torch.Tensor]:
-        """Weights and the optimizer's moments, whole and copied to the CPU of rank 0; empty elsewhere.
+        """Weights and the optimizer's moments, in full, copied to the CPU of rank 0; empty elsewhere.
 
         Every backend saves the same, so each loads what another saved, on any number of ranks.
         """
         state = {}
         for name, parameter in self.module.named_parameters():
             for kind in KINDS:
-                whole = self.whole(parameter, kind)
+                full = self._full(parameter, kind)
                 if self.world.is_main:
-                    state[f"{kind}/{name}"] = whole.detach().to("cpu", copy=True).contiguous()
+                    state[f"{kind}/{name}"] = full.detach().to("cpu", copy=True).contiguous()
         return state
 
     def load_state(self, state: dict[str, torch.Tensor], num_updates: int) -> None:
-        """The reverse: `state` on rank 0, after `num_updates` of the optimizer, into every rank's shares."""
-        shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self.module.named_parameters()}
+        """The reverse: `state` on rank 0, after `num_updates` of the optimizer, into every rank's tensors."""
+        shapes = {name: list(self._shape(parameter)) for name, parameter in self.module.named_parameters()}
         saved = {key.removeprefix("weight/"): list(v.shape) for key, v in state.items() if key.startswith("weight/")}
         if not self.world.broadcast(not self.world.is_main or saved == shapes):
             raise UserError("the checkpoint is of another model: its weights have other names or shapes")
-        self.make_moments(num_updates)
+        self._make_moments(num_updates)
         for name, parameter in self.module.named_parameters():
             for kind in KINDS:
-                shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the whole one's there
-                whole = state[f"{kind}/{name}"] if self.world.is_main else torch.empty(shape)
-                whole = whole.to(self.world.device)
-                self.world.share(whole)
-                self.set_whole(parameter, kind, whole)
-
-    def whole(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
-        """A parameter, or one of its moments, as one tensor on every rank."""
-        return parameter if kind == "weight" else self.optimizer.state[parameter].get(kind, torch.zeros_like(parameter))
-
-    def set_whole(self, parameter: nn.Parameter, kind: str, whole: torch.Tensor) -> None:
-        with torch.no_grad():
-            self.whole(parameter, kind).copy_(whole)
-
-    def make_moments(self, num_updates: int) -> None:
-        """The optimizer's state before its first step, as if it had made `num_updates`."""
-        add_moments(self.optimizer, list(self.module.parameters()), num_updates)
+                full = state[f"{kind}/{name}"] if self.world.is_main else torch.empty(self._shape(parameter))
+                full = full.to(self.world.device)
+                self.world.broadcast_(full)
+                self._set_full(parameter, kind, full)
 
     def full_weights(self, module: nn.Module) -> dict[str, torch.Tensor]:
-        """The whole fp32 weights of `module`, a part of the prepared one, on the CPU of rank 0; empty elsewhere."""
+        """The full fp32 weights of `module`, a part of the prepared one, on the CPU of rank 0; empty elsewhere."""
         if not self.world.is_main:
             return {}
         return {name: value.detach().cpu() for name, value in module.state_dict().items()}
@@ -128,4 +103,35 @@ class Single:
         if self.world.is_main:
             module.load_state_dict(weights)
         for value in module.state_dict().values():
-            self.world.share(value)
+            self.world.broadcast_(value)
+
+    # What subclasses override.
+
+    def _make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return make_optimizer(groups, self.config)
+
+    def _clip(self, limit: float) -> torch.Tensor:
+        """Sees to it that the step takes gradients of at most this norm. Returns the one that they have.
+
+        The fused optimizer divides by the scale where it reads a gradient anyway; clip_grad_norm_ would read and write
+        each of them once more.
+        """
+        norm = nn.utils.get_total_norm(p.grad for p in self.module.parameters() if p.grad is not None)
+        self.optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0)
+        return norm
+
+    def _shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Of the full parameter."""
+        return parameter.shape
+
+    def _full(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
+        """A parameter, or one of its moments, as one tensor on every rank."""
+        return parameter if kind == "weight" else self.optimizer.state[parameter].get(kind, torch.zeros_like(parameter))
+
+    def _set_full(self, parameter: nn.Parameter, kind: str, full: torch.Tensor) -> None:
+        with torch.no_grad():
+            self._full(parameter, kind).copy_(full)
+
+    def _make_moments(self, num_updates: int) -> None:
+        """The optimizer's state before its first step, as if it had made `num_updates`."""
+        add_moments(self.optimizer, list(self.module.parameters()), num_updates)

@@ -4,18 +4,20 @@ Invariants:
 - The order of an epoch is a pure function of (seed, epoch, n). It is the order that sentence-transformers draws through
   accelerate's SeedableRandomSampler, so step k holds the samples of the reference trainer's step k.
 - Ranks share a global batch. No rank owns data, so any number of ranks computes the same steps.
-- The state is a position: resuming seeks, nothing is replayed.
+- A position is a step: resuming seeks, nothing is replayed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from trainer.config import UserError
+from trainer.base.errors import UserError
+from trainer.config import BatchConfig, OptimisationConfig
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
@@ -46,7 +48,7 @@ class Step:
 
 
 class GlobalBatchSampler:
-    """Iterates over the optimizer steps that are left in a run.
+    """The optimizer steps of a run.
 
     Args:
         num_samples: rows of the training data.
@@ -59,28 +61,26 @@ class GlobalBatchSampler:
     def __init__(self, num_samples: int, batch_size: int, seed: int, num_steps: int, fingerprint: str) -> None:
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.num_steps, self.fingerprint = num_steps, fingerprint
-        self.step = 0
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-self.num_samples // self.batch_size)
 
-    def __iter__(self) -> Iterator[Step]:
+    def steps(self, start: int = 0) -> Iterator[Step]:
+        """Those that are left after the first `start`."""
         epoch, order = -1, np.empty(0, dtype=np.int64)
-        while self.step < self.num_steps:
-            if epoch != self.step // self.steps_per_epoch:
-                epoch = self.step // self.steps_per_epoch
+        for step in range(start, self.num_steps):
+            if epoch != step // self.steps_per_epoch:
+                epoch = step // self.steps_per_epoch
                 order = epoch_order(self.num_samples, self.seed, epoch)
-            start = self.step % self.steps_per_epoch * self.batch_size
-            current = Step(self.step, epoch, order[start : start + self.batch_size])
-            # Advance before handing out, so that a state taken after the step points behind it.
-            self.step += 1
-            yield current
+            yield self._step(step, order)
 
     def at(self, step: int) -> Step:
-        """One step of the run, wherever the sampler is."""
+        """One step of the run."""
+        return self._step(step, epoch_order(self.num_samples, self.seed, step // self.steps_per_epoch))
+
+    def _step(self, step: int, order: np.ndarray) -> Step:
         epoch, number = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.num_samples, self.seed, epoch)
         return Step(step, epoch, order[number * self.batch_size : (number + 1) * self.batch_size])
 
     def heaviest(self, lengths: np.ndarray) -> Step:
@@ -98,16 +98,18 @@ class GlobalBatchSampler:
         place = int(lengths[epoch_order(self.num_samples, self.seed, 0)].argmax())
         return self.at(min(place // self.batch_size, self.num_steps - 1))
 
-    def state_dict(self) -> dict[str, int | str]:
-        epoch, step = divmod(self.step, self.steps_per_epoch)
-        return {"epoch": epoch, "step": step, **self._identity()}
+    def position(self, step: int) -> dict[str, int | str]:
+        """After `step` steps: where a resumed run begins, and what must be equal there."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        return {"epoch": epoch, "step": number, **self._identity()}
 
-    def load_state_dict(self, state: dict[str, int | str]) -> None:
-        """Seeks. Raises UserError listing every difference if the state is of another order of samples."""
-        differing = [f"{k}: saved {state.get(k)}, now {v}" for k, v in self._identity().items() if state.get(k) != v]
+    def seek(self, position: dict[str, int | str]) -> int:
+        """The steps done at `position`. Raises UserError listing every difference if it is of another order."""
+        saved = position.get
+        differing = [f"{k}: saved {saved(k)}, now {v}" for k, v in self._identity().items() if saved(k) != v]
         if differing:
             raise UserError("the saved run had another order of samples; " + "; ".join(differing))
-        self.step = int(state["epoch"]) * self.steps_per_epoch + int(state["step"])
+        return int(position["epoch"]) * self.steps_per_epoch + int(position["step"])
 
     def _identity(self) -> dict[str, int | str]:
         return {
@@ -116,3 +118,21 @@ class GlobalBatchSampler:
             "seed": self.seed,
             "fingerprint": self.fingerprint,
         }
+
+
+def global_batch_size(config: BatchConfig, world_size: int) -> int:
+    """Pairs in one optimizer step over all ranks."""
+    per_forward = config.per_device_train_batch_size * world_size
+    return config.train_batch_size or per_forward * config.gradient_accumulation_steps
+
+
+def num_forwards(per_device: int, num_pairs: int, world_size: int) -> int:
+    """Forwards of each rank in an optimizer step of `num_pairs`: the fewest that hold `per_device` pairs at most."""
+    return math.ceil(num_pairs / (per_device * world_size))
+
+
+def total_steps(config: OptimisationConfig, num_samples: int, batch_size: int) -> int:
+    """Optimizer steps of the whole run; the short last batch of an epoch counts as one."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return max(1, math.ceil(config.num_train_epochs * math.ceil(num_samples / batch_size)))

@@ -7,11 +7,7 @@ Sources: local files, `save_to_disk` folders, the hub, and the embedded data set
 
 from __future__ import annotations
 
-import os
-import re
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.config import DataConfig, UserError, first_line, unknown
+from trainer.base.environment import offline
+from trainer.base.errors import UserError, first_line
+from trainer.config import DataConfig
 from trainer.data import builtin
+from trainer.data.labels import class_numbers
+from trainer.data.tables import SUFFIXES, read_table
 
 Role = Literal["train", "dev", "test"]
 SPLITS: dict[Role, tuple[str, ...]] = {
@@ -29,13 +29,8 @@ SPLITS: dict[Role, tuple[str, ...]] = {
     "dev": ("validation", "dev", "validation_matched"),
     "test": ("test", "validation_mismatched"),
 }
-NLI = ("entailment", "neutral", "contradiction")
-NO_CONSENSUS = "-"
-LONGEST_ROW = 1 << 26  # bytes
 # AllNLI's splits by their number of rows, and the row where SNLI ends and MultiNLI begins: it has no column for that.
 ALLNLI = {942069: 549367, 19657: 9842, 19656: 9824}
-SUFFIXES = (".parquet", ".csv", ".tsv", ".txt", ".jsonl", ".json", ".ndjson", ".gz")
-CSV, JSONL = (".csv", ".tsv", ".txt"), (".jsonl", ".json", ".ndjson")
 PREMISE, HYPOTHESIS, LABEL = ("premise", "sentence1"), ("hypothesis", "sentence2"), ("label", "gold_label")
 # Name for messages, rows, and the class names of those columns whose integers have names.
 Loaded = tuple[str, pa.Table, dict[str, list[str]]]
@@ -120,87 +115,6 @@ def _load_file(config: DataConfig, role: Role) -> Loaded | None:
     return file, read_table(path), {}
 
 
-def read_table(path: Path) -> pa.Table:
-    """A parquet, csv, tsv, txt or jsonl file, each also gzipped, by its name. Raises UserError naming the file."""
-    kind = kind_of(path)
-    with readable(path, kind):
-        if kind == ".parquet":
-            from pyarrow import parquet
-
-            with pa.input_stream(path) as stream:  # which inflates a .gz
-                return parquet.read_table(pa.BufferReader(stream.read()) if path.suffix == ".gz" else path)
-        if kind in CSV:
-            return _read_csv(path, tabs=kind != ".csv")
-        return _read_jsonl(path)
-
-
-def kind_of(path: Path) -> str:
-    """The file's ending, without .gz. Raises UserError where nothing can be read from such a file."""
-    if not path.is_file():
-        raise UserError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
-    with path.open("rb") as file:
-        beginning = file.read(2)
-    if beginning in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"{path}: text in UTF-16; save it as UTF-8")
-    kind = next((s for s in reversed(path.suffixes) if s != ".gz"), "")
-    if kind not in (".parquet", *CSV, *JSONL):
-        raise UserError(f"{path}: unknown kind of file; use .parquet, .csv, .tsv, .txt or .jsonl, each also with .gz")
-    return kind
-
-
-@contextmanager
-def readable(path: Path, kind: str) -> Iterator[None]:
-    """Turns what a reader says of a damaged file into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (pa.ArrowException, OSError, EOFError, ValueError, zlib.error) as error:
-        reason = " ".join(str(error).split())
-        # pyarrow counts the lines of a csv file from 1, the header among them.
-        reason = re.sub(r"Row #(\d+)", lambda row: f"row {int(row[1]) - 2}", reason)
-        raise UserError(f"{path}: cannot be read as {kind[1:]}: {reason}; mend the file or get it anew") from None
-
-
-def open_csv(path: Path, tabs: bool) -> Any:
-    """A reader of record batches, all columns text."""
-    from pyarrow import csv
-
-    # Tab-separated NLI files have stray quotes, which mean nothing there.
-    parsing = csv.ParseOptions(
-        delimiter="\t" if tabs else ",",
-        quote_char=False if tabs else '"',
-        newlines_in_values=not tabs,
-    )
-    # Several threads do not know the row's number.
-    one_thread = csv.ReadOptions(use_threads=False, block_size=LONGEST_ROW)
-    with csv.open_csv(path, one_thread, parsing) as reader:
-        header = reader.schema.names
-    # A premise that says "1" or "null" is text, neither a number nor missing.
-    as_text = csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string()), strings_can_be_null=False)
-    return csv.open_csv(path, one_thread, parsing, as_text)
-
-
-def _read_csv(path: Path, tabs: bool) -> pa.Table:
-    with open_csv(path, tabs) as reader:
-        return reader.read_all()
-
-
-def _read_jsonl(path: Path) -> pa.Table:
-    from pyarrow import json
-
-    options = json.ReadOptions(block_size=LONGEST_ROW)
-    with pa.input_stream(path) as stream:
-        if stream.read(1) == b"[":
-            raise ValueError("one JSON array; write one object a line")
-    table = json.read_json(path, options)
-    dates = [field.name for field in table.schema if pa.types.is_temporal(field.type)]
-    if dates:  # text that happens to look like dates is still text
-        texts = json.ParseOptions(explicit_schema=pa.schema([(name, pa.string()) for name in dates]))
-        table = json.read_json(path, options, texts)
-    return table
-
-
 def _open_saved(path: Path) -> Any:
     import datasets
 
@@ -221,9 +135,9 @@ def _load_hub(config: DataConfig, role: Role) -> Loaded | None:
     try:
         loaded = datasets.load_dataset(name, config.dataset_config_name, revision=config.dataset_revision)
     except Exception as error:  # the hub's client raises many kinds; none means anything to the user but this
-        offline = "; HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+        forbidden = "; HF_HUB_OFFLINE is set" if offline() else ""
         raise UserError(
-            f"data set {name!r} could not be loaded from the hub{offline} ("
+            f"data set {name!r} could not be loaded from the hub{forbidden} ("
             f"{first_line(error)}). Without network, give --train_file, --validation_file and --test_file, "
             f"or a folder saved with save_to_disk as --dataset_name"
         ) from None
@@ -253,7 +167,7 @@ def _check(
     premise, hypothesis = (table[name] for name in texts)
     label = _column(table, place, "label_column", config.label_column, LABEL)
     own_names = class_names.get(label, config.label_names)
-    numbers, names = _class_numbers(table[label], place, label_names, own_names)
+    numbers, names = class_numbers(table[label], place, label_names, own_names)
     kept = np.flatnonzero(numbers >= 0)[:limit]
     if len(kept) == 0:
         raise UserError(f"{place}: no pair with a label ({table.num_rows} rows)")
@@ -310,84 +224,6 @@ def _text(column: pa.ChunkedArray, place: str, field: str, rows: np.ndarray, sta
             f"{place}, row {start + rows[first]}: {field} is {what} (of {int(blank.sum())} such rows the first)"
         )
     return column.to_pylist()
-
-
-def _class_numbers(
-    column: pa.ChunkedArray, place: str, label_names: Sequence[str] | None, own_names: list[str] | None
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Class number of each row, -1 where there is no consensus; and the classes' names."""
-    if column.null_count:
-        row = int(np.flatnonzero(column.is_null().to_numpy())[0])
-        raise UserError(f"{place}, row {row}: label is null")
-    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
-        return _from_integers(column, place, label_names, own_names)
-    try:
-        texts = pc.utf8_trim_whitespace(column.cast(pa.string()))
-    except pa.ArrowException:
-        raise UserError(f"{place}: label must be a class name or number, found {column.type}") from None
-    seen = set(texts.unique().to_pylist()) - {NO_CONSENSUS}
-    if "" in seen:
-        raise UserError(f"{place}, row {texts.index('').as_py()}: label is empty")
-    if seen and all(_is_fraction(text) for text in seen):
-        raise UserError(f"{place}: labels such as {min(seen)} are scores, not classes; crossrank trains classifiers")
-    if seen and all(re.fullmatch("-?[0-9]{1,18}", text) for text in seen):  # integers in a csv file
-        integers = pc.replace_substring_regex(texts, "^-$", "-1").cast(pa.int64())
-        return _from_integers(integers, place, label_names, own_names)
-    names = tuple(label_names or (NLI if seen <= set(NLI) else _nli_order(sorted(seen))))
-    encoded = pc.index_in(texts, pa.array(names, pa.string()))
-    wrong = (encoded.is_null().to_numpy()) & (pc.not_equal(texts, NO_CONSENSUS).to_numpy())
-    if wrong.any():
-        row = int(np.flatnonzero(wrong)[0])
-        raise UserError(f"{place}, row {row}: {unknown('label', texts[row].as_py(), names)}")
-    return pc.fill_null(encoded, -1).to_numpy().astype(np.int64), names
-
-
-def _nli_order(names: list[str]) -> list[str]:
-    """`names` as entailment, neutral, contradiction if they are that in any case and order; else as they are."""
-    return sorted(names, key=lambda n: NLI.index(n.lower())) if {n.lower() for n in names} == set(NLI) else names
-
-
-def _is_fraction(text: str) -> bool:
-    try:
-        return not float(text).is_integer()
-    except ValueError:
-        return False
-
-
-def _from_integers(
-    column: pa.ChunkedArray, place: str, label_names: Sequence[str] | None, own_names: list[str] | None
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    if not own_names and label_names:
-        own_names = _nli_order(list(label_names))
-    values = column.to_numpy()
-    numbers = values.astype(np.int64)
-    found = np.unique(numbers[numbers >= 0])
-    if not (own_names or label_names) and len(found) and len(found) <= found[-1]:
-        shown = ", ".join(map(str, found[:5])) + (" ..." if len(found) > 5 else "")
-        raise UserError(
-            f"{place}, row {int(numbers.argmax())}: class numbers must run from 0 without gaps, found {shown}; "
-            f"name all classes with --label_names"
-        )
-    names = tuple(own_names or label_names or (NLI if len(found) == 3 else [f"LABEL_{i}" for i in range(len(found))]))
-    wrong = (numbers != values) | (numbers < -1) | (numbers >= len(names))
-    if wrong.any():
-        row = int(np.flatnonzero(wrong)[0])
-        raise UserError(
-            f"{place}, row {row}: label {values[row]} is outside the classes 0..{len(names) - 1} ({', '.join(names)})"
-        )
-    if own_names and label_names and list(label_names) != own_names:
-        numbers = _renumber(numbers, own_names, list(label_names), place)
-        names = tuple(label_names)
-    return numbers, names
-
-
-def _renumber(numbers: np.ndarray, own_names: list[str], label_names: list[str], place: str) -> np.ndarray:
-    """The data set's own class numbers in the order of `label_names`."""
-    missing = [name for name in own_names if name not in label_names]
-    if missing:
-        raise UserError(f"{place}: its classes {own_names} include {missing}, which are not among {label_names}")
-    order = np.array([label_names.index(name) for name in own_names] + [-1])
-    return order[numbers]
 
 
 def unlabelled(

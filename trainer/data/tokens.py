@@ -21,7 +21,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from trainer.config import UserError
+from trainer.base.errors import UserError
+from trainer.base.files import replacing
+from trainer.base.log import log
 from trainer.data.sources import Pairs
 
 FORMAT = "crossrank-tokens-1"
@@ -59,6 +61,30 @@ class Tokens:
         return {"ids": self.ids, "offsets": self.offsets, "second": self.second, "truncated": self.truncated}
 
 
+@dataclass(frozen=True)
+class Split:
+    """The pairs of a split with their tokens; `name` is what reports, file names and metrics call it."""
+
+    name: str
+    pairs: Pairs
+    tokens: Tokens
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def describe(self, max_length: int) -> str:
+        """One line: its size, and every pair that was dropped or cut."""
+        pairs, tokens = self.pairs, self.tokens
+        parts = [f"{pairs.name}: {len(pairs):,} pairs, {tokens.lengths.mean():.1f} tokens each"]
+        names = pairs.label_names
+        parts.append(f"{len(names)} classes: " + "/".join(names[:5]) + ("/..." if len(names) > 5 else ""))
+        if pairs.num_dropped:
+            parts.append(f"{pairs.num_dropped:,} more dropped (no consensus label)")
+        if num_cut := int(tokens.truncated.sum()):
+            parts.append(f"{num_cut:,} cut to {max_length} tokens")
+        return f"{', '.join(parts)} ({tokens.bytes_per_pair:.0f} bytes a pair)"
+
+
 def cache_folder() -> Path:
     """$CROSSRANK_CACHE, or ~/.cache/crossrank."""
     return Path(os.environ.get("CROSSRANK_CACHE", "~/.cache/crossrank")).expanduser() / "tokens"
@@ -69,7 +95,6 @@ def tokenize(
     tokenizer: Any,
     max_length: int,
     folder: Path | None,
-    warn: Callable[[str], None],
     progress: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> Tokens:
@@ -88,12 +113,12 @@ def tokenize(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            tokens = _read(path, fingerprint, warn)
+            tokens = _read(path, fingerprint)
             if tokens is None:
                 tokens = _encode(pairs, rust, has_types, fingerprint, progress, check)
                 _write(tokens, path)
     except (OSError, SafetensorError) as error:
-        warn(f"no token cache, tokenising at every start: {error}")
+        log.warning(f"no token cache, tokenising at every start: {error}")
     return tokens or _encode(pairs, rust, has_types, fingerprint, progress, check)
 
 
@@ -149,17 +174,11 @@ def _checksum(arrays: dict[str, np.ndarray]) -> str:
 
 def _write(tokens: Tokens, path: Path) -> None:
     arrays = tokens._arrays()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         save_file(arrays, temporary, metadata={"sha256": _checksum(arrays)})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def _read(path: Path, fingerprint: str, warn: Callable[[str], None]) -> Tokens | None:
+def _read(path: Path, fingerprint: str) -> Tokens | None:
     from safetensors import safe_open
 
     if not path.exists():
@@ -172,5 +191,5 @@ def _read(path: Path, fingerprint: str, warn: Callable[[str], None]) -> Tokens |
             return Tokens(**arrays, fingerprint=fingerprint)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         pass
-    warn(f"the token cache {path} is damaged; it is built again")
+    log.warning(f"the token cache {path} is damaged; it is built again")
     return None

@@ -5,9 +5,9 @@ A model of a known family runs its own forward. What changes comes in through th
 
 - Dropout masks follow the samples (KeyedDropout), so they do not depend on ranks or padding.
 - Unpadded, a batch is one row of its real tokens: linear layers, norms, activations and dropout see no padding.
-  Attention alone lays the tokens out per pair, in groups of like length.
-- Only the first token's vector reaches the classifier. So the last layer is fed the first tokens, and its keys and
-  values alone are computed from all of them. This is exact: what is left out never reached the logits.
+  Only attention lays the tokens out per pair, in groups of like length.
+- Only the first token's vector reaches the classifier. So the last layer is fed the first tokens, and only its keys and
+  values are computed from all of them. This is exact: what is left out never reached the logits.
 """
 
 from __future__ import annotations
@@ -109,6 +109,18 @@ class Layout:
         return [part.unflatten(0, shape) for part, shape in zip(rows.split(sizes), shapes, strict=True)]
 
 
+@dataclass(frozen=True)
+class AttentionSite:
+    """What an attention module knows beyond its own code, as its attribute `site`.
+
+    `dropout` is the number of its dropout site; `first_only`: its queries are each pair's first token only.
+    """
+
+    layout: Layout
+    dropout: int
+    first_only: bool
+
+
 def adopt(model: PreTrainedModel, unpad: bool) -> tuple[Layout | None, str]:
     """Gives `model` crossrank's attention, dropout and layout, as far as its architecture allows.
 
@@ -131,21 +143,21 @@ def adopt(model: PreTrainedModel, unpad: bool) -> tuple[Layout | None, str]:
     layout = Layout(unpad)
     layers: list[Any] = list(model.base_model.get_submodule(family.layers).children())
     for layer in layers:
-        narrow = unpad and layer is layers[-1] and family.key != ""
-        layer.get_submodule(family.attention).crossrank = layout, layout.dropout.new_site(), narrow
+        first_only = unpad and layer is layers[-1] and family.key != ""
+        layer.get_submodule(family.attention).site = AttentionSite(layout, layout.dropout.new_site(), first_only)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Dropout):
                 setattr(parent, name, KeyedDropout(child.p, layout.dropout))
     if unpad:
-        _narrow(layers[-1], family, layout)
+        _compute_first_only(layers[-1], family, layout)
     return layout, note
 
 
-def _narrow(layer: nn.Module, family: Family, layout: Layout) -> None:
+def _compute_first_only(layer: nn.Module, family: Family, layout: Layout) -> None:
     """Makes the last layer's output that of the first tokens, as (pairs, 1, hidden).
 
-    It is fed the first tokens; its keys and values alone are computed from all tokens.
+    It is fed the first tokens; only its keys and values are computed from all tokens.
     """
 
     def first(hidden: torch.Tensor) -> torch.Tensor:
@@ -179,17 +191,18 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention inside each pair. (batch, heads, length, size) in, (batch, length, heads, size) out.
 
-    The batch is the padded grid (pairs, longest), or one row of tokens, or the first tokens alone (pairs, 1).
+    The batch is the padded grid (pairs, longest), or one row of tokens, or only the first tokens (pairs, 1).
     `sliding_window`: a token sees those less than so many places away; None = all.
     """
-    layout, site, first_only = module.crossrank
+    site: AttentionSite = module.site
+    layout = site.layout
     _, heads, _, size = query.shape
 
     def grouped(x: torch.Tensor) -> list[torch.Tensor]:
         rows = x.transpose(1, 2).reshape(-1, size)[: layout.num_tokens * heads]
         return layout.split(layout.pad(rows, heads), heads)
 
-    if first_only:
+    if site.first_only:
         queries = list(query.split([group.pairs for group in layout.groups]))
         keys, values = grouped(key), grouped(value)
     elif layout.unpad:
@@ -207,9 +220,11 @@ def attention(
             scores = scores.masked_fill(~visible, -torch.inf)
         weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
         if dropout > 0:
-            weights = weights * layout.dropout.attention_mask(site, dropout, weights, layout.keys[i][:, : q.shape[2]])
+            weights = weights * layout.dropout.attention_mask(
+                site.dropout, dropout, weights, layout.keys[i][:, : q.shape[2]]
+            )
         mixed.append(weights @ v)
-    if layout.unpad and not first_only:
+    if layout.unpad and not site.first_only:
         rows = torch.cat([x.reshape(-1, size) for x in mixed])
         return layout.unpadded(rows, heads).view(1, -1, heads, size), None
     return torch.cat(mixed).transpose(1, 2), None

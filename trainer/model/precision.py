@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.config import UserError
+from trainer.base.errors import UserError
 
 PRODUCTS = {
     torch.ops.aten.mm.default,

@@ -18,14 +18,14 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
-from trainer.config import PATHS, Config
+from trainer.base.fields import default, rule
+from trainer.config import Config
 from trainer.report import markdown
 from trainer.report.markdown import code, escape, table
 from trainer.report.read import SCORES, Run
 
 RESAMPLES = 2000
 MOST_LINES = 200  # of the training logs
-HERE_ALONE = ("output_dir", "run_name", "resume_from_checkpoint", "push_to_hub", "hub_model_id", "hub_private_repo")
 
 
 def title(run: Run) -> str:
@@ -223,19 +223,15 @@ def sources(split: dict[str, Any]) -> Markup:
 
 
 def hyperparameters(run: Run, changed_only: bool) -> dict[str, Any]:
-    """Fields and values; of local paths the last part alone, which is nobody else's business."""
-    defaults = {field.name: field for field in dataclasses.fields(Config)}
+    """Fields and values; of local paths only the last part, the rest is nobody else's business."""
     chosen = {}
-    for name, value in run.config.items():
-        if name in HERE_ALONE or (changed_only and value == _default(defaults[name])):
+    for own in dataclasses.fields(Config):
+        name, value = own.name, run.config[own.name]
+        if rule(own).kind == "local" or (changed_only and value == default(own)):
             continue
-        is_local = name in PATHS and isinstance(value, str) and (value.startswith(("/", ".", "~")) or "_file" in name)
+        is_local = rule(own).path and isinstance(value, str) and (value.startswith(("/", ".", "~")) or "_file" in name)
         chosen[name] = Path(value).name if is_local else value
     return chosen
-
-
-def _default(field: dataclasses.Field) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def command(run: Run) -> str:

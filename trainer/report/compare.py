@@ -1,15 +1,18 @@
-"""Several runs beside each other: `crossrank report RUN RUN ...`. Those that differ in their seed alone are a group."""
+"""Several runs beside each other: `crossrank report RUN RUN ...`. Those that differ only in their seed are a group."""
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from trainer.config import UserError
-from trainer.files import write_text
+from trainer.base.errors import UserError
+from trainer.base.fields import rule
+from trainer.base.files import write_text
+from trainer.config import Config
 from trainer.report import markdown
 from trainer.report.card import hyperparameters, rounded
 from trainer.report.markdown import escape, table
@@ -17,13 +20,8 @@ from trainer.report.plots import draw_training, figure, save, short
 from trainer.report.read import SCORES, Run
 
 Group = tuple[str, list[Run]]
-# Fields by which the runs of a group may differ: where, how it is watched, and what the batch came to by another way.
-LOGISTICS = {
-    "seed", "data_seed", "output_dir", "run_name", "resume_from_checkpoint", "save_strategy", "save_steps",
-    "save_total_limit", "preemption_signals", "logging_steps", "ddp_timeout", "report_to", "track_emissions",
-    "country_iso_code", "write_report", "push_to_hub", "hub_model_id", "hub_private_repo",
-    "train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps",
-}  # fmt: skip
+# What the runs of a group differ in, and what their batch came to by another way.
+OF_A_GROUP = {"seed", "data_seed", "train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"}
 
 
 def write_comparison(runs: list[Run], folder: Path) -> Path:
@@ -43,7 +41,8 @@ def write_comparison(runs: list[Run], folder: Path) -> Path:
 
 def grouped(runs: list[Run]) -> list[Group]:
     """Runs of one config but for the seed and what does not change a run; named by what the groups differ in."""
-    kept = [{k: v for k, v in settings(run, run.config).items() if k not in LOGISTICS} for run in runs]
+    upkeep = {own.name for own in dataclasses.fields(Config) if rule(own).kind in ("upkeep", "local")} | OF_A_GROUP
+    kept = [{k: v for k, v in settings(run, run.config).items() if k not in upkeep} for run in runs]
     differing = [name for name in kept[0] if any(own[name] != kept[0][name] for own in kept)]
     groups: dict[str, list[Run]] = {}
     for run, own in zip(runs, kept, strict=True):

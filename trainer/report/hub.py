@@ -5,14 +5,15 @@ The login is huggingface_hub's own (`hf auth login`, or HF_TOKEN): no token pass
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from trainer.config import HubConfig, TrainingFailed, UserError, first_line
+from trainer.base.environment import offline
+from trainer.base.errors import TrainingFailed, UserError, first_line
+from trainer.base.log import log
+from trainer.config import HubConfig
 
 
 def repository(config: HubConfig, folder: Path) -> str:
@@ -25,11 +26,11 @@ def repository(config: HubConfig, folder: Path) -> str:
     return name
 
 
-def push(config: HubConfig, folder: Path, say: Callable[[str], None]) -> str:
+def push(config: HubConfig, folder: Path) -> str:
     """Uploads `folder`/model, and returns its address. Raises TrainingFailed with how to upload it later."""
     name, model = repository(config, folder), folder / "model"
     try:
-        if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        if offline():
             raise ConnectionError("HF_HUB_OFFLINE is set")
         api = HfApi()
         made = api.create_repo(name, private=config.hub_private_repo or None, exist_ok=True)
@@ -44,5 +45,5 @@ def push(config: HubConfig, folder: Path, say: Callable[[str], None]) -> str:
             f"the model is complete in {model}, but could not be uploaded to {name} ({reason}); with a login and "
             f"network: hf upload {name} {model}"
         ) from None
-    say(f"uploaded: {made}")
+    log.info(f"uploaded: {made}")
     return str(made)

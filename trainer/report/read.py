@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Config, UserError, first_line, read_yaml
+from trainer.base.errors import UserError, first_line
+from trainer.base.fields import default
+from trainer.base.files import json_object
+from trainer.config import Config, read_yaml
 
 SCORES = {"f1_macro": "F1 Macro", "f1_micro": "F1 Micro", "f1_weighted": "F1 Weighted"}
 
@@ -38,7 +41,7 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder} has no about.json; the run has not got as far as its first step, or is of an older "
                         "version of crossrank")  # fmt: skip
     events, damaged = _read_events(folder / "metrics.jsonl")
-    config = {field.name: getattr(Config(dataset_name="builtin"), field.name) for field in dataclasses.fields(Config)}
+    config = {own.name: default(own) for own in dataclasses.fields(Config)}
     return Run(
         folder=folder,
         config=config | read_yaml(folder / "config.yaml"),
@@ -69,7 +72,7 @@ def _read_events(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _event(line: str) -> dict[str, Any] | None:
     try:
-        event = json.loads(line)
+        event = json_object(line)
         numbers = [event["step"], event["epoch"]]
         if event["event"] == "train":
             numbers += [event[name] for name in ("loss", "learning_rate", "samples_per_second", "tokens_per_second")]

@@ -6,13 +6,13 @@ card. What is not in the folder is not on the card; what is there but unfinished
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from trainer.config import UserError
-from trainer.files import write_text
+from trainer.base.errors import UserError
+from trainer.base.files import write_text
+from trainer.base.log import log
 from trainer.report import markdown
 from trainer.report.card import card, title
 from trainer.report.compare import write_comparison
@@ -38,13 +38,13 @@ def write_report(folder: Path) -> Path:
     return place / "README.md"
 
 
-def report(folders: list[str], output_dir: str, say: Callable[[str], None]) -> None:
+def report(folders: list[str], output_dir: str) -> None:
     """`crossrank report`: one run's card, or several runs compared in `output_dir`. Raises UserError."""
     if len(folders) == 1:
         path = write_report(Path(folders[0]))
         run = read_run(Path(folders[0]))
         if run.damaged:
-            say(f"warning: {run.damaged} damaged lines of metrics.jsonl are left out")
-        say(f"card: {path}\nreport: {Path(folders[0]) / 'report.html'}")
+            log.warning(f"{run.damaged} damaged lines of metrics.jsonl are left out")
+        log.info(f"card: {path}\nreport: {Path(folders[0]) / 'report.html'}")
         return
-    say(f"report: {write_comparison([read_run(Path(folder)) for folder in folders], Path(output_dir))}")
+    log.info(f"report: {write_comparison([read_run(Path(folder)) for folder in folders], Path(output_dir))}")

@@ -16,11 +16,12 @@ import torch
 
 from trainer.config import Config, DataConfig
 from trainer.data.sampler import epoch_order
-from trainer.data.sources import Pairs, Role, split_name
-from trainer.data.tokens import Tokens
+from trainer.data.sources import Pairs, Role
+from trainer.data.tokens import Split
 from trainer.metrics import log_softmax
+from trainer.model.cross_encoder import CrossEncoder
 from trainer.ranks import World
-from trainer.run import folder as run
+from trainer.run.versions import git_state, versions
 
 FIRST = 1000  # rows that statistics are taken of, as sentence-transformers' cards do
 SHOWN = 300  # characters of a text that the card shows
@@ -28,34 +29,31 @@ ENGLISH = ("all-nli", "snli", "multi_nli", "mnli", "builtin")
 
 
 def about(
-    config: Config,
-    splits: dict[Role, Pairs],
-    tokens: dict[Role, Tokens],
-    batch_size: int,
-    model: Any,
-    max_length: int,
-    world: World,
+    config: Config, splits: dict[Role, Split], batch_size: int, model: CrossEncoder, world: World, backend: str
 ) -> dict[str, Any]:
     """All of it; `batch_size` is the global one."""
-    data = {role: {"name": split_name(config, role), **of_split(pairs, tokens[role])} for role, pairs in splits.items()}
     seed = config.seed if config.data_seed is None else config.data_seed
     return {
         "dataset": of_dataset(config),
-        "data": data,
-        "padding": padding(tokens["train"].lengths, batch_size, seed),
-        "model": of_model(config, model, max_length),
+        "data": {role: of_split(split) for role, split in splits.items()},
+        "padding": padding(splits["train"].tokens.lengths, batch_size, seed),
+        "model": of_model(config, model),
         "hardware": hardware(world),
         "world_size": world.size,
+        "backend": backend,
+        "device": world.device.type,
         "global_batch_size": batch_size,
-        "versions": run.versions(),
-        "git": run.git_state(),
+        "versions": versions(),
+        "git": git_state(),
     }
 
 
-def of_split(pairs: Pairs, tokens: Tokens) -> dict[str, Any]:
+def of_split(split: Split) -> dict[str, Any]:
     """Size, columns, statistics, three samples, token lengths: lengths[i] pairs have i tokens."""
+    pairs, tokens = split.pairs, split.tokens
     texts = [text_statistics(values[:FIRST]) for values in (pairs.premise, pairs.hypothesis)]
     return {
+        "name": split.name,
         "size": len(pairs),
         "dropped": pairs.num_dropped,
         "cut": int(tokens.truncated.sum()),
@@ -118,17 +116,17 @@ def of_dataset(config: DataConfig) -> dict[str, Any]:
     }
 
 
-def of_model(config: Config, model: Any, max_length: int) -> dict[str, Any]:
-    name, settings = config.model_name_or_path, model.config
+def of_model(config: Config, model: CrossEncoder) -> dict[str, Any]:
+    name, settings = config.model_name_or_path, model.model.config
     local = name == "builtin" or Path(name).exists()
     return {
         "base": Path(name.rstrip("/")).name if local else name,
         "hub_id": None if local else name,
         "revision": None if local else getattr(settings, "_commit_hash", None) or config.model_revision,
-        "architecture": type(model).__name__,
-        "num_parameters": sum(p.numel() for p in model.parameters()),
-        "max_length": max_length,
-        "label_names": [settings.id2label[i] for i in range(settings.num_labels)],
+        "architecture": type(model.model).__name__,
+        "num_parameters": model.num_parameters,
+        "max_length": model.max_length,
+        "label_names": model.label_names,
     }
 
 

@@ -1,8 +1,8 @@
 """Checkpoints that are complete or invisible.
 
-A checkpoint is a folder `step-000500` of three files: `tensors.safetensors` (weights and the optimizer's moments,
-whole, in fp32), `state.json` (where the run is) and `manifest.json` (size and SHA-256 of the others). It is written
-under another name, every file is flushed to the disk, the manifest last; then the folder gets its name. Nothing in it
+A checkpoint is a folder `step-000500` of three files: `tensors.safetensors` (weights and the optimizer's moments, in
+full, in fp32), `state.json` (where the run is) and `manifest.json` (size and SHA-256 of the others). It is written
+under another name, every file is flushed to the disk; then the folder gets its name. Nothing in it
 is ever executed. What does not match its manifest is not loaded.
 """
 
@@ -11,10 +11,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +22,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from trainer.config import TrainingFailed, UserError
-from trainer.files import sync
+from trainer.base.errors import TrainingFailed, UserError
+from trainer.base.files import replacing
+from trainer.base.log import log
 
 FORMAT = "crossrank-checkpoint-1"
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -72,13 +71,13 @@ class Checkpoints:
             except (OSError, SafetensorError) as error:
                 raise cannot_write(self.folder, error) from None
 
-    def newest(self, say: Callable[[str], None]) -> Checkpoint | None:
-        """The newest one that is whole; says which ones it skips, and why."""
+    def newest(self) -> Checkpoint | None:
+        """The newest one that is complete; says which ones it skips, and why."""
         for path in reversed(self._all()):
             try:
                 return load(path)
             except Damaged as damage:
-                say(f"warning: skipping the checkpoint {path}: {damage}")
+                log.warning(f"skipping the checkpoint {path}: {damage}")
                 _put_aside(path)  # it must not count among those that are kept
         return None
 
@@ -93,24 +92,15 @@ class Checkpoints:
 
     def _write(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         final = self.folder / f"step-{step:06d}"
-        temporary = self.folder / f".{final.name}.{os.getpid()}"
-        try:
-            temporary.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(final) as temporary:
+            temporary.mkdir()
             save_file(tensors, temporary / TENSORS)
             (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
             files = {name: _describe(temporary / name) for name in (TENSORS, STATE)}
-            for name in files:
-                sync(temporary / name)
             (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n")
-            sync(temporary / MANIFEST)
-            sync(temporary)
             if final.exists():
                 _put_aside(final)
-            temporary.rename(final)
-            sync(self.folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
         for old in self._all()[: -self.keep if self.keep else 0]:
             if old != final:
                 shutil.rmtree(old, ignore_errors=True)
@@ -121,7 +111,7 @@ def cannot_write(folder: Path, error: OSError | SafetensorError) -> TrainingFail
     full = "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return TrainingFailed(
         f"cannot write into {folder}: {error}; {'make space' if full else 'mend that'} and start the same command "
-        "again, which goes on from the newest checkpoint"
+        "again, which resumes from the newest checkpoint"
     )
 
 
@@ -148,12 +138,12 @@ def load(path: Path) -> Checkpoint:
 
 
 def load_given(path: Path) -> Checkpoint:
-    """The checkpoint that a user names, or the newest of the run folder that he names. Raises UserError."""
+    """The checkpoint, or the newest of the run folder, that a user names. Raises UserError."""
     try:
         if (path / "checkpoints").is_dir():
-            newest = Checkpoints(path / "checkpoints", None).newest(lambda text: None)
+            newest = Checkpoints(path / "checkpoints", None).newest()
             if newest is None:
-                raise Damaged("it holds no checkpoint that is whole")
+                raise Damaged("it holds no checkpoint that is complete")
             return newest
         return load(path)
     except Damaged as damage:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import os
 import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
@@ -21,7 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config import LoggingConfig, first_line
+from trainer.base.environment import offline
+from trainer.base.errors import first_line
+from trainer.base.files import replacing
+from trainer.base.log import log
+from trainer.config import LoggingConfig
 from trainer.ranks import World
 
 PATIENCE = 5.0  # seconds that a reading may take; it takes a hundredth of one
@@ -35,8 +38,8 @@ class Meter:
     fields, and `node`, `estimated`, `country_source`. A node that could not be measured has a row with `failed` alone.
     """
 
-    def __init__(self, config: LoggingConfig, world: World, say: Callable[[str], None]) -> None:
-        self.config, self.world, self.say = config, world, say
+    def __init__(self, config: LoggingConfig, world: World) -> None:
+        self.config, self.world = config, world
         self.tracker: Any = None
         self.row: dict[str, Any] = {"failed": "codecarbon has not started"}
         self.thread: ThreadPoolExecutor | None = None
@@ -101,7 +104,7 @@ class Meter:
         if country in DataSource().get_global_energy_mix_data():
             return country, region, source
         reason = f"codecarbon does not know the country {country}" if country else "the country is not known"
-        self.say(f"warning: {reason}: emissions are computed with the world's average; set --country_iso_code")
+        log.warning(f"{reason}: emissions are computed with the world's average; set --country_iso_code")
         return None, None, WORLD_AVERAGE
 
 
@@ -137,7 +140,7 @@ def look_up_country(url: str) -> tuple[str | None, str | None]:
 
     codecarbon's own look-up takes Canada where it fails.
     """
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+    if offline():
         return None, None
     import requests
 
@@ -187,9 +190,7 @@ def summarise(rows: list[dict[str, Any]], num_pairs: int) -> dict[str, Any] | No
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """emissions.csv with codecarbon's columns and ours: a row a node and stretch."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    temporary.replace(path)

@@ -1,4 +1,4 @@
-"""Being asked to stop: a signal sets a flag, ranks agree at a step boundary, save, and leave together.
+"""Being asked to stop: a signal sets a flag, ranks agree at a step boundary, save, and exit together.
 
 The trainer knows nothing of Slurm or of any other scheduler: exit code 85 says "preempted, start me again".
 """
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer.config import Preempted
+from trainer.base.errors import Preempted
 from trainer.ranks import World
 
 
 class Preemption:
     """Whether this run has been asked to stop, and whether all ranks know.
 
-    A second Ctrl-C leaves at once.
+    A second Ctrl-C exits at once.
     """
 
     def __init__(self, world: World, signals: list[str]) -> None:
@@ -30,7 +30,7 @@ class Preemption:
         self.ballot = torch.zeros(1)
         self.work: dist.Work | None = None
         self.before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers there alone
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
             for name in signals:
                 number = getattr(signal, name)
                 self.before[number] = signal.signal(number, self._handle)
@@ -65,7 +65,7 @@ class Preemption:
         if self.agreed():
             raise Preempted
 
-    def check_alone(self) -> None:
-        """The same for this rank alone, where there is nothing to save and nobody to agree with."""
+    def check_this_rank(self) -> None:
+        """The same for this rank only, where there is nothing to save and nobody to agree with."""
         if self.requested:
             raise Preempted(f"stopped by {self.requested} before the first step" if self.world.is_main else "")

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Config, first_line
+from trainer.base.errors import first_line
+from trainer.base.log import log
+from trainer.config import Config
 
 PATIENCE = 30  # seconds for Weights & Biases to answer: less than a batch system leaves after its warning
 
@@ -47,7 +49,7 @@ class TensorBoard(Tracker):
 class WandB(Tracker):
     """Weights & Biases. Without a login it writes offline into the run folder's wandb/, for `wandb sync`.
 
-    A resumed run goes on under its id, which lies in that folder. W&B's own variables (WANDB_MODE, WANDB_PROJECT ...)
+    A resumed run keeps its id, which lies in that folder. W&B's own variables (WANDB_MODE, WANDB_PROJECT ...)
     hold.
     """
 
@@ -95,10 +97,10 @@ def logged_in() -> bool:
 
 
 class Guarded(Tracker):
-    """A tracker whose first error is its last: `say` tells it, and the run goes on without."""
+    """A tracker whose first error is its last: it is logged, and the run continues without."""
 
-    def __init__(self, name: str, start: Callable[[], Tracker], say: Callable[[str], None]) -> None:
-        self.name, self.say, self.tracker = name, say, Tracker()
+    def __init__(self, name: str, start: Callable[[], Tracker]) -> None:
+        self.name, self.tracker = name, Tracker()
         self._try(lambda: setattr(self, "tracker", start()))
 
     def log(self, metrics: dict[str, float], step: int) -> None:
@@ -117,12 +119,12 @@ class Guarded(Tracker):
 
     def _drop(self, reason: str) -> None:
         self.tracker = Tracker()
-        self.say(f"warning: the tracker {self.name} is off: {reason}; metrics.jsonl has everything")
+        log.warning(f"the tracker {self.name} is off: {reason}; metrics.jsonl has everything")
 
 
 KINDS: dict[str, Callable[[Config, Path, int], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
-def start_trackers(config: Config, folder: Path, step: int, say: Callable[[str], None]) -> list[Tracker]:
-    """Those that config.report_to names, for the run in `folder` that goes on after `step`."""
-    return [Guarded(name, lambda kind=KINDS[name]: kind(config, folder, step), say) for name in config.report_to]  # type: ignore[misc]
+def start_trackers(config: Config, folder: Path, step: int) -> list[Tracker]:
+    """Those that config.report_to names, for the run in `folder` that continues after `step`."""
+    return [Guarded(name, lambda kind=KINDS[name]: kind(config, folder, step)) for name in config.report_to]  # type: ignore[misc]

@@ -1,0 +1,48 @@
+"""What the environment says, without torch: which rank this is, whether to use the network, which hosts there are."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from trainer.base.errors import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among those that its launcher has started."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    launcher: str = ""  # "torchrun" (or what sets its variables), "srun", or "" for a single process
+
+
+def read_place(env: Mapping[str, str]) -> Place:
+    """From torchrun's variables, else from those of an srun step. Raises UserError where half of them are set."""
+    if "RANK" in env and "WORLD_SIZE" in env:
+        names, launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), "torchrun"
+    elif "RANK" in env or int(env.get("WORLD_SIZE", 1)) > 1:
+        given, missing = ("RANK", "WORLD_SIZE") if "RANK" in env else ("WORLD_SIZE", "RANK")
+        raise UserError(f"{given} is set without {missing}; start ranks with torchrun or srun, or unset {given}")
+    elif "SLURM_STEP_NUM_TASKS" in env:  # set by srun only: a plain command inside a batch script is one process
+        names, launcher = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"), "srun"
+    else:
+        return Place()
+    rank, size, local_rank = (int(env.get(name, 0)) for name in names)
+    return Place(rank, size, local_rank, launcher)
+
+
+def offline() -> bool:
+    """Whether the user has forbidden the network, by HF_HUB_OFFLINE."""
+    return os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+
+
+def check_host(name: str) -> None:
+    """Raises UserError for a name without an address, for which ranks would wait for minutes."""
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        raise UserError(f"the host {name} has no address here; mend the nodes' names (/etc/hosts, DNS)") from None

@@ -1,0 +1,26 @@
+"""What a run says to the person who watches: one logger, heard from rank 0 only."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from tqdm import tqdm
+
+log = logging.getLogger("crossrank")
+
+
+class _Terminal(logging.Handler):
+    """Lines on stderr, above any progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(f"{prefix}{record.getMessage()}", file=sys.stderr)
+        sys.stderr.flush()
+
+
+def start_log(is_main: bool) -> None:
+    """Sends the lines of rank 0 to the terminal, and those of other ranks nowhere."""
+    log.handlers[:] = [_Terminal() if is_main else logging.NullHandler()]
+    log.propagate = False
+    log.setLevel(logging.INFO)

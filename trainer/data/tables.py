@@ -1,0 +1,175 @@
+"""One table a file: parquet, csv, tsv, txt and jsonl, each also gzipped, read in full or in parts of some rows.
+
+Text stays text: a premise that says "1", "null" or "2024-01-01" is no number, no gap and no date. Rows count from 0,
+header and empty lines excluded.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+
+from trainer.base.errors import UserError
+from trainer.base.files import json_object
+
+LONGEST_ROW = 1 << 26  # bytes
+ROWS = 1 << 14  # a part: enough to sort by length and to share among ranks
+SUFFIXES = (".parquet", ".csv", ".tsv", ".txt", ".jsonl", ".json", ".ndjson", ".gz")
+CSV, JSONL = (".csv", ".tsv", ".txt"), (".jsonl", ".json", ".ndjson")
+
+
+def read_table(path: Path) -> pa.Table:
+    """All rows. Raises UserError naming the file, and a row that is damaged."""
+    parts = list(read_parts(path))
+    if not parts:
+        raise UserError(f"{path}: no rows")
+    return _joined(parts)
+
+
+def read_parts(path: Path) -> Iterator[pa.Table]:
+    """The rows in parts of ROWS at most, in constant memory. Raises UserError as read_table does."""
+    kind = kind_of(path)
+    with readable(path, kind):
+        if kind == ".parquet":
+            yield from _parquet(path)
+        elif kind in CSV:
+            with _open_csv(path, tabs=kind != ".csv") as reader:
+                for batch in reader:
+                    yield from _cut(batch)
+        else:
+            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+                yield from jsonl(file, str(path))  # type: ignore[arg-type]
+
+
+def kind_of(path: Path) -> str:
+    """The file's ending, without .gz. Raises UserError where nothing can be read from such a file."""
+    if not path.is_file():
+        raise UserError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
+    with path.open("rb") as file:
+        beginning = file.read(2)
+    if beginning in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{path}: text in UTF-16; save it as UTF-8")
+    kind = next((s for s in reversed(path.suffixes) if s != ".gz"), "")
+    if kind not in (".parquet", *CSV, *JSONL):
+        raise UserError(f"{path}: unknown kind of file; use .parquet, .csv, .tsv, .txt or .jsonl, each also with .gz")
+    return kind
+
+
+@contextmanager
+def readable(path: Path, kind: str) -> Iterator[None]:
+    """Turns what a reader says of a damaged file into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, EOFError, ValueError, zlib.error) as error:
+        reason = " ".join(str(error).split())
+        # pyarrow counts the lines of a csv file from 1, the header among them.
+        reason = re.sub(r"Row #(\d+)", lambda row: f"row {int(row[1]) - 2}", reason)
+        raise UserError(f"{path}: cannot be read as {kind[1:]}: {reason}; mend the file or get it anew") from None
+
+
+def _open_csv(path: Path, tabs: bool) -> Any:
+    """A reader of record batches, all columns text."""
+    from pyarrow import csv
+
+    # Tab-separated NLI files have stray quotes, which mean nothing there.
+    parsing = csv.ParseOptions(
+        delimiter="\t" if tabs else ",",
+        quote_char=False if tabs else '"',
+        newlines_in_values=not tabs,
+    )
+    # Several threads do not know the row's number.
+    one_thread = csv.ReadOptions(use_threads=False, block_size=LONGEST_ROW)
+    with csv.open_csv(path, one_thread, parsing) as reader:
+        header = reader.schema.names
+    as_text = csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string()), strings_can_be_null=False)
+    return csv.open_csv(path, one_thread, parsing, as_text)
+
+
+def _parquet(path: Path) -> Iterator[pa.Table]:
+    from pyarrow import parquet
+
+    if path.suffix != ".gz":
+        for batch in parquet.ParquetFile(path).iter_batches(ROWS):
+            yield from _cut(batch)
+        return
+    with tempfile.TemporaryFile() as plain, gzip.open(path) as packed:  # its index is at the end
+        shutil.copyfileobj(packed, plain)
+        for batch in parquet.ParquetFile(plain).iter_batches(ROWS):
+            yield from _cut(batch)
+
+
+def _cut(batch: pa.RecordBatch) -> Iterator[pa.Table]:
+    for start in range(0, batch.num_rows, ROWS):
+        yield pa.Table.from_batches([batch.slice(start, ROWS)])
+
+
+def lines(file: BinaryIO, place: str) -> Iterator[list[tuple[int, str]]]:
+    """Lists of (row, line), without empty lines; a row is a line that is not empty."""
+    part: list[tuple[int, str]] = []
+    row = 0
+    for number, raw in enumerate(file):
+        try:
+            line = raw.decode("utf-8-sig" if number == 0 else "utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{place}, row {row}: not UTF-8 text") from None
+        if line.strip(" \r\n"):  # a tab stands between two texts, empty ones as well
+            part.append((row, line.rstrip("\r\n")))
+            row += 1
+        if len(part) == ROWS:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def jsonl(file: BinaryIO, place: str) -> Iterator[pa.Table]:
+    """One object a line. Raises UserError naming the row."""
+    for part in lines(file, place):
+        rows = [_object(line, f"{place}, row {row}") for row, line in part]
+        names = dict.fromkeys(name for row in rows for name in row)
+        yield pa.table({name: _column([row.get(name) for row in rows]) for name in names})
+
+
+def _object(line: str, place: str) -> dict[str, Any]:
+    try:
+        return json_object(line)
+    except ValueError as error:
+        raise UserError(f"{place}: not a JSON object ({error}); write one object a line") from None
+
+
+def _column(values: list[Any]) -> pa.Array:
+    """Text, or whatever the values are; where they are no one kind, a kind that nothing accepts."""
+    if all(value is None or isinstance(value, str) for value in values):
+        return pa.array(values, pa.string())
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError):
+        return pa.array([[None]] * len(values))
+
+
+def _joined(parts: list[pa.Table]) -> pa.Table:
+    """One table of all columns; one that a part lacks is null there."""
+    if all(part.schema == parts[0].schema for part in parts):
+        return pa.concat_tables(parts)
+    names = list(dict.fromkeys(name for part in parts for name in part.column_names))
+    columns = {}
+    for name in names:
+        found = [p[name] if name in p.column_names else pa.chunked_array([pa.nulls(p.num_rows)]) for p in parts]
+        kinds = {column.type for column in found if not pa.types.is_null(column.type)}
+        kind = kinds.pop() if len(kinds) == 1 else None
+        if kinds and all(pa.types.is_integer(k) or pa.types.is_floating(k) for k in kinds):
+            kind = pa.float64()
+        chunks = [c for column in found for c in (column.cast(kind) if kind else column).chunks]
+        columns[name] = pa.chunked_array(chunks) if kind else _column([v for c in chunks for v in c.to_pylist()])
+    return pa.table(columns)

@@ -1,0 +1,83 @@
+"""The end of a run: the model, its final scores and predictions, results.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safetensors.torch import load_file
+
+from trainer.base.files import write_json
+from trainer.base.log import log
+from trainer.config import METRICS
+from trainer.data.sources import Role
+from trainer.evaluate import Evaluation, evaluate, write_predictions
+from trainer.loop import Trainer
+from trainer.run import energy
+from trainer.run.about import example_scores
+from trainer.run.versions import git_state, versions
+
+
+def finish(trainer: Trainer) -> dict[str, Any]:
+    """What results.json holds, on every rank. The run is finished when that file is there."""
+    state, output = trainer.state, trainer.output
+    if trainer.config.load_best_model_at_end:
+        best = load_file(output.model / "model.safetensors") if trainer.world.is_main else {}
+        trainer.backend.load_weights(trainer.model.model, trainer.model.without_frozen_rows(best))
+    else:
+        trainer.save_model()
+    step = state.best[1] if state.best else trainer.sampler.num_steps
+    if state.best:
+        log.info(f"the best model is that of step {step}: its final scores")
+    metrics: dict[str, Any] = {}
+    examples: list[dict[str, Any]] = []
+    for role, split in trainer.data.items():
+        if role == "train":
+            continue
+        result, exact = final_scores(trainer, role, step)
+        metrics[split.name] = result.scores
+        if exact.logits is not None and not examples:
+            examples = example_scores(split.pairs, exact.logits)
+        if result.logits is not None:
+            write_predictions(output.folder / "predictions" / f"{split.name}.parquet", split.pairs, result.logits)
+    summary: dict[str, Any] = trainer.world.broadcast(summarise(trainer, metrics) | {"examples": examples})
+    output.checkpoints.wait()
+    if trainer.world.is_main:
+        write_json(output.folder / "results.json", summary)
+    return summary
+
+
+def final_scores(trainer: Trainer, role: Role, step: int) -> tuple[Evaluation, Evaluation]:
+    """As trained, and without autocast, as most users of the model will run it; its scores are added as `fp32`."""
+    config, result = trainer.config, trainer.evaluate(role, step)
+    if not config.bf16:
+        return result, result
+    size, check = config.per_device_eval_batch_size, trainer.preemption.check
+    exact = evaluate(trainer.model, trainer.data[role], trainer.world, size, bf16=False, check=check)
+    result.scores["fp32"] = {name: exact.scores[name] for name in METRICS}
+    return result, exact
+
+
+def summarise(trainer: Trainer, metrics: dict[str, Any]) -> dict[str, Any]:
+    state, totals = trainer.state, trainer.state.totals
+    return {
+        "metrics": metrics,
+        "train": {
+            "seconds": totals.train_seconds,
+            "samples_per_second": totals.samples / totals.train_seconds,
+            "tokens_per_second": totals.tokens / totals.train_seconds,
+            "steps": trainer.sampler.num_steps,
+            "best_step": state.best[1] if state.best else None,
+            "epochs": trainer.sampler.num_steps / trainer.sampler.steps_per_epoch,
+            "interruptions": totals.interruptions,
+            "skipped_steps": totals.skipped_steps,
+        },
+        "eval": {
+            "seconds": totals.eval_seconds,
+            "samples_per_second": totals.evaluated / totals.eval_seconds if totals.evaluated else None,
+        },
+        "world_size": trainer.world.size,
+        "backend": trainer.backend.name,
+        "energy": energy.summarise(trainer.output.energy(totals.energy), totals.samples),
+        "versions": versions(),
+        "git": git_state(),
+    }

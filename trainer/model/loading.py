@@ -1,0 +1,177 @@
+"""Models and tokenizers from a folder or the hub, checked: what comes back can be trained, or has been."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.base.environment import offline
+from trainer.base.errors import UserError, first_line
+from trainer.config import Config, ModelConfig
+from trainer.data import builtin
+from trainer.model.cross_encoder import CrossEncoder, first_position
+
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+
+
+def longest_input(model: Any, tokenizer: Any, max_length: int | None) -> int:
+    """The longest pair in tokens. Raises UserError where `max_length` is more than the model has positions."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = int(1e9) if limit is None else limit - first_position(model)
+    if max_length is not None and max_length > limit:
+        raise UserError(f"max_length {max_length} is more than the {limit} positions that the model has")
+    if max_length is not None and max_length < 5:
+        raise UserError(f"max_length {max_length} leaves no room for two texts and their special tokens")
+    return max_length or min(limit, tokenizer.model_max_length)
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """Raises UserError where the folder or the hub has no tokenizer."""
+    from transformers import AutoTokenizer
+
+    name = config.model_name_or_path
+
+    def load() -> Any:
+        # Without its files transformers makes a tokenizer of nothing but special tokens, in silence.
+        if Path(name).is_dir() and not any(file for kind in VOCABULARIES for file in Path(name).glob(kind)):
+            raise ValueError(f"none of {', '.join(VOCABULARIES)}")
+        return AutoTokenizer.from_pretrained(name, **_hub_options(config))
+
+    return _explained(load, name, "tokenizer", "put the tokenizer's files beside config.json")
+
+
+def load_for_training(config: Config, label_names: Sequence[str]) -> CrossEncoder:
+    """The encoder to start from, in fp32, with a head for these classes; new weights are drawn from `config.seed`."""
+    name = config.model_name_or_path
+    if name == "builtin":
+        settings, tokenizer = builtin.make_config(), builtin.make_tokenizer()
+    else:
+        settings, tokenizer = _load_settings(config), load_tokenizer(config)
+    old_names = [settings.id2label[i] for i in range(settings.num_labels)]
+    settings.num_labels = len(label_names)
+    settings.id2label = dict(enumerate(label_names))
+    settings.label2id = {label: i for i, label in enumerate(label_names)}
+    settings.problem_type = "single_label_classification"
+    _set_dropout(settings, config.dropout)
+    if config.attn_implementation is not None:
+        settings._attn_implementation = config.attn_implementation
+    model = _new_model(config, settings)
+    if model is None:
+        model, new = _load_weights(config, settings)
+        if strange := [weight for weight in new if not HEAD.search(weight)]:
+            raise UserError(f"{name}: its weights lack {len(strange)} tensors of the encoder, such as {strange[0]}")
+        if sorted(old_names) == sorted(label_names) and old_names != list(label_names):
+            _reorder_classes(model, [old_names.index(label) for label in label_names])
+    max_length = longest_input(model, tokenizer, config.max_length)
+    return CrossEncoder(model, config.attn_implementation, config.unpad, tokenizer, max_length)
+
+
+def _new_model(config: Config, settings: Any) -> Any | None:
+    """A model of this shape with random weights; None where they come from a folder or the hub."""
+    from transformers import AutoModelForSequenceClassification
+
+    name, code = config.model_name_or_path, config.trust_remote_code
+    torch.manual_seed(config.seed)
+    try:
+        if name == "builtin":
+            return builtin.make_model(settings, config.seed)
+        if config.init == "random":
+            return AutoModelForSequenceClassification.from_config(settings, trust_remote_code=code).float()
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{name}: transformers cannot make this model ({first_line(error)})") from None
+    return None
+
+
+def load_trained(config: ModelConfig) -> CrossEncoder:
+    """A trained model's folder. Raises UserError if it has no head."""
+    path = Path(config.model_name_or_path)
+    if path.exists() and not (path / "config.json").is_file():
+        hint = f"; {path / 'model'} is one" if (path / "model" / "config.json").is_file() else ""
+        raise UserError(f"{path} is not a model folder: it has no config.json{hint}")
+    settings = _load_settings(config)
+    model, new = _load_weights(config, settings)
+    if settings.num_labels < 2:
+        raise UserError(f"{path} has one output, a score; crossrank needs a classifier of two classes or more")
+    if new:
+        raise UserError(f"{path} is no trained classifier: its weights lack {', '.join(new[:3])}; train it first")
+    tokenizer = load_tokenizer(config)
+    max_length = longest_input(model, tokenizer, config.max_length)
+    return CrossEncoder(model, tokenizer=tokenizer, max_length=max_length)
+
+
+# What a classifier has beyond its encoder; drawn anew where only an encoder is given.
+HEAD = re.compile(r"^(classifier|pre_classifier|score|head|.*\.pooler)\.")
+
+
+def _load_settings(config: ModelConfig) -> Any:
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # its table of new weights is the classifier's head, which is what training is for
+    logging.disable_progress_bar()
+    return _explained(
+        lambda: AutoConfig.from_pretrained(config.model_name_or_path, **_hub_options(config)),
+        config.model_name_or_path,
+        "model",
+        "a model folder holds a config.json",
+    )
+
+
+def _load_weights(config: ModelConfig, settings: Any) -> tuple[Any, list[str]]:
+    """The classifier in fp32, and the names of its weights that were not in the folder in this shape."""
+    from transformers import AutoModelForSequenceClassification
+
+    name = config.model_name_or_path
+    options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, info = _explained(
+        lambda: AutoModelForSequenceClassification.from_pretrained(
+            name, config=settings, **options, **_hub_options(config)
+        ),
+        name,
+        "weights",
+        "for a model of this shape with new weights say --init random",
+    )
+    mismatched = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
+    return model, sorted({*info["missing_keys"], *mismatched})
+
+
+def _hub_options(config: ModelConfig) -> dict[str, Any]:
+    return {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
+
+
+def _reorder_classes(model: Any, order: list[int]) -> None:
+    """Gives the last layer's classes another order, so that a trained head keeps its meaning."""
+    *_, last = (module for module in model.modules() if isinstance(module, nn.Linear))
+    with torch.no_grad():
+        for parameter in last.parameters():
+            parameter.copy_(parameter[order])
+
+
+def _set_dropout(settings: Any, dropout: float | None) -> None:
+    if dropout is None:
+        return
+    for name, value in settings.to_dict().items():
+        if "dropout" in name and (value is None or isinstance(value, (int, float))):
+            setattr(settings, name, dropout)
+
+
+def _explained(load: Callable[[], Any], name: str, what: str, fix: str) -> Any:
+    """load(), or one UserError that says what is missing where, and what to do."""
+    try:
+        return load()
+    except Exception as error:  # damaged files surface as any kind of error in four libraries
+        reason = first_line(error)
+    if Path(name).is_dir():
+        raise UserError(f"{name} has no {what} that can be loaded ({reason}); {fix}")
+    if name.startswith((".", "/", "~")):
+        raise UserError(f"{name}: no such folder")
+    forbidden = " (HF_HUB_OFFLINE is set)" if offline() else ""
+    raise UserError(
+        f"{what} of {name!r} could not be loaded from the hub{forbidden} ({reason}). Without network, give a local "
+        f"folder in its place"
+    )

@@ -1,0 +1,59 @@
+"""Where a run begins: at its first step, or at a checkpoint of its own or of another run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trainer.base.log import log
+from trainer.config import Config
+from trainer.ranks import World
+from trainer.run.checkpoint import Checkpoint, Checkpoints, load_given
+from trainer.run.folder import RunFolder
+from trainer.run.journal import rewind
+from trainer.run.state import Identity, State, Window
+
+
+@dataclass(frozen=True)
+class Start:
+    """`tensors` of the checkpoint on rank 0, empty elsewhere; None where the run begins at its first step."""
+
+    state: State
+    tensors: dict[str, torch.Tensor] | None
+
+
+def resume(
+    config: Config,
+    world: World,
+    opened: RunFolder,
+    checkpoints: Checkpoints,
+    identity: Identity,
+    places: dict[str, str],
+) -> Start:
+    """Every rank takes part. Raises UserError where the checkpoint is of another run; `places` names the splits."""
+    found = find_checkpoint(config, checkpoints, opened.resuming) if world.is_main else None
+    saved = world.broadcast(found.state if found else None)
+    has_model = world.broadcast((opened.path / "model").exists())
+    if saved is None:
+        state = State(Window.new(world.device))
+    else:
+        identity.check(saved, places)
+        state = State.from_json(saved, identity.sampler, world, has_model)
+    if world.is_main and opened.resuming:
+        own = found is not None and found.path.parent == checkpoints.folder
+        rewind(opened.path, saved["num_events"] if own else 0)
+    if found:
+        log.info(f"resuming at step {state.step} from {found.path}")
+    return Start(state, None if saved is None else found.tensors if found else {})
+
+
+def find_checkpoint(config: Config, checkpoints: Checkpoints, resuming: bool) -> Checkpoint | None:
+    """The newest complete one of an unfinished run, else the one that the user names."""
+    newest = checkpoints.newest() if resuming else None
+    if newest is None and config.resume_from_checkpoint not in ("auto", "none"):
+        return load_given(Path(config.resume_from_checkpoint).expanduser())
+    if newest is None and resuming:
+        log.info(f"the run in {checkpoints.folder.parent} has no checkpoint yet: it starts from the beginning")
+    return newest

@@ -1,0 +1,163 @@
+"""What a run has done so far: the one object that a checkpoint's state.json is written from and read into."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from trainer.base.errors import UserError
+from trainer.data.sampler import GlobalBatchSampler
+from trainer.ranks import World
+from trainer.run.versions import versions
+
+
+@dataclass
+class Window:
+    """What has happened since the last log line; what is on the device stays there until it is logged."""
+
+    loss: torch.Tensor
+    nonfinite: torch.Tensor  # (2,) first step + 1 whose own loss, or whose gradient norm, was not finite; 0 = none
+    steps: int = 0
+    samples: int = 0
+    tokens: int = 0
+    seconds_before: float = 0.0  # in a run that this one resumes
+    started: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def new(cls, device: torch.device) -> Window:
+        return cls(torch.zeros((), device=device), torch.zeros(2, dtype=torch.int64, device=device))
+
+    def add(self, step: int, loss: torch.Tensor, norm: torch.Tensor, samples: int, tokens: int) -> None:
+        self.loss += loss
+        bad = ~torch.isfinite(torch.stack([loss, norm.to(loss.device)]))
+        self.nonfinite = torch.where((self.nonfinite == 0) & bad, step + 1, self.nonfinite)
+        self.steps, self.samples, self.tokens = self.steps + 1, self.samples + samples, self.tokens + tokens
+
+    def start(self) -> None:
+        """Begins to count the time."""
+        self.started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is not training does not count as its time."""
+        paused = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - paused
+
+
+@dataclass
+class Totals:
+    """Of the run so far; seconds do not overlap."""
+
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    samples: int = 0
+    tokens: int = 0
+    evaluated: int = 0
+    interruptions: int = 0
+    skipped_steps: int = 0
+    energy: list[dict[str, Any]] = field(default_factory=list)  # a row a node and stretch of the run, those before
+
+    def add(self, window: Window, seconds: float) -> None:
+        """A window that has been logged, after `seconds`."""
+        self.train_seconds += seconds
+        self.samples += window.samples
+        self.tokens += window.tokens
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes the run, beyond its config. A checkpoint of another one is refused."""
+
+    sampler: GlobalBatchSampler
+    data: dict[str, str]  # fingerprint of each role's split
+    frozen: str | None  # fingerprint of the embedding rows that are in no checkpoint
+
+    def check(self, saved: dict[str, Any], places: dict[str, str]) -> None:
+        """Raises UserError where a checkpoint's run had other data, named by `places`, or froze other rows."""
+        for role, fingerprint in saved.get("data", {}).items():
+            if self.data.get(role, fingerprint) != fingerprint:
+                raise UserError(f"{places[role]} is not the {role} data with which the run began")
+        if saved.get("rest") != self.frozen:
+            raise UserError(
+                "the checkpoint cannot be resumed here: its run froze other rows of the embedding table; give the same "
+                "model_name_or_path, init, seed and weight_decay"
+            )
+
+
+@dataclass
+class State:
+    """Where the run is.
+
+    Attributes:
+        step: optimizer steps done, of the whole run.
+        best: value of metric_for_best_model, higher is better, and the step that had it.
+        saved_step: of the newest checkpoint.
+        pending_evaluation: an evaluation of this step is still to be done.
+    """
+
+    window: Window
+    step: int = 0
+    totals: Totals = field(default_factory=Totals)
+    best: tuple[float, int] | None = None
+    saved_step: int = -1
+    pending_evaluation: bool = False
+
+    @property
+    def num_updates(self) -> int:
+        """Steps that changed the weights."""
+        return self.step - self.totals.skipped_steps
+
+    def to_json(
+        self, identity: Identity, world: World, backend: str, num_events: int, energy: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """state.json. Every rank takes part; `num_events` lines of metrics.jsonl belong to it."""
+        window = self.window
+        return {
+            "sampler": identity.sampler.position(self.step),
+            "data": identity.data,
+            "rest": identity.frozen,
+            "num_updates": self.num_updates,
+            "totals": dataclasses.asdict(self.totals) | {"energy": energy},
+            "best": self.best,
+            "window": {
+                "loss": float(world.sum(window.loss.clone())),
+                "steps": window.steps,
+                "samples": window.samples,
+                "tokens": window.tokens,
+                "seconds": window.seconds,
+            },
+            "pending_evaluation": self.pending_evaluation,
+            "num_events": num_events,
+            "world_size": world.size,
+            "backend": backend,
+            "versions": versions(),
+        }
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any], sampler: GlobalBatchSampler, world: World, has_model: bool) -> State:
+        """The reverse, on every rank. Raises UserError if the samples' order was another one.
+
+        `has_model`: whether the best model so far lies in this run's folder. Of another run it does not: the best of
+        this one begins anew.
+        """
+        counted = saved["window"]
+        window = Window.new(world.device)
+        window.loss += counted["loss"] if world.is_main else 0.0
+        window.steps, window.samples, window.tokens = counted["steps"], counted["samples"], counted["tokens"]
+        window.seconds_before = counted["seconds"]
+        totals = Totals(**saved["totals"])
+        totals.interruptions += 1
+        best = saved["best"] if has_model else None
+        step = sampler.seek(saved["sampler"])
+        return cls(window, step, totals, best and (best[0], best[1]), step, saved["pending_evaluation"])
