@@ -5,8 +5,6 @@
 torchrun itself ends with 1 whatever its ranks ended with, and adds its own traceback to their error.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

@@ -3,8 +3,6 @@
 Nothing here imports torch, and the arguments of `train` are checked before anything starts or is queued.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """The GPUs of this machine, counted without torch, so that a login node answers at once."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Follows a job until it has ended: its log as it grows, and below it one line on how the job stands."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -6,8 +6,6 @@ The nodes meet in the run folder itself: each leaves a report there and reads th
 shared, or a node with another copy of the code, is found before hours are computed. Exit code 2: something is wrong.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import json

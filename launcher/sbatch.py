@@ -6,8 +6,6 @@ by hand is left out. So what --dry_run prints stands alone. Every value is eithe
 line, refused where it could be anything but a value.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import subprocess

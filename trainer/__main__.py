@@ -4,8 +4,6 @@ Exit codes: 0 done, 1 a failure of the program, 2 a mistake in the input, 85 sto
 same command again to resume), 130 interrupted.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

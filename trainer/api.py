@@ -9,8 +9,6 @@
 Fields are those of the command line, by the same names. Mistakes in the input raise trainer.base.errors.UserError.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path

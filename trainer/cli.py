@@ -4,8 +4,6 @@ jsonargparse turns the dataclasses of `trainer.config` into options with their d
 recipes, the precedence of the four sources, bare boolean flags (`--bf16`), and the nearest valid name in errors.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

@@ -4,8 +4,6 @@ Fields are flat and carry the names that transformers' TrainingArguments and run
 card's hyperparameter list can be pasted into a config file. Nothing here imports torch: a login node can check a run.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,20 +220,6 @@ class HubConfig(Fields):
     """Make the repository private if it does not exist."""
 
 
-GROUPS: tuple[type, ...] = (
-    ModelConfig,
-    DataConfig,
-    BatchConfig,
-    OptimisationConfig,
-    RunConfig,
-    ParallelConfig,
-    EvaluationConfig,
-    CheckpointConfig,
-    LoggingConfig,
-    HubConfig,
-)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Config(
     HubConfig,
@@ -283,6 +267,9 @@ class Config(
             raise UserError("no data: give --train_file FILE, --dataset_name NAME, or a --recipe that names a data set")
         if self.label_names is not None and len(set(self.label_names)) != len(self.label_names):
             raise UserError(f"label_names holds a name twice: {self.label_names}")
+
+
+GROUPS: tuple[type, ...] = Config.__bases__[::-1]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

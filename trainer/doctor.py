@@ -3,8 +3,6 @@
 `python -m trainer.doctor` under torchrun is what `crossrank doctor --ranks N` starts: one real collective.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.metadata
 import json

@@ -5,8 +5,6 @@ batch is computed in the same shape whoever computes it, no sample is padded in 
 with the index of their sample.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The end of a run: the model, its final scores and predictions, results.json."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from safetensors.torch import load_file

@@ -4,8 +4,6 @@ Sources of the method: AdamW with linear warmup and decay on sentence pairs as i
 hyperparameters' meaning as in transformers' TrainingArguments.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable

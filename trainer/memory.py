@@ -1,7 +1,5 @@
 """How many pairs a forward can hold: tried on the GPU before the first step."""
 
-from __future__ import annotations
-
 import torch
 
 from trainer.base.errors import TrainingFailed

@@ -4,8 +4,6 @@
 one rank only: the package locks files.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A trained model at work: the scores of labelled pairs, the classes of new ones."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ the CPU, so that callers never ask whether the run is distributed. Control data 
 device's own library; a process group therefore carries both.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os

@@ -1,7 +1,5 @@
 """A training run from end to end: read and check everything, train, leave the model and its scores."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -5,8 +5,6 @@ backends. So the run is the same; only what a rank keeps in memory differs. Deep
 numbers that crossrank decides are filled in, and what contradicts them is refused.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager

@@ -4,8 +4,6 @@ In bf16 it is autocast that rounds, as in the other backends: a bfloat16 policy 
 fp32, norms and embeddings. Gradients are summed in fp32.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 

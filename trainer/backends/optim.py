@@ -1,7 +1,5 @@
 """AdamW and the learning rate, which is a pure function of the step."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One device: the reference. Other backends derive from it and change only what differs."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What the environment says, without torch: which rank this is, whether to use the network, which hosts there are."""
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The three ways in which a run ends early, and the words in which it says so."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

@@ -4,8 +4,6 @@ warmup_ratio: float = option(0.0, at_least=0, below=1)
 (and below it a docstring: the field's help on the command line)
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable

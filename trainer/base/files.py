@@ -1,7 +1,5 @@
 """Files that are complete or absent, whatever becomes of the process that writes them."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """What a run says to the person who watches: one logger, heard from rank 0 only."""
 
-from __future__ import annotations
-
 import logging
 import sys
 

@@ -11,8 +11,6 @@ Invariants:
 - No pair occurs twice, in one split or across splits.
 """
 
-from __future__ import annotations
-
 import random
 import string
 from functools import cache

@@ -1,7 +1,5 @@
 """From a column of class names or numbers to class numbers, with the classes' names."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

@@ -7,8 +7,6 @@ Invariants:
 - A position is a step: resuming seeks, nothing is replayed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ Sources: local files, `save_to_disk` folders, the hub, and the embedded data set
 0, header excluded, and a pair keeps the row it had in its source.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Pairs from stdin, and predictions into files of any size: a part at a time, in order, in constant memory."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -4,8 +4,6 @@ Text stays text: a premise that says "1", "null" or "2024-01-01" is no number, n
 header and empty lines excluded.
 """
 
-from __future__ import annotations
-
 import gzip
 import re
 import shutil

@@ -5,8 +5,6 @@ stays alive. The cache file is named by a fingerprint of everything that decides
 name and renamed, and carries a checksum: a damaged or foreign file is rebuilt, never trusted.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable

@@ -10,8 +10,6 @@ A model of a known family runs its own forward. What changes comes in through th
   values are computed from all of them. This is exact: what is left out never reached the logits.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Micro-batches: array operations from the flat tokens to tensors on the device."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

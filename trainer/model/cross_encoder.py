@@ -1,7 +1,5 @@
 """The cross-encoder: a transformers sequence classifier fed with batches of pairs, and its tokenizer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

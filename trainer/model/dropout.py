@@ -11,8 +11,6 @@ once more. Each 64-bit result gives four 16-bit draws, so a probability is met t
 by the probability that was met.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import numpy as np

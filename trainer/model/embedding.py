@@ -6,8 +6,6 @@ the optimizer step, what ranks send, or a checkpoint. Of RoBERTa's 50,265 rows, 
 17,593. Evaluation sees all rows.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

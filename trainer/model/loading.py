@@ -1,7 +1,5 @@
 """Models and tokenizers from a folder or the hub, checked: what comes back can be trained, or has been."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Number formats: bfloat16 autocast around the forward, TF32, and what the device has of them."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 

@@ -3,8 +3,6 @@
 Metadata go through huggingface_hub's classes, every word of others through `markdown`'s escapes.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """Several runs beside each other: `crossrank report RUN RUN ...`. Those that differ only in their seed are a group."""
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 from pathlib import Path

@@ -3,8 +3,6 @@
 The login is huggingface_hub's own (`hf auth login`, or HF_TOKEN): no token passes through a field, a file or a message.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token

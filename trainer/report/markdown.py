@@ -1,7 +1,5 @@
 """Markdown and HTML from the words of others: escaped, shortened, in tables that hold together."""
 
-from __future__ import annotations
-
 import base64
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A run folder, read: finished or not, with damaged lines counted. Needs no torch."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from dataclasses import dataclass

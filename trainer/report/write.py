@@ -4,8 +4,6 @@
 card. What is not in the folder is not on the card; what is there but unfinished or damaged is marked so.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from huggingface_hub import ModelCard

@@ -3,8 +3,6 @@
 It holds no more text than the card shows: a text of 100 kB is not carried along.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import re

@@ -6,8 +6,6 @@ under another name, every file is flushed to the disk; then the folder gets its 
 is ever executed. What does not match its manifest is not loaded.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

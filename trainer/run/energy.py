@@ -6,8 +6,6 @@ counters can't be read it takes the processor's load and its rated power, and al
 as an estimate.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import logging

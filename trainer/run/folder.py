@@ -1,7 +1,5 @@
 """The run folder: who may write into it, and what lies there when a run begins."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import time

@@ -1,7 +1,5 @@
 """What a run says while it goes: metrics.jsonl, trackers, log lines and the progress bar."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

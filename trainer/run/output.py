@@ -1,7 +1,5 @@
 """All that a run writes to while it trains. On ranks other than 0 most of it does nothing."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 The trainer knows nothing of Slurm or of any other scheduler: exit code 85 says "preempted, start me again".
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

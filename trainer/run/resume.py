@@ -1,7 +1,5 @@
 """Where a run begins: at its first step, or at a checkpoint of its own or of another run."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -4,8 +4,6 @@ A tracker is log(metrics, step) and close(). One that fails says so once and is 
 MLflow is not among them: it brings a web server, a database layer and Docker's client for what these files already say.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import secrets

@@ -1,7 +1,5 @@
 """Which software a run is of: versions of the packages that decide its numbers, and the commit. Needs no torch."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import platform
 import subprocess
