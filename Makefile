@@ -2,10 +2,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python -m
 
-.PHONY: train test test-full lint venv clean
+.PHONY: train unit test test-full lint venv clean
 
-train: venv            ## train on the embedded data set; ends with F1 and where the model lies
+train: .venv/run       ## train on the embedded data set; ends with F1 and where the model lies
 	$(BIN)/crossrank train --recipe demo
+
+unit: .venv/test       ## the tests that start no second process: under a minute
+	HF_HUB_OFFLINE=1 $(RUN) pytest -m "not full" --unit
 
 test: lint             ## the test suite
 	HF_HUB_OFFLINE=1 $(RUN) pytest -m "not full"
@@ -13,17 +16,22 @@ test: lint             ## the test suite
 test-full: lint        ## and the slow tests: half an hour or more
 	HF_HUB_OFFLINE=1 $(RUN) pytest
 
-lint: venv
+lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-venv: .venv/ready      ## .venv with what constraints.txt pins
+venv: .venv/test       ## .venv with what constraints.txt pins, for training and tests
 
-.venv/ready: setup.cfg pyproject.toml constraints.txt
+# What a target does not need, it does not install: DeepSpeed, sentence-transformers and W&B are for the tests.
+.venv/run: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "crossrank needs Python 3.10 or later; say make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/test: .venv/run
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 

@@ -32,9 +32,9 @@ BACKENDS = {
 
 
 def bytes_by_formula(name: str, ranks: int) -> float:
-    """Bytes a parameter and rank: 4 of weights, 4 of gradients, 8 of moments, each whole or shared by the ranks."""
-    whole = {"zero1": 8, "zero2": 4, "zero3": 0, "fsdp": 0}.get(name, 16)
-    return whole + (16 - whole) / ranks
+    """Bytes a parameter and rank: 4 of weights, 4 of gradients, 8 of moments, each in full or sharded."""
+    full = {"zero1": 8, "zero2": 4, "zero3": 0, "fsdp": 0}.get(name, 16)
+    return full + (16 - full) / ranks
 
 
 def tensor_bytes() -> int:

@@ -1,8 +1,8 @@
-"""What a checkpoint costs: how long a save holds up the loop, how long it takes to write, and to go on from.
+"""What a checkpoint costs: how long a save holds up the loop, how long it takes to write, and to resume from.
 
     python -m benchmarks.checkpoints [--model minilm] [--bf16 false]
 
-Steps alternate with steps that begin with a save. The stall is the time in the loop's own call; writing goes on in a
+Steps alternate with steps that begin with a save. The stall is the time in the loop's own call; writing continues in a
 thread beside the steps after it.
 """
 

@@ -1,4 +1,4 @@
-"""The whole reference run by crossrank and by sentence-transformers, over several seeds: F1, loss curves, a table.
+"""The full reference run by crossrank and by sentence-transformers, over several seeds: F1, loss curves, a table.
 
     python -m benchmarks.seeds [--seeds 42 43 44] [--trainers crossrank] [--model minilm]
 

@@ -36,7 +36,7 @@ def main(peer: str, what: tuple[str, ...], steps: int = 40, window: int = 10) ->
 
 
 def with_classes(folder: object) -> object:
-    """The model as a classifier of three classes, which evaluation needs; an encoder alone gets a head from seed 0."""
+    """The model as a classifier of three classes, which evaluation needs; a bare encoder gets a head from seed 0."""
     import tempfile
     from pathlib import Path
 

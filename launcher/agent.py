@@ -1,6 +1,6 @@
 """torchrun, ending as one process would: the ranks' own exit code, and one line where they could not say why.
 
-    python -m launcher.agent [torchrun's arguments]
+    python -m crossrank agent [torchrun's arguments]
 
 torchrun itself ends with 1 whatever its ranks ended with, and adds its own traceback to their error.
 """

@@ -91,12 +91,12 @@ def split(argv: list[str]) -> tuple[list[str], list[str]]:
 def launch_local(options: LocalConfig, config: Config, arguments: list[str]) -> None:
     nproc = num_processes(options.nproc, num_visible(os.environ, num_present()))
     command = [sys.executable] if nproc == 1 else torchrun(TorchrunConfig(), nproc)
-    run([*command, "-m", "trainer", "train", *arguments], options.dry_run)
+    run([*command, "-m", "crossrank", "train", *arguments], options.dry_run)
 
 
 def launch_torchrun(options: TorchrunConfig, config: Config, arguments: list[str]) -> None:
     nproc = num_processes(options.nproc, num_visible(os.environ, num_present()))
-    run([*torchrun(options, nproc), "-m", "trainer", "train", *arguments], options.dry_run)
+    run([*torchrun(options, nproc), "-m", "crossrank", "train", *arguments], options.dry_run)
 
 
 def launch_slurm(options: SlurmConfig, config: Config, arguments: list[str]) -> None:
@@ -139,7 +139,7 @@ def run(command: list[str], dry_run: bool) -> None:
         if TORCHRUN in command and "--nproc-per-node=1" not in command:
             os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with a banner
         # The same torchrun, with an exit code and an end that are the ranks' own.
-        command = ["launcher.agent" if word == TORCHRUN else word for word in command]
+        command = [own for word in command for own in (["crossrank", "agent"] if word == TORCHRUN else [word])]
         os.execv(command[0], command)  # noqa: S606
 
 

@@ -44,7 +44,7 @@ def follow(job: str) -> int:
                     break
                 time.sleep(1)
     except KeyboardInterrupt:
-        print(f"crossrank: job {job} goes on; `scancel {job}` ends it", file=sys.stderr)
+        print(f"crossrank: job {job} continues; `scancel {job}` ends it", file=sys.stderr)
         raise
     return next((code for code in map(exit_code, records) if code), 0)
 
@@ -75,10 +75,10 @@ def copy_log(name: str, said: dict[str, int]) -> None:
     with path.open("rb") as file:
         file.seek(said.get(name, 0))
         text = file.read()
-    whole = text[: text.rfind(b"\n") + 1]  # a line is printed when it is complete
-    said[name] = said.get(name, 0) + len(whole)
-    if whole:
-        tqdm.write(whole.decode(errors="replace"), file=sys.stdout, end="")
+    complete = text[: text.rfind(b"\n") + 1]  # a line is printed when it is complete
+    said[name] = said.get(name, 0) + len(complete)
+    if complete:
+        tqdm.write(complete.decode(errors="replace"), file=sys.stdout, end="")
         sys.stdout.flush()
 
 
@@ -94,7 +94,7 @@ def describe(job: str, records: list[Record]) -> str:
 
 
 def exit_code(record: Record) -> int:
-    """0 for success alone; 128 + the signal that ended the job, as in a shell."""
+    """0 only for success; 128 + the signal that ended the job, as in a shell."""
     if record["JobState"] == "COMPLETED":
         return 0
     code, _, signal = record["ExitCode"].partition(":")

@@ -1,6 +1,6 @@
 """On every node, before a job's ranks start: what would otherwise fail late, or train something else.
 
-    srun --ntasks-per-node=1 python -m launcher.preflight RUN_FOLDER [arguments of crossrank train]
+    srun --ntasks-per-node=1 python -m crossrank preflight RUN_FOLDER [arguments of crossrank train]
 
 The nodes meet in the run folder itself: each leaves a report there and reads the others'. So a folder that is not
 shared, or a node with another copy of the code, is found before hours are computed. Exit code 2: something is wrong.

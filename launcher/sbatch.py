@@ -2,7 +2,7 @@
 
 Those scripts work by themselves, and they are the templates: their #SBATCH lines are replaced or added to, the part
 that they share takes the place of its `source` line, and the user's values are set in front of it; how to submit them
-by hand is left out. So what --dry_run prints stands alone. Every value is either quoted for the shell or, in an #SBATCH
+by hand is left out. So what --dry_run prints is complete. Every value is either quoted for the shell or, in an #SBATCH
 line, refused where it could be anything but a value.
 """
 
@@ -42,7 +42,8 @@ class SlurmConfig(Fields):
     seeds: str | None = None
     """A run for each of these seeds, as a job array such as 0-4 or 1,7,42 (slurm/seeds.sbatch)."""
     time: str = "24:00:00"
-    """Time limit as Slurm writes it: minutes, hours:minutes:seconds, days-hours; a job that reaches it goes on anew."""
+    """Time limit as Slurm writes it: minutes, hours:minutes:seconds, days-hours; a job that reaches it is queued
+    again, and resumes."""
     warning_seconds: int = option(120, above=0)
     """How long before the time limit the ranks are told to save."""
     warning_signal: Literal["USR1", "USR2"] = "USR1"
@@ -85,7 +86,7 @@ class SlurmConfig(Fields):
             raise UserError(f"the time limit {self.time} is {limit} s, and the warning comes "
                             f"{self.warning_seconds} s before; raise --time, or lower --warning_seconds")  # fmt: skip
         if self.job_name is not None and not re.fullmatch(r"[\w.+=:@%-]+", self.job_name):
-            raise UserError(f"job_name {self.job_name!r} may hold letters, digits and ._+=:@%- alone")
+            raise UserError(f"job_name {self.job_name!r} may hold only letters, digits and ._+=:@%-")
         if self.seeds is not None and not re.fullmatch(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?", self.seeds):
             raise UserError(f"seeds {self.seeds!r} must be as 0-4 or 1,7,42, with %N for at most N at a time")
         if self.seeds is not None and (self.nodes > 1 or self.num_ranks > 1) and self.ranks_by == "torchrun":
@@ -147,7 +148,7 @@ def directive(name: str, value: object) -> str:
 
 
 def render(config: SlurmConfig, arguments: list[str]) -> str:
-    """The batch script for `crossrank train ARGUMENTS`; a function of these and of the files in slurm/ alone."""
+    """The batch script for `crossrank train ARGUMENTS`; a function of these and of the files in slurm/ only."""
     if config.seeds and any(argument.partition("=")[0] == "--seed" for argument in arguments):
         raise UserError("the seeds of the array are the runs' seeds; leave out --seed")
     name = "seeds" if config.seeds else "train" if config.ranks_by == "torchrun" else "train_srun"

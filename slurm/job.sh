@@ -58,7 +58,7 @@ begin() {
     echo "START $(date -Is) job $SLURM_JOB_ID ($SLURM_JOB_NAME) on $SLURM_JOB_NODELIST," \
         "restart ${SLURM_RESTART_COUNT:-0}, meeting at $MASTER_ADDR:$MASTER_PORT"
     srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 "${inside[@]}" \
-        python -m launcher.preflight "$run_folder" "$@" || exit 2
+        python -m crossrank preflight "$run_folder" "$@" || exit 2
     rm -rf "$run_folder/.preflight-$SLURM_JOB_ID" "$CROSSRANK_EXIT_FILE"{,.*}
 }
 
@@ -92,7 +92,7 @@ run() {
     fi
     echo "END $(date -Is) job $SLURM_JOB_ID, exit code $code"
     if [ -n "$warned" ] && [ "$code" = 85 ]; then
-        echo "REQUEUE job $SLURM_JOB_ID, to go on in $run_folder"
+        echo "REQUEUE job $SLURM_JOB_ID, to resume in $run_folder"
         # Slurm then ends this shell; a shell that exits first would end the job.
         scontrol requeue "$SLURM_JOB_ID" && sleep 60
     fi

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import multiprocessing
@@ -72,6 +73,37 @@ def builtin_model(tmp_path_factory) -> Path:
     make_model(make_config(), seed=42).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def pytest_addoption(parser):
+    parser.addoption("--unit", action="store_true", help="only tests that start no second process")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--unit"):
+        return
+    kept = [item for item in items if not any(map(starts_processes, functions_of(item)))]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def functions_of(item) -> list:
+    """A test and the fixtures that it uses."""
+    fixtures = item._fixtureinfo.name2fixturedefs.values()
+    return [item.function, *(definition.func for definitions in fixtures for definition in definitions)]
+
+
+def starts_processes(function, seen: frozenset = frozenset()) -> bool:
+    """Whether it, or what it calls of the tests, names something that starts a process."""
+    function = inspect.unwrap(function)
+    code = getattr(function, "__code__", None)
+    if code is None or code in seen or not code.co_filename.startswith(str(ROOT / "tests")):
+        return False
+    inner = [code, *(constant for constant in code.co_consts if inspect.iscode(constant))]
+    names = {name for part in inner for name in part.co_names}
+    if names & {"crossrank", "torchrun", "Ranks", "subprocess"}:
+        return True
+    return any(starts_processes(function.__globals__.get(name), seen | {code}) for name in names)
 
 
 class Result(subprocess.CompletedProcess):
@@ -183,7 +215,7 @@ def torchrun(
 ) -> Result:
     """The same through the real torchrun."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *options]
-    command = [*start, *([str(script)] if script else ["-m", "trainer"]), *map(str, arguments)]
+    command = [*start, *([str(script)] if script else ["-m", "crossrank"]), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | env
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     return checked(Result(command, result.returncode, result.stdout, result.stderr), command, check)

@@ -1,4 +1,4 @@
-"""`crossrank VERB ...`, which is also `python -m trainer VERB ...` on every rank of torchrun or srun.
+"""`crossrank VERB ...`, which is also `python -m crossrank VERB ...` on every rank of torchrun or srun.
 
 Exit codes: 0 done, 1 a failure of the program, 2 a mistake in the input, 85 stopped on request and saved (start the
 same command again to resume), 130 interrupted.
@@ -29,7 +29,7 @@ USAGE = """usage: crossrank VERB ...
   launch     start a run: here, by torchrun      crossrank launch slurm --nodes 2 --gpus_per_node 4 -- train ...
              or in a Slurm job
 
-`crossrank VERB --help` shows a verb's options. On several ranks: torchrun --nproc-per-node N -m trainer VERB ...
+`crossrank VERB --help` shows a verb's options. On several ranks: torchrun --nproc-per-node N -m crossrank VERB ...
 """
 
 
@@ -123,6 +123,28 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
+def agent(argv: list[str]) -> int:
+    from launcher.agent import main
+
+    return main(argv)
+
+
+def preflight(argv: list[str]) -> int:
+    from launcher.preflight import main
+
+    return main(argv)
+
+
+def meet(argv: list[str]) -> int:
+    from trainer.doctor import meet
+
+    return meet()
+
+
+# What launch and doctor start, and nobody types.
+INTERNAL: dict[str, Callable[[list[str]], int]] = {"agent": agent, "preflight": preflight, "meet": meet}
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     # OpenMP's threads wait for each other in a loop: by default so long that one busy neighbour halves the speed of a
@@ -134,6 +156,13 @@ def main(argv: list[str] | None = None) -> int:
     if verb in ("-h", "--help"):
         print(USAGE, end="")
         return 0
+    if verb in ("-V", "--version"):
+        from crossrank import __version__
+
+        print(f"crossrank {__version__}")
+        return 0
+    if verb in INTERNAL:
+        return INTERNAL[verb](rest)
     code = 0
     try:
         if verb not in VERBS:

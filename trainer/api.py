@@ -27,7 +27,7 @@ from trainer.report.write import write_report
 
 
 def train(config: Config | None = None, *, recipe: str | None = None, **fields: Any) -> dict[str, Any]:
-    """A whole run, as `crossrank train`; on several ranks, every rank calls it.
+    """A run from end to end, as `crossrank train`; on several ranks, every rank calls it.
 
     Args:
         config: all fields, validated; or else

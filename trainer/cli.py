@@ -66,7 +66,7 @@ def _split(arg: str, options: dict[str, argparse.Action]) -> list[str]:
 
 
 def _spell_out_flags(argv: list[str], options: dict[str, argparse.Action]) -> list[str]:
-    """`--bf16` alone means `--bf16 true`, as in transformers; `a,b` means the list `["a", "b"]`."""
+    """A bare `--bf16` means `--bf16 true`, as in transformers; `a,b` means the list `["a", "b"]`."""
     spelled = []
     for position, arg in enumerate(argv):
         spelled.append(arg)

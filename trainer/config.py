@@ -111,7 +111,7 @@ class OptimisationConfig(Fields):
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     """Course of the learning rate after warmup."""
     warmup_ratio: float = option(0.0, at_least=0, below=1)
-    """Share of all steps over which the learning rate rises from 0."""
+    """Part of all steps over which the learning rate rises from 0."""
     warmup_steps: int = option(0, at_least=0)
     """The same in steps; overrides warmup_ratio when positive."""
     label_smoothing_factor: float = option(0.0, at_least=0, below=1)
@@ -129,13 +129,13 @@ class RunConfig(Fields):
     seed: int = option(42, at_least=0)
     """Seed of weights, dropout and (without data_seed) of the data's order."""
     data_seed: int | None = option(None, at_least=0)
-    """Seed of the data's order alone."""
+    """Seed of only the data's order."""
     bf16: bool = False
     """Forward in bfloat16 autocast; weights, gradients' sums and optimizer stay in fp32."""
     tf32: bool = False
     """Allow TF32 in fp32 matrix products on CUDA."""
     unpad: bool = option(True, kind="method")
-    """Compute real tokens alone: no padding outside attention, and first tokens alone in the last layer. Exact; for
+    """Compute only real tokens: no padding outside attention, and only first tokens in the last layer. Exact; for
     BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT and ModernBERT, others run padded."""
     torch_compile: bool = option(False, kind="method")
     """Compile the model's layers; the first steps take a minute or more."""
@@ -184,7 +184,7 @@ class CheckpointConfig(Fields):
     save_total_limit: int | None = option(2, above=0, kind="upkeep")
     """Checkpoints to keep; null = all."""
     resume_from_checkpoint: str = option("auto", kind="local")
-    """auto = go on with the unfinished run in output_dir; none = never; or a checkpoint's or a run's folder."""
+    """auto = resume the unfinished run in output_dir; none = never; or a checkpoint's or a run's folder."""
     preemption_signals: list[str] = option(factory=lambda: ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"], kind="upkeep")
     """Signals at which the run saves and stops, with exit code 85."""
     skip_nonfinite: int = option(0, at_least=0, kind="method")

@@ -1,6 +1,6 @@
 """Is this machine ready? Each part of the environment with its value, and with the fix where something is wrong.
 
-`python -m trainer.doctor` under torchrun is what `crossrank doctor --ranks N` starts: one real collective.
+With --ranks N, `crossrank meet` is started by torchrun: one real collective.
 """
 
 import dataclasses
@@ -142,7 +142,7 @@ def _slurm() -> Check:
 
 def _meeting(ranks: int) -> Check:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    result = subprocess.run([*command, "-m", "trainer.doctor"], capture_output=True, text=True)
+    result = subprocess.run([*command, "-m", "crossrank", "meet"], capture_output=True, text=True)
     said = result.stdout.strip().splitlines()
     if result.returncode == 0 and said:
         return Check(f"{ranks} ranks", said[-1])
@@ -150,7 +150,7 @@ def _meeting(ranks: int) -> Check:
     return Check(f"{ranks} ranks", reason.strip(), False, "check MASTER_ADDR, the network interface and the firewall")
 
 
-def meet() -> None:
+def meet() -> int:
     """One collective on the device and one on the CPU, whose results are checked."""
     import torch
 
@@ -163,7 +163,4 @@ def meet() -> None:
     if world.is_main:
         print(f"met on {world.device.type}, and their sum is right")
     ranks.stop()
-
-
-if __name__ == "__main__":
-    meet()
+    return 0

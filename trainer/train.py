@@ -1,4 +1,4 @@
-"""A training run from end to end: read and check everything, train, leave the model and its scores."""
+"""A training run from end to end: read and check everything, train, write the model and its scores."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,7 +109,9 @@ def build_model(config: Config, world: World, label_names: tuple[str, ...]) -> C
     if model.note:
         log.info(model.note)
     if config.gradient_checkpointing:
-        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        inner: Any = model.model  # transformers has renamed the method
+        enable = getattr(inner, "activation_checkpointing_enable", inner.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     if config.torch_compile:
         compile_layers(model)
     return model

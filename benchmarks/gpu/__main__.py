@@ -36,7 +36,7 @@ def stages(shared: Path, minilm: Path, out: Path, tiny: bool) -> dict[str, list[
 
     enough = [] if tiny else ["max_steps=200"]  # to see the peak of memory
 
-    def whole(trainer: str, encoder: Path, *more: object) -> list[object]:
+    def recipe(trainer: str, encoder: Path, *more: object) -> list[object]:
         start = ["benchmarks.contenders", f"{trainer}_recipe", "--model", encoder, "--data", shared / "data" / "allnli"]
         return [*start, "--more", "country_iso_code=FRA", *few, *more]
 
@@ -47,18 +47,18 @@ def stages(shared: Path, minilm: Path, out: Path, tiny: bool) -> dict[str, list[
     shapes = ["distilroberta"] if tiny else ["distilroberta", "roberta-large", "deberta-v3-large"]
     return {
         "tests": ["pytest", "-m", "gpu", "-p", "no:cacheprovider", common.ROOT / "tests" / "gpu"],
-        "recipe": whole("crossrank", model),
-        "recipe-sentence_transformers": whole("sentence_transformers", model),
+        "recipe": recipe("crossrank", model),
+        "recipe-sentence_transformers": recipe("sentence_transformers", model),
         "training": ["benchmarks.vs_sentence_transformers", *sizes, *steps],
         "roofline": ["benchmarks.roofline", *sizes, *short],
-        "recipe-24GiB": [*whole("crossrank", model, *enough), "--memory-gib", RTX_3090_GIB],
-        "recipe-minilm": whole("crossrank", minilm),
+        "recipe-24GiB": [*recipe("crossrank", model, *enough), "--memory-gib", RTX_3090_GIB],
+        "recipe-minilm": recipe("crossrank", minilm),
         "batches": ["benchmarks.batches", *sizes, "--batches", *batches, "--steps", 4 if tiny else 40],
         "largest": ["benchmarks.batches", *sizes, "--largest", *shapes, "--memory-gib", RTX_3090_GIB,
                     *(["--limit", 8] if tiny else [])],
         "transformers": ["benchmarks.vs_transformers", *sizes, *steps],
         "evaluation": ["benchmarks.vs_sentence_transformers", "--what", "evaluation", *sizes, *pairs],
-        "recipe-minilm-sentence_transformers": whole("sentence_transformers", minilm),
+        "recipe-minilm-sentence_transformers": recipe("sentence_transformers", minilm),
     }  # fmt: skip
 
 
@@ -97,8 +97,8 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--pack", type=Path, required=True, help="folder that benchmarks.gpu.pack made")
     options.add_argument("--out", type=Path, required=True, help="folder for the results")
-    options.add_argument("--only", nargs="+", default=None, help="these stages alone")
-    options.add_argument("--minutes", type=float, default=9.5, help="after which no stage goes on")
+    options.add_argument("--only", nargs="+", default=None, help="only these stages")
+    options.add_argument("--minutes", type=float, default=9.5, help="after which no stage continues")
     options.add_argument("--rehearsal", action="store_true", help="tiny sizes, also without a GPU")
     chosen = options.parse_args()
     deadline = time.monotonic() + 60 * chosen.minutes

@@ -166,7 +166,8 @@ def test_deepspeeds_own_launcher(single, tmp_path):
 
     pytest.importorskip("deepspeed")
     start = [Path(sys.executable).parent / "deepspeed", "--num_gpus", 2, "--master_port", free_port(), "--module"]
-    command = [*start, "trainer", "train", *RUN, "--deepspeed", "zero2", "--output_dir", tmp_path / "run"]  # fmt: skip
+    command = [*start, "crossrank", "train", *RUN, "--deepspeed", "zero2", "--output_dir",
+               tmp_path / "run"]  # fmt: skip
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
     assert np.allclose(losses(tmp_path / "run"), losses(single), rtol=0, atol=1e-5)

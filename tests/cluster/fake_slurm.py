@@ -213,7 +213,7 @@ class Cluster:
         return Job(self, result.stdout.strip())
 
     def crossrank(self, *arguments: object, **env: str) -> subprocess.CompletedProcess:
-        return self.run(sys.executable, "-m", "trainer", *map(str, arguments), check=False, **env)
+        return self.run(sys.executable, "-m", "crossrank", *map(str, arguments), check=False, **env)
 
 
 class Job:

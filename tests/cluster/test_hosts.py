@@ -30,7 +30,7 @@ def test_two_hosts(possible, tmp_path, nproc, rate, delay):
     """The same command on both; the run is that of one process."""
     if delay and not two_hosts.has_netem():
         delay = None  # the limit of bandwidth remains
-    command = [sys.executable, "-m", "trainer", "launch", "torchrun", "--nnodes", "2", "--nproc", str(nproc),
+    command = [sys.executable, "-m", "crossrank", "launch", "torchrun", "--nnodes", "2", "--nproc", str(nproc),
                "--rdzv-endpoint", "host1:29500", "--", "train", *RUN, "--output_dir", f"{tmp_path}/run"]  # fmt: skip
     env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     with two_hosts.TwoHosts(rate, delay) as hosts:
@@ -52,9 +52,9 @@ def test_a_host_without_a_name(tmp_path):
 @pytest.mark.full
 def test_two_hosts_are_asked_to_stop(possible, tmp_path):
     """SIGTERM to both agents: the ranks save the same step, and nobody waits for a host that has left."""
-    command = [sys.executable, "-m", "trainer", "launch", "torchrun", "--nnodes", "2", "--rdzv-endpoint", "host1:29500",
-               "--", "train", *RUN, "--max_steps", "5000", "--num_train_epochs", "1000", "--eval_strategy", "no",
-               "--output_dir", f"{tmp_path}/run"]  # fmt: skip
+    command = [sys.executable, "-m", "crossrank", "launch", "torchrun", "--nnodes", "2",
+               "--rdzv-endpoint", "host1:29500", "--", "train", *RUN, "--max_steps", "5000", "--num_train_epochs",
+               "1000", "--eval_strategy", "no", "--output_dir", f"{tmp_path}/run"]  # fmt: skip
     env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     with two_hosts.TwoHosts() as hosts, ThreadPoolExecutor() as pool:
         results = pool.submit(hosts.run, [command, command], env)

@@ -72,7 +72,7 @@ def ranks_of(job: fake_slurm.Job) -> dict[int, int]:
             continue
         env = {name: value for name, _, value in pairs}
         # torchrun and srun have the same words further back.
-        if env.get("SLURM_JOB_ID") == job.number and b"trainer" in command[1:4] and b"python" in command[0]:
+        if env.get("SLURM_JOB_ID") == job.number and b"crossrank" in command[1:4] and b"python" in command[0]:
             found[int(env.get("RANK", env["SLURM_PROCID"]))] = int(process.name)
     return found
 

@@ -304,9 +304,18 @@ def test_a_rank_that_does_not_come(tmp_path):
 
 @pytest.mark.full
 def test_the_agent_of_torchrun_is_killed(whole, tmp_path):
-    """Its ranks are orphans that go on; nobody else gets into their folder before they are done."""
+    """Its ranks are orphans that continue; nobody else gets into their folder before they are done."""
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trainer"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "crossrank",
+    ]
     agent = subprocess.Popen([*command, "train", *RUN, "--output_dir", str(folder)], cwd=ROOT,
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     while steps_of(folder) < 7:

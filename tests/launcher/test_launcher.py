@@ -26,7 +26,7 @@ DEMO = ["--recipe", "demo", "--output_dir", "runs/my run"]
 def launch(*arguments: object, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
     """In a process of its own, since launching replaces the process."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | env
-    command = [sys.executable, "-m", "trainer", "launch", *map(str, arguments)]
+    command = [sys.executable, "-m", "crossrank", "launch", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
 
 
@@ -273,7 +273,7 @@ def test_scripts_are_in_a_wheel(tmp_path):
     shutil.unpack_archive(wheel, tmp_path / "installed", "zip")
     for path in (ROOT / "slurm").iterdir():
         assert (tmp_path / "installed" / "slurm" / path.name).read_text() == path.read_text()
-    command = [sys.executable, "-m", "trainer", "launch", "slurm", "--dry-run", "--", "train", "--recipe", "demo"]
+    command = [sys.executable, "-m", "crossrank", "launch", "slurm", "--dry-run", "--", "train", "--recipe", "demo"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -290,7 +290,7 @@ def test_local_ends_as_its_ranks_do(tmp_path):
     assert "rows.csv, row 1: hypothesis is empty" in result.stderr
     assert "Traceback" not in result.stderr
     # Stopped on request: saved, and 85.
-    command = [sys.executable, "-m", "trainer", "launch", *map(str, start), "--output_dir", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "crossrank", "launch", *map(str, start), "--output_dir", str(tmp_path / "run")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, stderr=log, env=environment, cwd=ROOT)
@@ -306,7 +306,7 @@ def test_local_ends_as_its_ranks_do(tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 85), (signal.SIGINT, 130)])
 @pytest.mark.parametrize(
-    "start", [["trainer"], ["launcher.agent", "--standalone", "--nproc-per-node=2", "-m", "trainer"]]
+    "start", [["crossrank"], ["crossrank", "agent", "--standalone", "--nproc-per-node=2", "-m", "crossrank"]]
 )
 def test_stopped_while_it_starts(tmp_path, start, number, code):
     """In the seconds in which torch is loaded there is nothing to save; a job must still know that it may go on."""

@@ -79,7 +79,7 @@ def server():
 
 def train(folder: Path, *options: str, **env: str) -> subprocess.CompletedProcess:
     """A process that has not yet read where the hub is."""
-    command = [sys.executable, "-m", "trainer", "train", *RUN, *options, "--output_dir", str(folder)]
+    command = [sys.executable, "-m", "crossrank", "train", *RUN, *options, "--output_dir", str(folder)]
     settings = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_TELEMETRY": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | settings | env)
 

@@ -166,7 +166,7 @@ def test_what_the_card_says_beyond_the_reference(demo):
     for source in scores["by_source"]:
         assert f"| {source}" in text
     assert "- **Ranks:** 2, backend ddp, 32 pairs a step" in text
-    assert "torchrun --nproc-per-node 2 -m trainer train" in text
+    assert "torchrun --nproc-per-node 2 -m crossrank train" in text
     assert str(demo) not in text  # nobody's business
     for name in ("training", "lengths", "scores-builtin-dev", "scores-builtin-test"):
         assert f"(plots/{name}.png)" in text

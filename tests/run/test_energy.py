@@ -57,7 +57,7 @@ def test_two_nodes_of_torchrun(tmp_path):
     folder = tmp_path / "run"
     start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     place = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    train = ["-m", "trainer", "train", *RUN, "--output_dir", str(folder)]
+    train = ["-m", "crossrank", "train", *RUN, "--output_dir", str(folder)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     agents = [subprocess.Popen([*start, "--node-rank", str(node), *place, *train], env=env) for node in (0, 1)]
     assert [agent.wait() for agent in agents] == [0, 0]

@@ -32,7 +32,7 @@ class Single:
     """
 
     name = "single"
-    replicated = True  # every rank holds the whole model, so a forward without `last` involves no other rank
+    replicated = True  # every rank holds the full model, so a forward without `last` involves no other rank
 
     def __init__(self, world: World, config: Config) -> None:
         self.world, self.config = world, config

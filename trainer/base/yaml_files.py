@@ -7,13 +7,14 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from trainer.base.errors import UserError
 
 
 def _yaml() -> YAML:
-    made = YAML(typ="safe", pure=True)
+    made: Any = YAML(typ="safe", pure=True)
     made.default_flow_style = False
     made.sort_base_mapping_type_on_output = False
     return made

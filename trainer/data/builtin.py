@@ -7,7 +7,7 @@ of a pair speak of the same scene.
 
 Invariants:
 - `pairs` is pure: a split is the same list in every process and on every machine.
-- Each hypothesis gets one premise for every label, so classes are balanced and the hypothesis alone tells nothing.
+- Each hypothesis gets one premise for every label, so classes are balanced and a hypothesis by itself tells nothing.
 - No pair occurs twice, in one split or across splits.
 """
 
@@ -69,11 +69,11 @@ def _vary(hypothesis: Scene, rng: random.Random) -> tuple[Scene, str]:
     changed = rng.sample(range(len(names)), rng.choice((1, 1, 2)))
     for slot in changed:
         premise[slot] = rng.choice([word for word in SLOTS[names[slot]] if word != hypothesis[slot]])
-    # Alone, the deciding slot gives the label of the whole; its number is the first where several do.
+    # By itself, the deciding slot gives the label of the pair; its number is the first where several do.
     label = judge(tuple(premise), hypothesis)
     for slot in sorted(changed):
-        alone = (*hypothesis[:slot], premise[slot], *hypothesis[slot + 1 :])
-        if judge(alone, hypothesis) == label:
+        single = (*hypothesis[:slot], premise[slot], *hypothesis[slot + 1 :])
+        if judge(single, hypothesis) == label:
             return tuple(premise), names[slot]
     raise AssertionError("a label that no slot decides")
 

@@ -38,7 +38,7 @@ def deal(lengths: np.ndarray, num_parts: int) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Step:
-    """The samples (rows of the data set) of one optimizer step; `step` counts from 0 over the whole run."""
+    """The samples (rows of the data set) of one optimizer step; `step` counts from 0 over the run."""
 
     step: int
     epoch: int
@@ -52,7 +52,7 @@ class GlobalBatchSampler:
         num_samples: rows of the training data.
         batch_size: pairs in an optimizer step over all ranks; the last one of an epoch may be shorter.
         seed: seed of the order.
-        num_steps: steps of the whole run.
+        num_steps: steps of the run, all epochs together.
         fingerprint: of everything that must not change under a resumed run (data, tokenizer, options).
     """
 
@@ -130,7 +130,7 @@ def num_forwards(per_device: int, num_pairs: int, world_size: int) -> int:
 
 
 def total_steps(config: OptimisationConfig, num_samples: int, batch_size: int) -> int:
-    """Optimizer steps of the whole run; the short last batch of an epoch counts as one."""
+    """Optimizer steps of the run, all epochs together; the short last batch of an epoch counts as one."""
     if config.max_steps > 0:
         return config.max_steps
     return max(1, math.ceil(config.num_train_epochs * math.ceil(num_samples / batch_size)))

@@ -20,7 +20,7 @@ from trainer.base.errors import UserError
 from trainer.base.files import json_object
 
 LONGEST_ROW = 1 << 26  # bytes
-ROWS = 1 << 14  # a part: enough to sort by length and to share among ranks
+ROWS = 1 << 14  # a part: enough to sort by length and to deal to ranks
 SUFFIXES = (".parquet", ".csv", ".tsv", ".txt", ".jsonl", ".json", ".ndjson", ".gz")
 CSV, JSONL = (".csv", ".tsv", ".txt"), (".jsonl", ".json", ".ndjson")
 

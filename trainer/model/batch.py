@@ -8,7 +8,7 @@ import torch
 from trainer.data.tokens import Tokens
 from trainer.model.dropout import token_keys
 
-IGNORED = -100  # label of a pair that fills a rank's empty share: cross_entropy gives it neither loss nor gradient
+IGNORED = -100  # label that cross_entropy gives neither loss nor gradient: of a pair that fills an empty micro-batch
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def assemble(
     Args:
         likeness: shortest length of a group relative to its longest; 0 = all pairs are one group.
 
-    An empty share becomes row 0 with an ignored label: every rank takes part in every step.
+    An empty micro-batch becomes row 0 with an ignored label: every rank takes part in every step.
     """
     targets = labels[rows]
     if len(rows) == 0:

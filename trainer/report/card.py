@@ -236,7 +236,7 @@ def command(run: Run) -> str:
     """What starts the same run; files are named without their folders."""
     words = ["crossrank", "train"]
     if run.about["world_size"] > 1:
-        words = ["torchrun", "--nproc-per-node", str(run.about["world_size"]), "-m", "trainer", "train"]
+        words = ["torchrun", "--nproc-per-node", str(run.about["world_size"]), "-m", "crossrank", "train"]
     for name, value in hyperparameters(run, changed_only=True).items():
         words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     return shlex.join(words)

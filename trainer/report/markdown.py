@@ -69,7 +69,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def to_html(title: str, markdown: str, folder: Path) -> str:
-    """A page that stands alone: the document's pictures, which lie in `folder`, are in it; nothing is fetched."""
+    """A self-contained page: the document's pictures, which lie in `folder`, are in it; nothing is fetched."""
     from markdown_it import MarkdownIt
 
     body = MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown)

@@ -1,6 +1,6 @@
 """Pictures of a run, each as PNG and SVG: training curves, confusion and reliability, token lengths.
 
-Drawn with matplotlib's objects alone, not with pyplot: no window system, no state shared with the caller.
+Drawn with matplotlib's own objects, not with pyplot: no window system, no state shared with the caller.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a person looks at: the model card, the pictures and report.html, all from the run folder alone.
+"""What a person looks at: the model card, the pictures and report.html, from the run folder and nothing else.
 
 `crossrank train` calls `write_report` at its end, `crossrank report RUN` at any time: the same folder gives the same
 card. What is not in the folder is not on the card; what is there but unfinished or damaged is marked so.

@@ -80,7 +80,7 @@ def label_statistics(labels: np.ndarray) -> dict[str, Any]:
 
 
 def example_scores(pairs: Pairs, logits: np.ndarray) -> list[dict[str, Any]]:
-    """The first five pairs that the card can show whole, with the model's probabilities (classes,) for each."""
+    """The first five pairs that the card can show in full, with the model's probabilities (classes,) for each."""
     short = (i for i in range(len(pairs)) if max(len(pairs.premise[i]), len(pairs.hypothesis[i])) <= SHOWN)
     chosen = [i for i, _ in zip(short, range(5), strict=False)]
     return [

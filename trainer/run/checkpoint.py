@@ -43,7 +43,7 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run, written by a thread while training goes on.
+    """The checkpoints of one run, written by a thread while training continues.
 
     Args:
         folder: where they lie.

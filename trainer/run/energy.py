@@ -1,9 +1,9 @@
 """The energy of a run, by codecarbon: one tracker a node, summed over nodes, carried over interruptions.
 
 Everything of codecarbon happens in a thread of its own: importing and starting it takes seconds, a look-up of the
-country may hang, and none of it may hold up or end a run. What it measures is the whole node. Where the processor's
-counters can't be read it takes the processor's load and its rated power, and always the memory's size: that is marked
-as an estimate.
+country may hang, and none of it may hold up or end a run. It measures the node, with all that runs there. Where the
+processor's counters can't be read it takes the processor's load and its rated power, and always the memory's size: that
+is marked as an estimate.
 """
 
 import csv
@@ -33,7 +33,7 @@ class Meter:
     """This node's tracker, on local rank 0; on other ranks, and where nothing is to be tracked, it does nothing.
 
     A row describes one node over one stretch of the run, from a start to an interruption or the end: codecarbon's own
-    fields, and `node`, `estimated`, `country_source`. A node that could not be measured has a row with `failed` alone.
+    fields, and `node`, `estimated`, `country_source`. A node that could not be measured has a row of only `failed`.
     """
 
     def __init__(self, config: LoggingConfig, world: World) -> None:

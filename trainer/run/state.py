@@ -100,7 +100,7 @@ class State:
     """Where the run is.
 
     Attributes:
-        step: optimizer steps done, of the whole run.
+        step: optimizer steps done, over all epochs.
         best: value of metric_for_best_model, higher is better, and the step that had it.
         saved_step: of the newest checkpoint.
         pending_evaluation: an evaluation of this step is still to be done.
@@ -149,7 +149,7 @@ class State:
         """The reverse, on every rank. Raises UserError if the samples' order was another one.
 
         `has_model`: whether the best model so far lies in this run's folder. Of another run it does not: the best of
-        this one begins anew.
+        this one starts over.
         """
         counted = saved["window"]
         window = Window.new(world.device)

@@ -1,0 +1,60 @@
+"""crossrank, from Python and from the shell.
+
+    import crossrank
+
+    results = crossrank.train(recipe="demo", output_dir="runs/mine")  # what results.json holds
+    scores = crossrank.predict("runs/mine/model", [("A man sleeps.", "A person rests.")])
+    metrics = crossrank.evaluate("runs/mine/model", test_file="test.parquet")
+
+`python -m crossrank VERB ...` is the command `crossrank VERB ...`, also as a rank of torchrun or srun. The functions
+are those of trainer/api.py, which is imported when one of them is first asked for.
+"""
+
+import importlib.machinery
+import importlib.util
+import sys
+from pathlib import Path
+
+__version__ = "0.2.0.dev0"
+__all__ = ["evaluate", "predict", "train"]  # noqa: F822 - see __getattr__
+
+HERE = Path(__file__).resolve().parent
+
+
+def _own(name: str) -> None:
+    """Makes `import NAME` mean the package beside this file, also where the working folder has a NAME.py."""
+    loaded = sys.modules.get(name)
+    if loaded is None:
+        spec = importlib.machinery.PathFinder.find_spec(name, [str(HERE)])
+        assert spec
+        assert spec.loader
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    elif HERE / name not in map(Path, getattr(loaded, "__path__", [])):
+        raise ImportError(
+            f"crossrank's package {name} is hidden by {loaded.__file__}, which was imported before; rename that "
+            "file, or import crossrank first"
+        )
+
+
+for _name in ("trainer", "launcher"):
+    _own(_name)
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        from trainer import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def main() -> int:
+    """The command line."""
+    from trainer.__main__ import main as command_line
+
+    return command_line()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
