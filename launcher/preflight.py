@@ -76,10 +76,10 @@ def check_gpus() -> int:
 def code_hash() -> str:
     """SHA-256 of this copy of the project."""
     result = hashlib.sha256()
-    for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*")):
-            if path.suffix in (".py", ".yaml", ".json"):
-                result.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    files = [ROOT / "crossrank.py", *(path for package in PACKAGES for path in sorted((ROOT / package).rglob("*")))]
+    for path in files:
+        if path.suffix in (".py", ".yaml", ".json"):
+            result.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return result.hexdigest()
 
 

@@ -195,13 +195,14 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
 
 
 def test_torchrun_restarts_a_killed_rank(whole, tmp_path):
-    """`--max-restarts`: the agent starts the ranks again, and they go on by themselves."""
+    """`--max-restarts`: the agent starts the ranks again, and they resume by themselves."""
     folder, script = tmp_path / "run", tmp_path / "once.py"
     script.write_text(
         "import os, signal, sys\nfrom trainer import __main__, train\nlog = train.Trainer.log\n"
-        "def die(self, done, norm, rate):\n"
-        "    log(self, done, norm, rate)\n"
-        "    if done == 10 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "def die(self, norm, rate):\n"
+        "    log(self, norm, rate)\n"
+        "    place = os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT']\n"
+        "    if self.state.step == 10 and place == ('1', '0'):\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "train.Trainer.log = die\nsys.exit(__main__.main(sys.argv[1:]))\n"
     )

@@ -184,41 +184,9 @@ def read_settings(name: str) -> Settings:
 
 
 def fill(settings: Settings, place: str, config: Config, world_size: int) -> Settings:
-    """`settings` with the numbers that crossrank's fields decide, as DeepSpeed wants them.
-
-    Raises UserError, naming both, where one contradicts a field; "auto" never does.
-    """
-    batch = global_batch_size(config, world_size)
-    forwards = num_forwards(config.per_device_train_batch_size, batch, world_size)
-    clipping = config.max_grad_norm
-    optimizer = settings.get("optimizer", {})
-    adam = optimizer.get("params", {})
-    ours = [
-        ("train_batch_size", settings.get("train_batch_size"), batch, "train_batch_size"),
-        ("train_micro_batch_size_per_gpu", settings.get("train_micro_batch_size_per_gpu"),
-         config.per_device_train_batch_size, "per_device_train_batch_size"),
-        ("gradient_accumulation_steps", settings.get("gradient_accumulation_steps"), forwards,
-         "gradient_accumulation_steps"),
-        ("gradient_clipping", settings.get("gradient_clipping"), clipping, "max_grad_norm"),
-        ("torch_autocast.enabled", settings.get("torch_autocast", {}).get("enabled"), config.bf16, "bf16"),
-        ("torch_autocast.dtype", settings.get("torch_autocast", {}).get("dtype"), "bfloat16", "bf16"),
-        ("optimizer.type", optimizer.get("type"), "AdamW", "optimizer"),
-        ("optimizer.params.lr", adam.get("lr"), config.learning_rate, "learning_rate"),
-        ("optimizer.params.betas", adam.get("betas"), [config.adam_beta1, config.adam_beta2], "adam_beta1 and 2"),
-        ("optimizer.params.eps", adam.get("eps"), config.adam_epsilon, "adam_epsilon"),
-        ("optimizer.params.weight_decay", adam.get("weight_decay"), config.weight_decay, "weight_decay"),
-    ]  # fmt: skip
-    for key, theirs, value, field in ours:
-        if theirs not in (None, "auto", value):
-            raise UserError(f'{place}: {key} is {theirs}, but {field} is {value}; make them equal, or write "auto"')
-    for key, fix in (("fp16", "--bf16"), ("bf16", "--bf16, with torch_autocast in the JSON: the weights stay fp32")):
-        if settings.get(key, {}).get("enabled") not in (None, False, "auto"):
-            raise UserError(f"{place}: {key}.enabled is set; crossrank computes in bf16 by {fix}")
-    if "scheduler" in settings:
-        raise UserError(f"{place}: has a scheduler; the schedule is --lr_scheduler_type and --warmup_ratio")
+    """`settings` with the numbers that crossrank's fields decide, as DeepSpeed wants them. Raises UserError."""
+    refuse_contradictions(settings, place, config, world_size)
     stage = settings.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"{place}: unknown zero_optimization.stage {stage}; it is 0, 1, 2 or 3")
     dropped = ("optimizer", "fp16", "bf16", "train_batch_size")
     filled = _without_auto({key: value for key, value in settings.items() if key not in dropped})
     filled["zero_optimization"] = {"stage": stage} | filled.get("zero_optimization", {})
@@ -226,7 +194,7 @@ def fill(settings: Settings, place: str, config: Config, world_size: int) -> Set
     return filled | {
         "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0 if stage == 0 else clipping or NO_CLIPPING,
+        "gradient_clipping": 0.0 if stage == 0 else config.max_grad_norm or NO_CLIPPING,
         # No module is safe for lower precision in what travels between ranks: gradients are summed in fp32.
         "torch_autocast": {"enabled": config.bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "zero_allow_untested_optimizer": True,
@@ -234,6 +202,45 @@ def fill(settings: Settings, place: str, config: Config, world_size: int) -> Set
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+
+
+def refuse_contradictions(settings: Settings, place: str, config: Config, world_size: int) -> None:
+    """Raises UserError, naming both, where a key contradicts a field; "auto" never does."""
+    batch = global_batch_size(config, world_size)
+    ours: dict[str, tuple[Any, str]] = {
+        "train_batch_size": (batch, "train_batch_size"),
+        "train_micro_batch_size_per_gpu": (config.per_device_train_batch_size, "per_device_train_batch_size"),
+        "gradient_accumulation_steps": (
+            num_forwards(config.per_device_train_batch_size, batch, world_size),
+            "gradient_accumulation_steps",
+        ),
+        "gradient_clipping": (config.max_grad_norm, "max_grad_norm"),
+        "torch_autocast.enabled": (config.bf16, "bf16"),
+        "torch_autocast.dtype": ("bfloat16", "bf16"),
+        "optimizer.type": ("AdamW", "optimizer"),
+        "optimizer.params.lr": (config.learning_rate, "learning_rate"),
+        "optimizer.params.betas": ([config.adam_beta1, config.adam_beta2], "adam_beta1 and 2"),
+        "optimizer.params.eps": (config.adam_epsilon, "adam_epsilon"),
+        "optimizer.params.weight_decay": (config.weight_decay, "weight_decay"),
+    }
+    for key, (value, field) in ours.items():
+        theirs = _at(settings, key)
+        if theirs not in (None, "auto", value):
+            raise UserError(f'{place}: {key} is {theirs}, but {field} is {value}; make them equal, or write "auto"')
+    for key, fix in (("fp16", "--bf16"), ("bf16", "--bf16, with torch_autocast in the JSON: the weights stay fp32")):
+        if _at(settings, f"{key}.enabled") not in (None, False, "auto"):
+            raise UserError(f"{place}: {key}.enabled is set; crossrank computes in bf16 by {fix}")
+    if "scheduler" in settings:
+        raise UserError(f"{place}: has a scheduler; the schedule is --lr_scheduler_type and --warmup_ratio")
+    if (stage := _at(settings, "zero_optimization.stage") or 0) not in (0, 1, 2, 3):
+        raise UserError(f"{place}: unknown zero_optimization.stage {stage}; it is 0, 1, 2 or 3")
+
+
+def _at(settings: Any, key: str) -> Any:
+    """The value at a dotted key; None where there is none."""
+    for name in key.split("."):
+        settings = settings.get(name) if isinstance(settings, dict) else None
+    return settings
 
 
 def _without_auto(settings: Settings) -> Settings:

@@ -43,7 +43,7 @@ class Rule:
         bounds = {"above": self.above, "at least": self.at_least, "below": self.below}
         text = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
         if not math.isfinite(value):
-            raise UserError(f"{name} must be a finite number{' ' + text if text else ''}, got {value}")
+            raise UserError(f"{name} must be a finite number{' and ' + text if text else ''}, got {value}")
         if (
             (self.above is not None and value <= self.above)
             or (self.at_least is not None and value < self.at_least)

@@ -70,7 +70,9 @@ class Checkpoints:
                 raise cannot_write(self.folder, error) from None
 
     def newest(self) -> Checkpoint | None:
-        """The newest one that is complete; says which ones it skips, and why."""
+        """The newest one that is complete; says which ones it skips, and why. Removes what a killed save left."""
+        for path in self.folder.glob(".step-*"):
+            shutil.rmtree(path, ignore_errors=True)
         for path in reversed(self._all()):
             try:
                 return load(path)
@@ -78,11 +80,6 @@ class Checkpoints:
                 log.warning(f"skipping the checkpoint {path}: {damage}")
                 _put_aside(path)  # it must not count among those that are kept
         return None
-
-    def clear_remains(self) -> None:
-        """Removes what a killed process left half written."""
-        for path in self.folder.glob(".step-*"):
-            shutil.rmtree(path, ignore_errors=True)
 
     def _all(self) -> list[Path]:
         found = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)]
