@@ -30,7 +30,7 @@ def _own(name: str) -> None:
         assert spec.loader
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
-    elif HERE / name not in map(Path, getattr(loaded, "__path__", [])):
+    elif HERE / name not in [Path(place).resolve() for place in getattr(loaded, "__path__", [])]:
         raise ImportError(
             f"crossrank's package {name} is hidden by {loaded.__file__}, which was imported before; rename that "
             "file, or import crossrank first"

@@ -47,12 +47,8 @@ def main(argv: list[str]) -> int:
         except SignalException as error:
             ended = f"interrupted by {signal.Signals(error.sigval).name}"
         except RendezvousError as error:
-            ended = f"the machines lost each other: {error}"
+            ended = f"the nodes lost contact: {error}"
         said = codes.exists()  # the ranks have said what there is to say, but for one that was killed
         if killed or not said:
             print(f"crossrank: {ended}", file=sys.stderr)
         return int(codes.read_text()) if said else code
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -68,7 +68,7 @@ def check_gpus() -> int:
     """The GPUs that Slurm gave this job here. All of them must be there, else ranks would compute on the CPU."""
     given, present = int(os.environ.get("SLURM_GPUS_ON_NODE", 0)), num_present()
     if present < given:
-        raise UserError(f"Slurm gave {given} GPU(s), but nvidia-smi shows {present}; have the node mended, and keep "
+        raise UserError(f"Slurm gave {given} GPU(s), but nvidia-smi shows {present}; have the node repaired, and keep "
                         f"away from it with --exclude={socket.gethostname()}")  # fmt: skip
     return given
 
@@ -129,7 +129,3 @@ def describe(reports: list[Report], folder: Path) -> None:
     for report in reports:
         gpus = f"{report['gpus']} GPU(s) (CUDA_VISIBLE_DEVICES={report['visible']})" if report["gpus"] else "no GPU"
         print(f"{report['host']}: the same code, {gpus}, shares {folder.absolute()}", flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -44,7 +44,7 @@ class SlurmConfig(Fields):
     time: str = "24:00:00"
     """Time limit as Slurm writes it: minutes, hours:minutes:seconds, days-hours; a job that reaches it is queued
     again, and resumes."""
-    warning_seconds: int = option(120, above=0)
+    warning_seconds: int = option(120, above=0, below=65536)
     """How long before the time limit the ranks are told to save."""
     warning_signal: Literal["USR1", "USR2"] = "USR1"
     """With which signal; another one where NCCL or a tool uses it."""
@@ -79,8 +79,6 @@ class SlurmConfig(Fields):
             raise UserError(
                 f"nproc {self.nproc} is more than gpus_per_node {self.gpus_per_node}; each rank needs a GPU"
             )
-        if not 0 < self.warning_seconds < 65536:
-            raise UserError(f"warning_seconds {self.warning_seconds} must be from 1 to 65535, which is Slurm's limit")
         limit = seconds(self.time)
         if limit is not None and limit <= self.warning_seconds:
             raise UserError(f"the time limit {self.time} is {limit} s, and the warning comes "
@@ -88,13 +86,13 @@ class SlurmConfig(Fields):
         if self.job_name is not None and not re.fullmatch(r"[\w.+=:@%-]+", self.job_name):
             raise UserError(f"job_name {self.job_name!r} may hold only letters, digits and ._+=:@%-")
         if self.seeds is not None and not re.fullmatch(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?", self.seeds):
-            raise UserError(f"seeds {self.seeds!r} must be as 0-4 or 1,7,42, with %N for at most N at a time")
+            raise UserError(f"seeds {self.seeds!r} must look like 0-4 or 1,7,42, with %N for at most N at a time")
         if self.seeds is not None and (self.nodes > 1 or self.num_ranks > 1) and self.ranks_by == "torchrun":
             raise UserError("the runs of an array are started by srun; add --ranks_by srun for more than one rank")
         if self.venv is not None and self.container is not None:
             raise UserError("venv and container exclude each other; give one of them")
-        if self.venv is not None and not (Path(self.venv).expanduser() / "bin" / "activate").exists():
-            raise UserError(f"venv {self.venv} is no virtual environment: it has no bin/activate")
+        if self.venv is not None and not (Path(self.venv) / "bin" / "activate").exists():
+            raise UserError(f"venv {self.venv} is not a virtual environment: it has no bin/activate")
 
     @property
     def num_ranks(self) -> int:
@@ -109,7 +107,7 @@ def seconds(time: str) -> int | None:
     for pattern in TIMES:
         if match := pattern.fullmatch(time):
             return sum(int(number or 0) * UNITS[unit] for unit, number in match.groupdict().items())
-    raise UserError(f"time {time!r} must be as 90 (minutes), 12:00:00 or 2-12")
+    raise UserError(f"time {time!r} must look like 90 (minutes), 12:00:00 or 2-12")
 
 
 def directives(config: SlurmConfig) -> dict[str, object]:
@@ -133,7 +131,7 @@ def directives(config: SlurmConfig) -> dict[str, object]:
     for given in config.sbatch or []:
         name, _, value = given.partition("=")
         if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
-            raise UserError(f"sbatch option {given!r} must be as mem=64G or exclusive, without dashes")
+            raise UserError(f"sbatch option {given!r} must look like mem=64G or exclusive, without dashes")
         own[name] = value
     return {name: value for name, value in own.items() if value is not None}
 
@@ -171,7 +169,7 @@ def render(config: SlurmConfig, arguments: list[str]) -> str:
 def settings(config: SlurmConfig) -> list[str]:
     """The shell's variables of slurm/job.sh, where they are not to be as by themselves."""
     values = {
-        "VENV": config.venv and str(Path(config.venv).expanduser().absolute()),
+        "VENV": config.venv and str(Path(config.venv).absolute()),
         "CONTAINER": config.container,
         "NPROC": config.nproc,
     }

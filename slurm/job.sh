@@ -18,7 +18,7 @@ if [ -n "${CROSSRANK_CONTAINER:-}" ]; then
     inside=(apptainer exec --nv "$CROSSRANK_CONTAINER")
 elif [ -n "${CROSSRANK_VENV:-}" ] || [ -e .venv ]; then
     # shellcheck source=/dev/null
-    source "$venv/bin/activate" || fail "$venv is no virtual environment on $(hostname)"
+    source "$venv/bin/activate" || fail "$venv is not a virtual environment on $(hostname)"
 fi
 
 # shellcheck disable=SC2034  # for the scripts
@@ -59,7 +59,7 @@ begin() {
         "restart ${SLURM_RESTART_COUNT:-0}, meeting at $MASTER_ADDR:$MASTER_PORT"
     srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 "${inside[@]}" \
         python -m crossrank preflight "$run_folder" "$@" || exit 2
-    rm -rf "$run_folder/.preflight-$SLURM_JOB_ID" "$CROSSRANK_EXIT_FILE"{,.*}
+    rm -rf "$run_folder/.preflight-$SLURM_JOB_ID" "$run_folder"/*".exit-$SLURM_JOB_ID"*
 }
 
 # Slurm's warning goes to this shell, which hands it on to the ranks. No trap for TERM: what its user cancels stays so.
@@ -88,7 +88,7 @@ run() {
         done
         # srun ends with the highest code of its tasks, also of one that it killed; the ranks have left theirs here.
         if [ "$code" != 0 ] && [ -s "$CROSSRANK_EXIT_FILE" ]; then code=$(cat "$CROSSRANK_EXIT_FILE"); fi
-        rm -f "$CROSSRANK_EXIT_FILE"{,.*}
+        rm -f "$run_folder"/*".exit-$SLURM_JOB_ID"*
     fi
     echo "END $(date -Is) job $SLURM_JOB_ID, exit code $code"
     if [ -n "$warned" ] && [ "$code" = 85 ]; then

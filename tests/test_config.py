@@ -139,7 +139,7 @@ BAD = {
     "--load_best_model_at_end --eval_strategy no": "needs eval_strategy",
     "--max_steps 0": "max_steps must be positive",
     "--gradient_accumulation_steps 2": "follows from train_batch_size",
-    "--seed 99999999999999999999": "below 2**63",
+    "--seed 99999999999999999999": "below 9.22337e+18",
     "--output_dir=": "output_dir is empty",
     "--run_name ../x": "run_name '../x' must be a plain name",
     "--preemption_signals SIGTERMM": "did you mean 'SIGTERM'",

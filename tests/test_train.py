@@ -313,7 +313,7 @@ def test_bad_models(case, tmp_path, minilm):
 def test_an_encoder_alone_is_no_classifier(minilm):
     result = crossrank("predict", minilm, text="A\tB\n", check=False)
     assert result.returncode == 2
-    assert "no trained classifier" in result.stderr
+    assert "not a trained classifier" in result.stderr
 
 
 def test_classes_in_another_order_keep_their_meaning(runs, tmp_path):

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a failure of the program, 2 a mistake in the input, 85 sto
 same command again to resume), 130 interrupted.
 """
 
+import importlib
 import os
 import signal
 import sys
@@ -123,26 +124,12 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-def agent(argv: list[str]) -> int:
-    from launcher.agent import main
-
-    return main(argv)
-
-
-def preflight(argv: list[str]) -> int:
-    from launcher.preflight import main
-
-    return main(argv)
-
-
-def meet(argv: list[str]) -> int:
-    from trainer.doctor import meet
-
-    return meet()
-
-
-# What launch and doctor start, and nobody types.
-INTERNAL: dict[str, Callable[[list[str]], int]] = {"agent": agent, "preflight": preflight, "meet": meet}
+# What launch and doctor start, and nobody types: module and function.
+INTERNAL = {
+    "agent": ("launcher.agent", "main"),
+    "preflight": ("launcher.preflight", "main"),
+    "meet": ("trainer.doctor", "meet"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -162,7 +149,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"crossrank {__version__}")
         return 0
     if verb in INTERNAL:
-        return INTERNAL[verb](rest)
+        module, function = INTERNAL[verb]
+        return int(getattr(importlib.import_module(module), function)(rest))
     code = 0
     try:
         if verb not in VERBS:

@@ -50,7 +50,7 @@ def hand_over(config: Config, folder: Path) -> None:
     try:
         write_report(folder)
     except Exception as error:  # in a library that draws or renders, or a full disk
-        log.warning(f"no report was written ({first_line(error)}); crossrank report {folder} does it again")
+        log.warning(f"no report was written ({first_line(error)}); crossrank report {folder} retries it")
         return  # a model is not uploaded without its card
     if config.push_to_hub:
         hub.push(config, folder)

@@ -126,10 +126,10 @@ class RunConfig(Fields):
     """Run folder; None = runs/<run_name>-<date>-<time>. A folder that holds a run is never overwritten."""
     run_name: str | None = option(None, kind="local")
     """Name in reports; None = the recipe's name."""
-    seed: int = option(42, at_least=0)
+    seed: int = option(42, at_least=0, below=2**63)
     """Seed of weights, dropout and (without data_seed) of the data's order."""
-    data_seed: int | None = option(None, at_least=0)
-    """Seed of only the data's order."""
+    data_seed: int | None = option(None, at_least=0, below=2**63)
+    """Seed of the data order only; None = seed."""
     bf16: bool = False
     """Forward in bfloat16 autocast; weights, gradients' sums and optimizer stay in fp32."""
     tf32: bool = False
@@ -241,10 +241,8 @@ class Config(
             raise UserError(f"run_name {self.run_name!r} must be a plain name; a path goes into output_dir")
         if self.max_steps == 0:
             raise UserError("max_steps must be positive, or -1 for num_train_epochs")
-        if max(self.seed, self.data_seed or 0) >= 2**63:
-            raise UserError("seed and data_seed must be below 2**63")
         if self.train_batch_size is not None and self.gradient_accumulation_steps != 1:
-            raise UserError("gradient_accumulation_steps follows from train_batch_size; give one of them")
+            raise UserError("gradient_accumulation_steps follows from train_batch_size; set only one of them")
         if self.metric_for_best_model not in METRICS:
             raise UserError(unknown("metric_for_best_model", self.metric_for_best_model, METRICS))
         if self.load_best_model_at_end and self.eval_strategy == "no":

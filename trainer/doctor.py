@@ -31,7 +31,7 @@ class DoctorConfig(Fields):
     json: bool = False
     """Print one JSON object a check."""
     ranks: int = option(1, above=0)
-    """Let so many processes meet in a real collective."""
+    """Start this many processes, and run one real collective."""
     output_dir: str = option("runs", path=True)
     """Where runs are to be written."""
 
@@ -150,7 +150,7 @@ def _meeting(ranks: int) -> Check:
     return Check(f"{ranks} ranks", reason.strip(), False, "check MASTER_ADDR, the network interface and the firewall")
 
 
-def meet() -> int:
+def meet(argv: list[str]) -> int:
     """One collective on the device and one on the CPU, whose results are checked."""
     import torch
 

@@ -23,7 +23,8 @@ def fit_micro_batches(trainer: Trainer) -> None:
             raise TrainingFailed("a single pair does not fit into the GPU's memory; lower --max_length, or set "
                                  "--gradient_checkpointing true")  # fmt: skip
         trainer.micro_batch_size = -(-trainer.micro_batch_size // 2)
-        log.info(f"the GPU's memory is too small: {trainer.micro_batch_size} pairs a forward, the same mathematics")
+        log.info(f"not enough GPU memory: continuing with {trainer.micro_batch_size} pairs per forward, which does not "
+                 "change the run")  # fmt: skip
 
 
 def fits(trainer: Trainer, step: Step) -> bool:

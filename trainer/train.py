@@ -28,11 +28,11 @@ from trainer.run.about import about
 from trainer.run.checkpoint import Checkpoints, cannot_write
 from trainer.run.energy import Meter
 from trainer.run.folder import claim, open_run
-from trainer.run.journal import Journal
+from trainer.run.journal import Journal, rewind
 from trainer.run.output import Output
 from trainer.run.preempt import Preemption
-from trainer.run.resume import resume
-from trainer.run.state import Identity
+from trainer.run.resume import Start, resume
+from trainer.run.state import Identity, State
 from trainer.run.trackers import start_trackers
 
 
@@ -71,12 +71,12 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
     lock = claim(opened.path, config) if world.is_main else None
     checkpoints = Checkpoints(opened.path / "checkpoints", config.save_total_limit)
     start = resume(config, world, opened, checkpoints, identity, {role: own.name for role, own in pairs.items()})
-    with writing(opened.path):
+    with failures(config, world, opened.path, start.state):
+        forward = backend.prepare(model)
+        if start.tensors is not None:
+            backend.load_state(start.tensors, start.state.num_updates)
         described = about(config, data, sampler.batch_size, model, world, backend.name) if world.is_main else None
-        journal = open_journal(config, opened.path, sampler.num_steps, start.state.step, described)
-    forward = backend.prepare(model)
-    if start.tensors is not None:
-        backend.load_state(start.tensors, start.state.num_updates)
+        journal = open_journal(config, opened.path, sampler.num_steps, start, described)
     return Trainer(
         config=config,
         world=world,
@@ -110,7 +110,7 @@ def build_model(config: Config, world: World, label_names: tuple[str, ...]) -> C
         log.info(model.note)
     if config.gradient_checkpointing:
         inner: Any = model.model  # transformers has renamed the method
-        enable = getattr(inner, "activation_checkpointing_enable", inner.gradient_checkpointing_enable)
+        enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if config.torch_compile:
         compile_layers(model)
@@ -131,7 +131,7 @@ def tokenize_splits(
         log.info(split.describe(model.max_length))
         if int(split.tokens.ids.max()) >= model.model.config.vocab_size:
             raise UserError(f"the tokenizer has more tokens than the model's {model.model.config.vocab_size}; they do "
-                            "not belong together")  # fmt: skip
+                            "not match")  # fmt: skip
     return data
 
 
@@ -153,8 +153,11 @@ def freeze(config: Config, model: CrossEncoder, data: dict[Role, Split], sampler
     return Identity(sampler, fingerprints, model.frozen_fingerprint)
 
 
-def open_journal(config: Config, folder: Path, num_steps: int, step: int, described: dict[str, Any] | None) -> Journal:
+def open_journal(
+    config: Config, folder: Path, num_steps: int, start: Start, described: dict[str, Any] | None
+) -> Journal:
     """Says what the run is, on rank 0, and in about.json; `described` is None on other ranks."""
+    step = start.state.step
     if described is None:
         return Journal(None, num_steps, step)
     log.info(
@@ -163,39 +166,42 @@ def open_journal(config: Config, folder: Path, num_steps: int, step: int, descri
         f"writing {folder}"
     )
     write_json(folder / "about.json", described)
+    rewind(folder, start.num_events)
     return Journal(folder, num_steps, step, start_trackers(config, folder, step))
 
 
 def complete(trainer: Trainer) -> dict[str, Any]:
     """From the first step that is left to results.json, and whatever comes in between."""
     try:
-        with writing(trainer.output.folder):
+        with failures(trainer.config, trainer.world, trainer.output.folder, trainer.state):
             if trainer.world.device.type == "cuda":
                 fit_micro_batches(trainer)
             trainer.loop()
             return finish(trainer)
     except Preempted:
         save_and_stop(trainer)
-    except torch.OutOfMemoryError:
-        raise TrainingFailed(
-            f"the GPU's memory is used up by {trainer.micro_batch_size} pairs a forward; lower "
-            "--per_device_train_batch_size, which does not change the run"
-        ) from None
-    except RuntimeError as error:
-        if reason := ranks.explain(error, trainer.world, trainer.config.ddp_timeout):
-            raise TrainingFailed(f"step {trainer.state.step}: {reason}") from None
-        raise
     finally:
         trainer.output.close()
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Once everything has been read, an error of the operating system is one of the run folder."""
+def failures(config: Config, world: World, folder: Path, state: State) -> Iterator[None]:
+    """Once everything has been read, what goes wrong is memory, disk or network: one clear error."""
     try:
         yield
+    except TrainingFailed:  # a RuntimeError too, and clear already
+        raise
+    except torch.OutOfMemoryError:
+        raise TrainingFailed(
+            f"the GPU's memory is used up; lower --per_device_train_batch_size ({config.per_device_train_batch_size}), "
+            "which does not change the run"
+        ) from None
     except (OSError, SafetensorError) as error:
         raise cannot_write(folder, error) from None
+    except RuntimeError as error:
+        if reason := ranks.explain(error, world, config.ddp_timeout):
+            raise TrainingFailed(f"step {state.step}: {reason}") from None
+        raise
 
 
 def save_and_stop(trainer: Trainer) -> NoReturn:

@@ -94,7 +94,7 @@ def test_a_directive_injects_nothing(field, evil):
 
 @pytest.mark.parametrize("name", ["mem 4", "-n", "a\nb", "", "$(x)=1"])
 def test_an_option_of_sbatch_is_a_name(name):
-    with pytest.raises(UserError, match="must be as mem=64G"):
+    with pytest.raises(UserError, match="must look like mem=64G"):
         render(SlurmConfig(sbatch=[name]), DEMO)
 
 
@@ -154,11 +154,11 @@ def test_times():
 
 BAD = {
     "slurm --time 1 -- train --recipe demo": "the time limit 1 is 60 s, and the warning comes 120 s before",
-    "slurm --time soon -- train --recipe demo": "must be as 90 (minutes), 12:00:00 or 2-12",
+    "slurm --time soon -- train --recipe demo": "must look like 90 (minutes), 12:00:00 or 2-12",
     "slurm --gpus_per_node 2 --nproc 4 -- train --recipe demo": "nproc 4 is more than gpus_per_node 2",
     "slurm --nodes 0 -- train --recipe demo": "nodes must be above 0",
     "slurm --venv /nowhere -- train --recipe demo": "has no bin/activate",
-    "slurm --seeds 1..3 -- train --recipe demo": "must be as 0-4",
+    "slurm --seeds 1..3 -- train --recipe demo": "must look like 0-4",
     "slurm --seeds 0-2 -- train --recipe demo --seed 3": "leave out --seed",
     "slurm --seeds 0-2 --nodes 2 -- train --recipe demo": "add --ranks_by srun",
     "slurm --job_name a;b -- train --recipe demo": "job_name 'a;b' may hold",

@@ -186,10 +186,10 @@ def read_settings(name: str) -> Settings:
 def fill(settings: Settings, place: str, config: Config, world_size: int) -> Settings:
     """`settings` with the numbers that crossrank's fields decide, as DeepSpeed wants them. Raises UserError."""
     refuse_contradictions(settings, place, config, world_size)
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    stage = _at(settings, "zero_optimization.stage") or 0
     dropped = ("optimizer", "fp16", "bf16", "train_batch_size")
     filled = _without_auto({key: value for key, value in settings.items() if key not in dropped})
-    filled["zero_optimization"] = {"stage": stage} | filled.get("zero_optimization", {})
+    filled["zero_optimization"] = (filled.get("zero_optimization") or {}) | {"stage": stage}
     # crossrank's own loop accumulates, and tells DeepSpeed which forward is a step's last.
     return filled | {
         "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,

@@ -43,4 +43,4 @@ def check_host(name: str) -> None:
     try:
         socket.getaddrinfo(name, None)
     except OSError:
-        raise UserError(f"the host {name} has no address here; mend the nodes' names (/etc/hosts, DNS)") from None
+        raise UserError(f"the host {name} has no address here; fix the nodes' names (/etc/hosts, DNS)") from None

@@ -52,18 +52,9 @@ class Rule:
             raise UserError(f"{name} must be {text}, got {value}")
 
 
-def option(
-    default: Any = None,
-    *,
-    factory: Callable[[], Any] | None = None,
-    above: float | None = None,
-    at_least: float | None = None,
-    below: float | None = None,
-    path: bool = False,
-    kind: Kind = "run",
-) -> Any:
-    """A field with a Rule; `factory` makes a default that can be changed, such as a list."""
-    metadata = {"rule": Rule(above, at_least, below, path, kind)}
+def option(default: Any = None, *, factory: Callable[[], Any] | None = None, **constraints: Any) -> Any:
+    """A field with a Rule of these constraints; `factory` makes a default that can be changed, such as a list."""
+    metadata = {"rule": Rule(**constraints)}
     if factory is not None:
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +16,9 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
     """A temporary path beside `path`, for a file or a folder, which takes its name when the block ends without error.
 
     What had the name before is there until then. With `durable`, the content is on the disk before the name is, and
-    the name before this returns. A process that is killed leaves `.NAME.PID` behind; see remove_remains.
+    the name before this returns. A process that is killed leaves `.NAME.HOST.PID` behind; see remove_remains.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         yield temporary
         if durable:
@@ -32,19 +34,28 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
         if durable:
             sync(path.parent)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
-def remove_remains(path: Path) -> None:
-    """Clears what processes killed inside `replacing(path)` left: an old folder without a successor gets its name."""
-    old = path.with_name(f".{path.name}.old")
-    if old.exists() and not path.exists():
-        old.rename(path)
-    for remains in path.parent.glob(f".{path.name}.*"):
-        shutil.rmtree(remains, ignore_errors=True)
+def remove_remains(folder: Path) -> None:
+    """Clears what killed processes left in `folder`, which no other may be writing.
+
+    An old folder whose successor has not got its name takes it back.
+    """
+    for old in folder.glob(".*.old"):
+        path = old.with_name(old.name[1:].removesuffix(".old"))
+        if not path.exists():
+            old.rename(path)
+    for remains in folder.glob(".*"):
+        if re.fullmatch(r"\..+\.(\d+|old)", remains.name):
+            _remove(remains)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str, durable: bool = True) -> None:

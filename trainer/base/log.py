@@ -19,6 +19,8 @@ class _Terminal(logging.Handler):
 
 def start_log(is_main: bool) -> None:
     """Sends the lines of rank 0 to the terminal, and those of other ranks nowhere."""
-    log.handlers[:] = [_Terminal() if is_main else logging.NullHandler()]
+    for own in [handler for handler in log.handlers if isinstance(handler, _Terminal)]:
+        log.removeHandler(own)
+    log.addHandler(_Terminal() if is_main else logging.NullHandler())
     log.propagate = False
     log.setLevel(logging.INFO)

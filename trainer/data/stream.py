@@ -5,7 +5,8 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -55,7 +56,11 @@ def open_output(output: str | None, label_names: list[str]) -> Iterator[Write]:
     path = Path(output)
     try:
         kind = WRITERS[path.suffix]
-        with replacing(path) as temporary, temporary.open("wb") as file, kind(file, label_names) as write:
+        with (
+            replacing(path, durable=False) as temporary,
+            temporary.open("wb") as file,
+            kind(file, label_names) as write,
+        ):
             yield write
     except OSError as error:
         raise UserError(f"cannot write {output}: {reason(error)}") from None
@@ -93,12 +98,6 @@ def _csv_file(file: BinaryIO, label_names: list[str], separator: str = ",") -> I
 
 
 @contextmanager
-def _tsv_file(file: BinaryIO, label_names: list[str]) -> Iterator[Write]:
-    with _csv_file(file, label_names, "\t") as write:
-        yield write
-
-
-@contextmanager
 def _parquet_file(file: BinaryIO, label_names: list[str]) -> Iterator[Write]:
     from pyarrow import parquet
 
@@ -113,9 +112,9 @@ def _parquet_file(file: BinaryIO, label_names: list[str]) -> Iterator[Write]:
         yield write
 
 
-WRITERS: dict[str, Any] = {
+WRITERS: dict[str, Callable[[BinaryIO, list[str]], AbstractContextManager[Write]]] = {
     ".jsonl": _jsonl_file,
     ".csv": _csv_file,
-    ".tsv": _tsv_file,
+    ".tsv": partial(_csv_file, separator="\t"),
     ".parquet": _parquet_file,
 }

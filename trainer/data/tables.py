@@ -73,7 +73,7 @@ def readable(path: Path, kind: str) -> Iterator[None]:
         reason = " ".join(str(error).split())
         # pyarrow counts the lines of a csv file from 1, the header among them.
         reason = re.sub(r"Row #(\d+)", lambda row: f"row {int(row[1]) - 2}", reason)
-        raise UserError(f"{path}: cannot be read as {kind[1:]}: {reason}; mend the file or get it anew") from None
+        raise UserError(f"{path}: cannot be read as {kind[1:]}: {reason}; repair the file, or get a new copy") from None
 
 
 def _open_csv(path: Path, tabs: bool) -> Any:
@@ -166,8 +166,6 @@ def _joined(parts: list[pa.Table]) -> pa.Table:
         found = [p[name] if name in p.column_names else pa.chunked_array([pa.nulls(p.num_rows)]) for p in parts]
         kinds = {column.type for column in found if not pa.types.is_null(column.type)}
         kind = kinds.pop() if len(kinds) == 1 else None
-        if kinds and all(pa.types.is_integer(k) or pa.types.is_floating(k) for k in kinds):
-            kind = pa.float64()
         chunks = [c for column in found for c in (column.cast(kind) if kind else column).chunks]
         columns[name] = pa.chunked_array(chunks) if kind else _column([v for c in chunks for v in c.to_pylist()])
     return pa.table(columns)

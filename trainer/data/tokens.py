@@ -80,7 +80,7 @@ class Split:
             parts.append(f"{pairs.num_dropped:,} more dropped (no consensus label)")
         if num_cut := int(tokens.truncated.sum()):
             parts.append(f"{num_cut:,} cut to {max_length} tokens")
-        return f"{', '.join(parts)} ({tokens.bytes_per_pair:.0f} bytes a pair)"
+        return f"{', '.join(parts)} ({tokens.bytes_per_pair:.0f} bytes per pair)"
 
 
 def cache_folder() -> Path:

@@ -74,10 +74,10 @@ def _new_model(config: Config, settings: Any) -> Any | None:
     from transformers import AutoModelForSequenceClassification
 
     name, code = config.model_name_or_path, config.trust_remote_code
-    torch.manual_seed(config.seed)
     try:
         if name == "builtin":
             return builtin.make_model(settings, config.seed)
+        torch.manual_seed(config.seed)  # also for the new head of an encoder that is loaded
         if config.init == "random":
             return AutoModelForSequenceClassification.from_config(settings, trust_remote_code=code).float()
     except (ValueError, ImportError) as error:
@@ -96,13 +96,13 @@ def load_trained(config: ModelConfig) -> CrossEncoder:
     if settings.num_labels < 2:
         raise UserError(f"{path} has one output, a score; crossrank needs a classifier of two classes or more")
     if new:
-        raise UserError(f"{path} is no trained classifier: its weights lack {', '.join(new[:3])}; train it first")
+        raise UserError(f"{path} is not a trained classifier: its weights lack {', '.join(new[:3])}; train it first")
     tokenizer = load_tokenizer(config)
     max_length = longest_input(model, tokenizer, config.max_length)
     return CrossEncoder(model, tokenizer=tokenizer, max_length=max_length)
 
 
-# What a classifier has beyond its encoder; drawn anew where only an encoder is given.
+# What a classifier has beyond its encoder; drawn from the seed where only an encoder is given.
 HEAD = re.compile(r"^(classifier|pre_classifier|score|head|.*\.pooler)\.")
 
 

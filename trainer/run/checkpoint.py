@@ -70,9 +70,7 @@ class Checkpoints:
                 raise cannot_write(self.folder, error) from None
 
     def newest(self) -> Checkpoint | None:
-        """The newest one that is complete; says which ones it skips, and why. Removes what a killed save left."""
-        for path in self.folder.glob(".step-*"):
-            shutil.rmtree(path, ignore_errors=True)
+        """The newest one that is complete; says which ones it skips, and why."""
         for path in reversed(self._all()):
             try:
                 return load(path)
@@ -94,8 +92,6 @@ class Checkpoints:
             (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
             files = {name: _describe(temporary / name) for name in (TENSORS, STATE)}
             (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n")
-            if final.exists():
-                _put_aside(final)
         for old in self._all()[: -self.keep if self.keep else 0]:
             if old != final:
                 shutil.rmtree(old, ignore_errors=True)
@@ -105,7 +101,7 @@ def cannot_write(folder: Path, error: OSError | SafetensorError) -> TrainingFail
     """What to tell the user of a run whose files cannot be written. Nothing that was saved is lost by it."""
     full = "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return TrainingFailed(
-        f"cannot write into {folder}: {error}; {'make space' if full else 'mend that'} and start the same command "
+        f"cannot write into {folder}: {error}; {'make space' if full else 'fix that'} and start the same command "
         "again, which resumes from the newest checkpoint"
     )
 

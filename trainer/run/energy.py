@@ -188,7 +188,7 @@ def summarise(rows: list[dict[str, Any]], num_pairs: int) -> dict[str, Any] | No
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """emissions.csv with codecarbon's columns and ours: a row a node and stretch."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    with replacing(path, durable=False) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

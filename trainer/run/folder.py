@@ -65,7 +65,8 @@ def claim(folder: Path, config: Config) -> FileLock:
         lock = FileLock(folder / ".lock")
         lock.acquire(timeout=0)
         write_text(folder / "config.yaml", dump(dataclasses.asdict(config)))
-        remove_remains(folder / "model")
+        remove_remains(folder)
+        remove_remains(folder / "checkpoints")
     except Timeout:
         raise UserError(f"another run is writing {folder}; choose another --output_dir") from None
     except OSError as error:

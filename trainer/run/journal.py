@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from trainer.base.files import write_text
 from trainer.base.log import log
+from trainer.run.trackers import Tracker
 
 NAME = "metrics.jsonl"
 
@@ -17,17 +18,17 @@ def rewind(folder: Path, num_events: int) -> None:
     """Cuts metrics.jsonl back to its first `num_events` lines: what came after a checkpoint comes again."""
     path = folder / NAME
     if path.exists():
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        write_text(path, "".join(lines[:num_events]))
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()  # the last one may be torn
+        write_text(path, "".join(f"{line}\n" for line in lines[:num_events]))
 
 
 class Journal:
     """metrics.jsonl, trackers, log lines and the progress bar. Silent without a folder, as on every rank but 0."""
 
-    def __init__(self, folder: Path | None, num_steps: int, step: int = 0, trackers: Sequence[Any] = ()) -> None:
+    def __init__(self, folder: Path | None, num_steps: int, step: int = 0, trackers: Sequence[Tracker] = ()) -> None:
         self.trackers = trackers
-        self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8") if folder else None
-        self.num_events = len((folder / "metrics.jsonl").read_bytes().splitlines()) if folder else 0
+        self.file = (folder / NAME).open("a", encoding="utf-8") if folder else None
+        self.num_events = len((folder / NAME).read_bytes().splitlines()) if folder else 0
         self.bar = tqdm(
             total=num_steps, initial=step, unit="step", disable=None if folder else True, dynamic_ncols=True
         )

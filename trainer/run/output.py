@@ -33,7 +33,7 @@ class Output:
         Every rank takes part.
         """
         rows = before + self.meter.rows()
-        if self.lock and rows:
+        if self.meter.world.is_main and rows:
             try:
                 write_csv(self.folder / "emissions.csv", rows)
             except OSError as error:  # the rows are in the checkpoint

@@ -43,24 +43,20 @@ class Preemption:
             os._exit(130)
         self.requested = self.requested or signal.Signals(number).name
 
-    def agreed(self) -> bool:
-        """Whether some rank had been asked to stop when this was last called. Every rank calls it equally often.
+    def check(self) -> None:
+        """Raises Preempted where some rank had been asked to stop when this was last called; every rank calls it
+        equally often, between steps or between an evaluation's batches.
 
         The vote travels while the next step computes, so that asking costs no wait.
         """
-        if self.world.size == 1:
-            return self.requested is not None
-        result = False
-        if self.work is not None:
-            self.work.wait()
-            result = float(self.ballot) > 0
-        self.ballot = torch.tensor([float(self.requested is not None)])
-        self.work = dist.all_reduce(self.ballot, async_op=True)
-        return result
-
-    def check(self) -> None:
-        """Raises Preempted where the ranks have agreed; between steps, or between an evaluation's batches."""
-        if self.agreed():
+        agreed = self.world.size == 1 and self.requested is not None
+        if self.world.size > 1:
+            if self.work is not None:
+                self.work.wait()
+                agreed = float(self.ballot) > 0
+            self.ballot = torch.tensor([float(self.requested is not None)])
+            self.work = dist.all_reduce(self.ballot, async_op=True)
+        if agreed:
             raise Preempted
 
     def check_this_rank(self) -> None:

@@ -10,16 +10,19 @@ from trainer.config import Config
 from trainer.ranks import World
 from trainer.run.checkpoint import Checkpoint, Checkpoints, load_given
 from trainer.run.folder import RunFolder
-from trainer.run.journal import rewind
 from trainer.run.state import Identity, State, Window
 
 
 @dataclass(frozen=True)
 class Start:
-    """`tensors` of the checkpoint on rank 0, empty elsewhere; None where the run begins at its first step."""
+    """`tensors` of the checkpoint on rank 0, empty elsewhere; None where the run begins at its first step.
+
+    `num_events`: lines of this folder's metrics.jsonl that belong to the state.
+    """
 
     state: State
     tensors: dict[str, torch.Tensor] | None
+    num_events: int
 
 
 def resume(
@@ -39,12 +42,11 @@ def resume(
     else:
         identity.check(saved, places)
         state = State.from_json(saved, identity.sampler, world, has_model)
-    if world.is_main and opened.resuming:
-        own = found is not None and found.path.parent == checkpoints.folder
-        rewind(opened.path, saved["num_events"] if own else 0)
     if found:
         log.info(f"resuming at step {state.step} from {found.path}")
-    return Start(state, None if saved is None else found.tensors if found else {})
+    own = found is not None and found.path.parent == checkpoints.folder
+    tensors = None if saved is None else found.tensors if found else {}
+    return Start(state, tensors, saved["num_events"] if own else 0)
 
 
 def find_checkpoint(config: Config, checkpoints: Checkpoints, resuming: bool) -> Checkpoint | None:
