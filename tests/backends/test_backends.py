@@ -33,6 +33,13 @@ def single(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def single_in_bf16(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("single-bf16") / "run"
+    crossrank("train", *RUN, "--bf16", "--output_dir", folder)
+    return folder
+
+
 @pytest.mark.parametrize("per_device", [pytest.param("8", marks=pytest.mark.full, id="one forward"),
                                         pytest.param("4", id="two forwards")])  # fmt: skip
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -56,13 +63,13 @@ def test_the_same_run(single, tmp_path, backend, per_device):
 @pytest.mark.parametrize(
     "backend", ["fsdp", "zero3", *(pytest.param(name, marks=pytest.mark.full) for name in ("ddp", "zero2"))]
 )
-def test_bf16_is_nearly_the_same_run(single, tmp_path, backend):
-    """Autocast in every backend, over fp32 weights."""
+def test_bf16_is_nearly_the_same_run(single, single_in_bf16, tmp_path, backend):
+    """Autocast in every backend, over fp32 weights. How far bf16 is from fp32 depends on the processor's products."""
     if backend.startswith("zero"):
         pytest.importorskip("deepspeed")
     options = [*BACKENDS[backend], "--per_device_train_batch_size", "8", "--bf16"]
     crossrank("train", *RUN, *options, "--output_dir", tmp_path / "run", ranks=2)
-    assert np.allclose(losses(tmp_path / "run"), losses(single), rtol=0, atol=0.03)
+    assert np.allclose(losses(tmp_path / "run"), losses(single_in_bf16), rtol=0, atol=0.03)
     assert not np.allclose(losses(tmp_path / "run"), losses(single), rtol=0, atol=1e-5)
     assert {value.dtype for value in load_file(tmp_path / "run/model/model.safetensors").values()} == {torch.float32}
 
