@@ -140,8 +140,15 @@ class Ranks:
     """Processes of one run, started as a launcher would: RANK and the like in the environment, one death is all's."""
 
     def __init__(
-        self, arguments: list[object], ranks: int, text: str | None, script: object, env: dict[str, str]
+        self,
+        arguments: list[object],
+        ranks: int,
+        text: str | None,
+        script: object,
+        env: dict[str, str],
+        others: dict[int, list[object]] | None = None,
     ) -> None:
+        """`others`: the arguments of ranks that do not have those of all."""
         self.folder = Path(tempfile.mkdtemp())
         (self.folder / "in").write_text(text or "", encoding="utf-8")
         files = [str(self.folder / name) for name in ("in", "out", "err")]
@@ -160,7 +167,8 @@ class Ranks:
                 | {"CROSSRANK_CACHE": os.environ["CROSSRANK_CACHE"], "CUDA_VISIBLE_DEVICES": ""}
                 | env
             )
-            process = SERVER.Process(target=_rank, args=([*map(str, arguments)], script and str(script), mine, files))
+            own = [*map(str, (others or {}).get(rank, arguments))]
+            process = SERVER.Process(target=_rank, args=(own, script and str(script), mine, files))
             process.start()
             self.processes.append(process)
 

@@ -127,12 +127,12 @@ BAD = {
     "--lerning_rate 1": "did you mean '--learning_rate'",
     "--recipe alnli-100k": "did you mean 'allnli-100k'",
     "--learning_rate abc": "learning_rate",
-    "--backend dpp": "'single', 'ddp'",
+    "--backend dpp": "did you mean 'ddp'",
     "--init pretraind": "pretrained",
     "--max_train_samples 1.5": "max_train_samples",
     "--max_train_samples 0": "max_train_samples must be above 0",
     "--dropout 1": "dropout must be at least 0 and below 1",
-    "--learning_rate nan": "field learning_rate",
+    "--learning_rate nan": "learning_rate must be a finite number",
     "--metric_for_best_model f1": "valid: accuracy, f1_macro",
     "--label_names [a,a]": "twice",
     "--config /nowhere.yaml": "/nowhere.yaml",
@@ -147,6 +147,13 @@ BAD = {
     "--skip_nonfinite 1 --deepspeed zero1": "does not work with DeepSpeed",
     "--data_seed -1": "data_seed must be at least 0",
     "stray": "stray",
+    "--lr 1": "did you mean '--learning_rate'",
+    "--epochs 3": "did you mean '--num_train_epochs'",
+    "--optim sgd": "always AdamW",
+    "--label_names a,b,": "none of them empty",
+    "--bf16 perhaps": "perhaps",
+    "--num_train_epochs inf": "num_train_epochs must be a finite number",
+    "--save_total_limit none_": "save_total_limit must be a whole number",
     "--seed": "--seed",
 }
 
@@ -163,7 +170,7 @@ def test_bad_command_line(arguments):
     ("text", "expected"),
     [
         ("lerning_rate: 1", "did you mean 'learning_rate'"),
-        ("seed: x", "field seed"),
+        ("seed: x", "seed must be a whole number, got 'x'"),
         ("- learning_rate", "`field: value`"),
         ("- 1", "`field: value`"),
         ("a: [", "cannot read"),
@@ -178,7 +185,76 @@ def test_bad_config_file_is_named(tmp_path, text, expected):
     assert str(file) in str(caught.value)
 
 
-def test_null_is_a_value_for_some_fields_alone(tmp_path):
+FILE_VALUES = {
+    "learning_rate: 1e-5": ("learning_rate", 1e-5),
+    "eval_strategy: no": ("eval_strategy", "no"),
+    "seed: 010": ("seed", 10),
+    "run_name: off": ("run_name", "off"),
+    "run_name: '1e-5'": ("run_name", "1e-5"),
+    "report_to: [tensorboard]": ("report_to", ["tensorboard"]),
+    "label_names: a,b": ("label_names", ["a", "b"]),
+    "warmup_steps: 1e2": ("warmup_steps", 100),
+    "bf16: yes": ("bf16", True),
+    "save_total_limit: null": ("save_total_limit", None),
+}
+
+
+@pytest.mark.parametrize("text", FILE_VALUES)
+def test_values_of_a_file_mean_what_they_say(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    name, value = FILE_VALUES[text]
+    assert getattr(parse_train(["--recipe", "demo", "--config", str(tmp_path / "a.yaml")]), name) == value
+
+
+@pytest.mark.parametrize("value", ["#1.csv", "null", "&x", "1e-5", "a: b", "- a", "[a", "true", "-x.csv", "'q'"])
+def test_text_on_the_command_line_is_text(value):
+    for name in ("train_file", "output_dir", "premise_column"):
+        assert getattr(parse_train(["--recipe", "demo", f"--{name}", value]), name) == value
+        assert getattr(parse_train([f"--{name}={value}", "--recipe", "demo"]), name) == value
+
+
+BAD_FROM_PYTHON = {
+    "lr_scheduler_type": "polynomial", "backend": "dpp", "eval_strategy": "epochs", "learning_rate": "fast",
+    "seed": 1.5, "bf16": "maybe", "train_file": 3, "label_names": [1, 2], "max_steps": True, "init": None,
+    "num_train_epochs": float("inf"), "weight_decay": float("nan"), "output_dir": ["a"], "label_names ": "a",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_FROM_PYTHON)
+def test_python_is_checked_as_the_command_line_is(name):
+    with pytest.raises(UserError, match=name.strip()):
+        parse_train(["--recipe", "demo"], {name: BAD_FROM_PYTHON[name]})
+    with pytest.raises((UserError, TypeError), match=name.strip()):
+        Config(**{"dataset_name": "builtin", name: BAD_FROM_PYTHON[name]})
+
+
+def test_python_s_own_types(tmp_path):
+    config = parse_train(
+        [], {"train_file": tmp_path / "a.csv", "label_names": "no,yes", "learning_rate": 1, "seed": "7"}
+    )
+    assert (config.train_file, config.label_names) == (str(tmp_path / "a.csv"), ["no", "yes"])
+    assert (config.learning_rate, config.seed) == (1.0, 7)
+
+
+def test_own_data_drops_what_the_recipe_says_of_its_own(tmp_path):
+    """Neither its limits nor its classes, revision or name; but its hyperparameters."""
+    (tmp_path / "a.yaml").write_text("test_file: t.csv\n")
+    for arguments, fields in (
+        (["--train_file", "mine.csv"], {}),
+        (["--dataset_name", "other/nli"], {}),
+        (["--train_file", "mine.csv", "--config", str(tmp_path / "a.yaml")], {}),
+        ([], {"train_file": "mine.csv"}),
+    ):
+        config = parse_train(["--recipe", "allnli-100k", *arguments], fields)
+        assert (config.max_train_samples, config.max_eval_samples, config.label_names) == (None, None, None)
+        assert (config.dataset_config_name, config.dataset_revision) == (None, None)
+        assert (config.bf16, config.warmup_ratio, config.train_batch_size) == (True, 0.1, 64)
+    assert parse_train(["--recipe", "allnli-100k", "--max_train_samples", "50"]).dataset_name is not None
+    limited = parse_train(["--recipe", "allnli-100k", "--train_file", "mine.csv", "--max_eval_samples", "9"])
+    assert (limited.max_eval_samples, limited.max_train_samples) == (9, None)
+
+
+def test_null_is_a_value_for_some_fields_only(tmp_path):
     (tmp_path / "a.yaml").write_text("learning_rate: null\n")
     with pytest.raises(UserError, match="learning_rate"):
         parse_train(["--recipe", "demo", "--config", str(tmp_path / "a.yaml")])

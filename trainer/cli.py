@@ -1,92 +1,101 @@
 """Command-line parsing: dataclass fields in, a validated Config out; every mistake is one UserError.
 
-jsonargparse turns the dataclasses of `trainer.config` into options with their docstrings as help. What is added here:
-recipes, the precedence of the four sources, bare boolean flags (`--bf16`), and the nearest valid name in errors.
+Options are the fields of `trainer.config`, with their docstrings as help. Their values stay text until the fields take
+them (base/fields.py), as those of YAML files and of Python do: one way in.
 """
 
 import argparse
 import dataclasses
-import json
-import re
 from pathlib import Path
-from typing import Any
-
-from jsonargparse import ArgumentParser, set_parsing_settings
+from types import UnionType
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from trainer.base.errors import UserError, unknown
-from trainer.config import GROUPS, Config, read_yaml
+from trainer.base.fields import TRUTH, default, kinds, typed
+from trainer.config import GROUPS, Config, DataConfig, read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
-def make_parser(prog: str, groups: tuple[type, ...], explained: bool = True, **kwargs: Any) -> ArgumentParser:
-    """A parser whose options are the fields of `groups`, flat, each group under its own heading.
+class Parser(argparse.ArgumentParser):
+    """Raises UserError in place of leaving the program."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def make_parser(prog: str, groups: tuple[type, ...], explained: bool = True, **kwargs: Any) -> Parser:
+    """A parser whose options are the fields of `groups`, each group under its own heading.
 
     Without `explained` their docstrings are not read for --help, which takes longer than all else.
     """
-    set_parsing_settings(docstring_parse_attribute_docstrings=explained)
-    parser = ArgumentParser(prog=prog, exit_on_error=False, default_env=False, **kwargs)
+    parser = Parser(prog=prog, allow_abbrev=False, argument_default=argparse.SUPPRESS, **kwargs)
     for group in groups:
-        parser.add_class_arguments(group, None, fail_untyped=True)
+        section, texts = parser.add_argument_group(group.__doc__), _help(group) if explained else {}
+        for own in dataclasses.fields(group):
+            flag: dict[str, Any] = {"nargs": "?", "const": "true"} if kinds(group)[own.name] is bool else {}
+            # argparse formats help with %, and shows a default only where it sets it.
+            text = f"{texts.get(own.name, '')} (default: {default(own)})".replace("%", "%%")
+            section.add_argument(f"--{own.name}", metavar=shown(kinds(group)[own.name]), help=text, **flag)
     return parser
 
 
-def parse(parser: ArgumentParser, argv: list[str], **settings: Any) -> dict[str, Any]:
-    """The options that `argv` names, typed. Raises UserError for an unknown option or a value of the wrong type."""
+def shown(kind: Any) -> str:
+    """A field's type for --help: its words, or what kind of value it takes."""
+    if isinstance(kind, UnionType):
+        return shown(get_args(kind)[0])
+    if get_origin(kind) is Literal:
+        return "{" + ",".join(get_args(kind)) + "}"
+    if get_origin(kind) is list:
+        return "A,B"
+    return {int: "N", float: "X", bool: "BOOL"}.get(kind, "TEXT")
+
+
+def _help(group: type) -> dict[str, str]:
+    import docstring_parser
+
+    found = docstring_parser.parse_from_object(group).params
+    return {param.arg_name: " ".join((param.description or "").split()) for param in found}
+
+
+def parse(parser: Parser, argv: list[str]) -> dict[str, Any]:
+    """The options that `argv` names, as text. Raises UserError for an unknown one, or one without its value."""
     options = {name: action for action in parser._actions for name in action.option_strings}
-    argv = [part for arg in argv for part in _split(_dashes(arg), options)]
     for arg in argv:
-        name = arg.partition("=")[0]
+        name = _name(arg)
         if arg.startswith("--") and name not in options:
             raise UserError(unknown("option", name, [o for o in options if o.startswith("--")]))
-    try:
-        return parser.parse_args(_spell_out_flags(argv, options), **settings).as_dict()
-    except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
-        raise UserError(_plain(error)) from None
+    return vars(parser.parse_args(_joined(argv, options)))
 
 
-def _plain(error: Exception) -> str:
-    """A parser's error on one line, in the words of the command line."""
-    text = re.sub(r'Parser key "(\w+)":', r"field \1:", " ".join(str(error).split()))
-    return re.sub(r"<class '([\w.]+)'>", r"\1", text).replace("typing.", "")
+def _name(arg: str) -> str:
+    """--learning-rate=1 is --learning_rate."""
+    return "--" + arg.partition("=")[0][2:].replace("-", "_")
 
 
-def _dashes(arg: str) -> str:
-    """--learning-rate is --learning_rate."""
-    if not arg.startswith("--"):
-        return arg
-    name, equals, value = arg[2:].partition("=")
-    return "--" + name.replace("-", "_") + equals + value
-
-
-def _split(arg: str, options: dict[str, argparse.Action]) -> list[str]:
-    """--label_names=a,b is --label_names a,b."""
-    name, equals, value = arg.partition("=")
-    return [name, value] if equals and "list" in str(_type(options, name)) else [arg]
-
-
-def _spell_out_flags(argv: list[str], options: dict[str, argparse.Action]) -> list[str]:
-    """A bare `--bf16` means `--bf16 true`, as in transformers; `a,b` means the list `["a", "b"]`."""
-    spelled = []
-    for position, arg in enumerate(argv):
-        spelled.append(arg)
-        following = argv[position + 1] if position + 1 < len(argv) else "--"
-        if position and not arg.startswith(("[", "--")) and "list" in str(_type(options, argv[position - 1])):
-            spelled[-1] = json.dumps([name.strip() for name in arg.split(",")])
-        if _type(options, arg) is bool and following.startswith("--"):
-            spelled.append("true")
-    return spelled
-
-
-def _type(options: dict[str, argparse.Action], name: str) -> Any:
-    return getattr(options.get(name), "_typehint", None)
+def _joined(argv: list[str], options: dict[str, argparse.Action]) -> list[str]:
+    """`--name value` as `--name=value`, so that a value may begin with a dash; a bare flag takes only a truth value."""
+    joined: list[str] = []
+    waits = False  # the last word is an option that has no value yet
+    for arg in argv:
+        if arg.startswith("--"):
+            name, equals, value = _name(arg), *arg.partition("=")[1:]
+            joined.append(name + equals + value)
+            waits = not equals
+        elif waits and (options[_name(joined[-1])].nargs is None or arg.lower() in TRUTH):
+            joined[-1] += f"={arg}"
+            waits = False
+        else:
+            joined.append(arg)
+            waits = False
+    return joined
 
 
 def asks_for_help(argv: list[str]) -> bool:
     return "--help" in argv or "-h" in argv
 
 
-def train_parser(explained: bool = True) -> ArgumentParser:
+def train_parser(explained: bool = True) -> Parser:
     parser = make_parser(
         "crossrank train",
         GROUPS,
@@ -102,19 +111,32 @@ def train_parser(explained: bool = True) -> ArgumentParser:
 
 def parse_train(argv: list[str], fields: dict[str, Any] | None = None) -> Config:
     """The Config of `crossrank train ARGV`, over which `fields` go. Raises UserError; SystemExit(0) after --help."""
-    parser = train_parser(asks_for_help(argv))
-    given = parse(parser, argv, defaults=False)
+    given = parse(train_parser(asks_for_help(argv)), argv)
     recipe, config = given.pop("recipe", None), given.pop("config", None)
+    own = _checked(read_yaml(Path(config)), config) if config is not None else {}
+    own |= _checked(given | (fields or {}))
     values: dict[str, Any] = {}
     if recipe is not None:
-        values |= {"run_name": recipe} | _typed_yaml(recipe_path(recipe), parser)
-    if config is not None:
-        values |= _typed_yaml(Path(config), parser)
-    names = {own.name for own in dataclasses.fields(Config)}
-    for name in fields or {}:
-        if name not in names:
-            raise UserError(unknown("field", name, names))
-    return Config(**values | given | (fields or {}))
+        values = {"run_name": recipe} | _checked(read_yaml(recipe_path(recipe)), recipe)
+        if own.keys() & DATA:  # what a recipe says of its data is not true of other data
+            of_data = {own_field.name for own_field in dataclasses.fields(DataConfig)}
+            values = {name: value for name, value in values.items() if name not in of_data}
+    return Config(**values | own)
+
+
+# Fields that name another data set than the recipe's.
+DATA = {"dataset_name", "train_file", "validation_file", "test_file"}
+
+
+def _checked(values: dict[str, Any], place: str = "") -> dict[str, Any]:
+    """`values` of the right types. Raises UserError naming the field, and its file where it came from one."""
+    try:
+        for name in values:
+            if name not in kinds(Config):
+                raise UserError(unknown("field", name, kinds(Config)))
+        return {name: typed(name, value, kinds(Config)[name]) for name, value in values.items()}
+    except UserError as error:
+        raise UserError(f"{place}: {error}" if place else str(error)) from None
 
 
 def recipe_path(name: str) -> Path:
@@ -123,14 +145,6 @@ def recipe_path(name: str) -> Path:
     if name not in valid:
         raise UserError(unknown("recipe", name, valid))
     return RECIPES / f"{name}.yaml"
-
-
-def _typed_yaml(path: Path, parser: ArgumentParser) -> dict[str, Any]:
-    values = read_yaml(path)
-    try:
-        return parser.parse_object(values, defaults=False).as_dict()
-    except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
-        raise UserError(f"{path}: {_plain(error)}") from None
 
 
 def given_fields(values: dict[str, Any], group: type) -> dict[str, Any]:

@@ -7,15 +7,15 @@ card's hyperparameter list can be pasted into a config file. Nothing here import
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from trainer.base.errors import UserError, unknown
 from trainer.base.fields import Fields, option
 from trainer.base.yaml_files import read_mapping
 
-METRICS = ("accuracy", "f1_macro", "f1_micro", "f1_weighted", "loss")
-SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")
-TRACKERS = ("tensorboard", "wandb")
+Metric = Literal["accuracy", "f1_macro", "f1_micro", "f1_weighted", "loss"]
+METRICS = get_args(Metric)
+Signal = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +167,7 @@ class EvaluationConfig(Fields):
     """Steps between evaluations."""
     eval_on_start: bool = False
     """Evaluate before the first step."""
-    metric_for_best_model: str = "f1_macro"
+    metric_for_best_model: Metric = "f1_macro"
     """accuracy, f1_macro, f1_micro, f1_weighted or loss, on the dev split."""
     load_best_model_at_end: bool = False
     """Keep the weights of the best evaluation, not of the last step."""
@@ -185,7 +185,9 @@ class CheckpointConfig(Fields):
     """Checkpoints to keep; null = all."""
     resume_from_checkpoint: str = option("auto", kind="local")
     """auto = resume the unfinished run in output_dir; none = never; or a checkpoint's or a run's folder."""
-    preemption_signals: list[str] = option(factory=lambda: ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"], kind="upkeep")
+    preemption_signals: list[Signal] = option(
+        factory=lambda: ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"], kind="upkeep"
+    )
     """Signals at which the run saves and stops, with exit code 85."""
     skip_nonfinite: int = option(0, at_least=0, kind="method")
     """Steps with a non-finite gradient that may be skipped; then each step waits for the device. Not for deepspeed."""
@@ -197,7 +199,7 @@ class LoggingConfig(Fields):
 
     logging_steps: int = option(100, above=0, kind="upkeep")
     """Steps between log lines; the loss is the mean over them."""
-    report_to: list[str] = option(factory=list, kind="upkeep")
+    report_to: list[Literal["tensorboard", "wandb"]] = option(factory=list, kind="upkeep")
     """Trackers beside metrics.jsonl: `tensorboard`, `wandb`; each is an extra, as in pip install crossrank[wandb]."""
     track_emissions: bool = option(True, kind="upkeep")
     """Measure energy and emissions of every node with codecarbon."""
@@ -243,20 +245,12 @@ class Config(
             raise UserError("max_steps must be positive, or -1 for num_train_epochs")
         if self.train_batch_size is not None and self.gradient_accumulation_steps != 1:
             raise UserError("gradient_accumulation_steps follows from train_batch_size; set only one of them")
-        if self.metric_for_best_model not in METRICS:
-            raise UserError(unknown("metric_for_best_model", self.metric_for_best_model, METRICS))
         if self.load_best_model_at_end and self.eval_strategy == "no":
             raise UserError("load_best_model_at_end needs eval_strategy steps or epoch")
         if self.deepspeed is not None and self.backend not in ("auto", "deepspeed"):
             raise UserError(f"deepspeed is set, but backend is {self.backend}; leave one of them out")
-        for name in self.preemption_signals:
-            if name not in SIGNALS:
-                raise UserError(unknown("preemption signal", name, SIGNALS))
         if self.skip_nonfinite and (self.backend == "deepspeed" or self.deepspeed):
             raise UserError("skip_nonfinite does not work with DeepSpeed, which steps by itself")
-        for name in self.report_to:
-            if name not in TRACKERS:
-                raise UserError(unknown("tracker", name, TRACKERS))
         if self.country_iso_code and not (len(self.country_iso_code) == 3 and self.country_iso_code.isupper()):
             raise UserError(f"country_iso_code {self.country_iso_code!r} must be three capital letters, such as FRA")
         if self.push_to_hub and not self.write_report:

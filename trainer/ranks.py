@@ -8,6 +8,7 @@ device's own library; a process group therefore carries both.
 import ctypes
 import json
 import os
+import socket
 import subprocess
 import time
 from collections.abc import MutableMapping
@@ -78,12 +79,35 @@ class World:
         if self.size > 1:
             dist.broadcast(tensor, 0)
 
+    def agree(self, facts: dict[str, Any]) -> None:
+        """Raises UserError, on every rank, where a JSON-serialisable fact is not the same on all of them."""
+        if self.size == 1:
+            return
+        line = json.dumps({"host": socket.gethostname(), "facts": facts}).encode() + b"\n"
+        gathered = self.gather(np.frombuffer(line, np.uint8))
+        lines = [] if gathered is None else gathered.tobytes().splitlines()
+        if differing := self.broadcast(_differences(list(map(json.loads, lines)))):
+            raise UserError(f"the ranks would train different runs: {differing}; give all of them the same command, files "
+                            "and versions")  # fmt: skip
+
     def all(self, condition: bool) -> bool:
         """Whether it holds on every rank."""
         return int(self.sum(torch.tensor([int(condition)]))) == self.size
 
     def barrier(self) -> None:
         self.sum(torch.zeros(1))
+
+
+def _differences(ranks: list[dict[str, Any]]) -> str:
+    """The first rank of each host whose facts are not rank 0's, with both values."""
+    found: dict[tuple[str, str, str], str] = {}
+    for number, own in enumerate(ranks):
+        for name, value in own["facts"].items():
+            theirs, place = ranks[0]["facts"][name], f"rank {number} ({own['host']})"
+            if value != theirs:
+                text = f"{name} is {theirs} on rank 0 ({ranks[0]['host']}) and {value} on {place}"
+                found.setdefault((name, own["host"], str(value)), text)
+    return ", ".join(found.values())
 
 
 def start(timeout_seconds: int) -> World:

@@ -1,5 +1,6 @@
 """A training run from end to end: read and check everything, train, write the model and its scores."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors import SafetensorError
 from trainer import ranks
 from trainer.backends import make_backend
 from trainer.base.errors import Preempted, TrainingFailed, UserError
+from trainer.base.fields import rule
 from trainer.base.files import write_json
 from trainer.base.log import log
 from trainer.config import METRICS, Config
@@ -20,7 +22,7 @@ from trainer.data.tokens import Split, cache_folder, tokenize
 from trainer.finish import finish
 from trainer.loop import Trainer
 from trainer.memory import fit_micro_batches
-from trainer.model.cross_encoder import CrossEncoder, compile_layers
+from trainer.model.cross_encoder import CrossEncoder, compile_layers, fingerprint
 from trainer.model.loading import load_for_training
 from trainer.model.precision import allow_tf32, check_bf16
 from trainer.ranks import World
@@ -34,6 +36,7 @@ from trainer.run.preempt import Preemption
 from trainer.run.resume import Start, resume
 from trainer.run.state import Identity, State
 from trainer.run.trackers import start_trackers
+from trainer.run.versions import versions
 
 
 def train(config: Config, report: Callable[[Path], None] | None = None) -> dict[str, Any]:
@@ -60,6 +63,8 @@ def train(config: Config, report: Callable[[Path], None] | None = None) -> dict[
 def prepare(config: Config, world: World, preemption: Preemption | None = None) -> Trainer:
     """Reads and checks everything that the run needs, before its first step. Raises UserError."""
     preemption = preemption or Preemption(world, [])
+    shared = (own for own in dataclasses.fields(config) if rule(own).kind in ("run", "method", "upkeep"))
+    world.agree({own.name: getattr(config, own.name) for own in shared} | versions())
     backend = make_backend(config, world)
     opened = open_run(config, world)
     pairs = read_pairs(config)
@@ -68,6 +73,7 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
     data = tokenize_splits(config, world, pairs, model, preemption)
     sampler = make_sampler(config, world, data["train"])
     identity = freeze(config, model, data, sampler)
+    world.agree(identity.data | {"model": fingerprint(model), "device": world.device.type})
     lock = claim(opened.path, config) if world.is_main else None
     checkpoints = Checkpoints(opened.path / "checkpoints", config.save_total_limit)
     start = resume(config, world, opened, checkpoints, identity, {role: own.name for role, own in pairs.items()})

@@ -20,7 +20,7 @@ from benchmarks import common
 
 LIMIT = 60 * 2**20
 LACKING = """
-    annotated-types arrow codecarbon datasets deepspeed dill docstring-parser evaluate hjson jsonargparse multiprocess
+    annotated-types arrow codecarbon datasets deepspeed dill docstring-parser evaluate hjson multiprocess
     pycountry pydantic pydantic-core rapidfuzz typing-inspection
 """.split()  # noqa: SIM905
 # In 16-bit numbers every second byte is of the same kind: exponents, which repeat, and fractions, which do not.

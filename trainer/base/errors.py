@@ -28,9 +28,53 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+# What other trainers call a field.
+ALIASES = {
+    "lr": "learning_rate",
+    "batch_size": "train_batch_size",
+    "bs": "train_batch_size",
+    "train_bs": "train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "warmup": "warmup_ratio",
+    "warmup_proportion": "warmup_ratio",
+    "wd": "weight_decay",
+    "clip": "max_grad_norm",
+    "max_norm": "max_grad_norm",
+    "grad_clip": "max_grad_norm",
+    "grad_accum": "gradient_accumulation_steps",
+    "accumulate_grad_batches": "gradient_accumulation_steps",
+    "scheduler": "lr_scheduler_type",
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "max_seq_length": "max_length",
+    "max_len": "max_length",
+    "data": "train_file",
+    "dataset": "dataset_name",
+    "dev_file": "validation_file",
+    "eval_file": "validation_file",
+    "out": "output_dir",
+    "output": "output_dir",
+    "fp16": "bf16",
+    "precision": "bf16",
+    "resume": "resume_from_checkpoint",
+    "gpus": "nproc",
+    "num_gpus": "nproc",
+    "nproc_per_node": "nproc",
+    "world_size": "nproc",
+    "label_smoothing": "label_smoothing_factor",
+}
+
+
 def unknown(kind: str, name: str, valid: Iterable[str]) -> str:
     """Error text for a name that does not exist: with the nearest valid one, or all of them."""
     names = list(valid)
-    near = difflib.get_close_matches(name, names, n=1)
+    dashes = "--" * name.startswith("--")
+    alias = dashes + ALIASES.get(name.removeprefix("--"), "")
+    near = [alias] if alias in names else difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(sorted(names))}"
+    if name.removeprefix("--") in ("optim", "optimizer"):
+        hint = "the optimizer is always AdamW"
     return f"unknown {kind} {name!r}; {hint}"

@@ -6,12 +6,15 @@ warmup_ratio: float = option(0.0, at_least=0, below=1)
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from trainer.base.errors import UserError
+from trainer.base.errors import UserError, unknown
 
 Kind = Literal["run", "source", "method", "upkeep", "local"]
 
@@ -68,15 +71,68 @@ def default(own: dataclasses.Field[Any]) -> Any:
     return own.default if own.default_factory is dataclasses.MISSING else own.default_factory()
 
 
+TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def typed(name: str, value: Any, kind: Any) -> Any:
+    """`value` as the type of its field, from the command line's text, YAML's values or Python's objects alike.
+
+    Text stays text, whatever it would mean to YAML. Raises UserError saying what would be right.
+    """
+    if isinstance(kind, UnionType):
+        (inner,) = (part for part in get_args(kind) if part is not NoneType)
+        if value is None or (inner is not str and value in ("null", "none", "None")):
+            return None
+        return typed(name, value, inner)
+    if value is None:
+        raise UserError(f"{name} must have a value")
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise UserError(unknown(name, str(value), get_args(kind)))
+        return value
+    if get_origin(kind) is list:
+        items = [item.strip() for item in value.strip("[]").split(",")] if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) and item for item in items):
+            raise UserError(f"{name} must be a list of texts such as a,b, none of them empty, got {value!r}")
+        return [typed(name, item, *get_args(kind)) for item in items]
+    converted = _scalar(value, kind)
+    if converted is None:
+        raise UserError(f"{name} must be {WORDS[kind]}, got {value!r}")
+    return converted
+
+
+def _scalar(value: Any, kind: type) -> Any:
+    """None where `value` cannot be that."""
+    if kind is str:
+        return os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if kind is bool:
+        return value if isinstance(value, bool) else TRUTH.get(str(value).lower())
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return None
+    try:
+        number = kind(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if isinstance(value, str) or number == value or number != number else None  # 1.5 is no whole number
+
+
+@lru_cache
+def kinds(group: Any) -> dict[str, Any]:
+    """The types of a group's fields."""
+    return get_type_hints(group)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fields:
-    """A group of fields, whose values are checked at construction."""
+    """A group of fields, whose values are typed and checked at construction. Raises UserError naming the field."""
 
     def __post_init__(self) -> None:
+        group: Any = type(self)
+        hints = kinds(group)
         for own in dataclasses.fields(self):
-            name, value = own.name, getattr(self, own.name)
-            if value is None and "None" not in str(own.type):
-                raise UserError(f"{name} must have a value")
-            rule(own).check(name, value)
+            value = typed(own.name, getattr(self, own.name), hints[own.name])
+            rule(own).check(own.name, value)
             if rule(own).path and isinstance(value, str) and value.startswith("~"):
-                object.__setattr__(self, name, str(Path(value).expanduser()))
+                value = str(Path(value).expanduser())
+            object.__setattr__(self, own.name, value)

@@ -1,5 +1,6 @@
 """The cross-encoder: a transformers sequence classifier fed with batches of pairs, and its tokenizer."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,14 @@ class CrossEncoder(nn.Module):
         with replacing(folder) as temporary:
             self.model.save_pretrained(temporary, state_dict=weights)
             self.tokenizer.save_pretrained(temporary)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of all weights, frozen rows included."""
+    digest = hashlib.sha256()
+    for name, value in sorted([*model.named_parameters(), *model.named_buffers()]):
+        digest.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def compile_layers(model: CrossEncoder) -> None:

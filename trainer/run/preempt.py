@@ -6,6 +6,7 @@ The trainer knows nothing of Slurm or of any other scheduler: exit code 85 says 
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -22,7 +23,7 @@ class Preemption:
     A second Ctrl-C exits at once.
     """
 
-    def __init__(self, world: World, signals: list[str]) -> None:
+    def __init__(self, world: World, signals: Sequence[str]) -> None:
         self.world = world
         self.requested: str | None = None
         self.ballot = torch.zeros(1)
