@@ -87,8 +87,8 @@ class World:
         gathered = self.gather(np.frombuffer(line, np.uint8))
         lines = [] if gathered is None else gathered.tobytes().splitlines()
         if differing := self.broadcast(_differences(list(map(json.loads, lines)))):
-            raise UserError(f"the ranks would train different runs: {differing}; start all with the same command, files "
-                            "and versions")  # fmt: skip
+            fix = "start all with the same command, files and versions"
+            raise UserError(f"the ranks would train different runs: {differing}; {fix}")
 
     def all(self, condition: bool) -> bool:
         """Whether it holds on every rank."""

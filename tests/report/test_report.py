@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -15,6 +16,7 @@ from conftest import SHARED, crossrank
 from huggingface_hub import ModelCard
 
 from trainer.base.errors import UserError
+from trainer.cli import parse_train
 from trainer.report.card import interval, thinned
 from trainer.report.markdown import code, escape, table
 from trainer.report.plots import smooth
@@ -184,6 +186,27 @@ def test_the_interval_is_the_bootstraps():
     drawn = [random.integers(0, 400, 400) for _ in range(1000)]
     expected = np.quantile([f1_score(truth[rows], said[rows], average="macro") for rows in drawn], [0.025, 0.975])
     assert interval(confusion_matrix(truth, said).tolist()) == pytest.approx(tuple(expected), abs=0.008)
+
+
+def test_the_command_on_the_card_starts_the_same_run(tmp_path):
+    """From own files in folders: their paths, and each split by the name of its own file."""
+    from trainer.data.builtin import LABEL_NAMES, pairs
+
+    (tmp_path / "data").mkdir()
+    for name in ("train6k", "dev"):
+        rows = [
+            {**row, "label": LABEL_NAMES[row["label"]]} for row in pairs("train" if name == "train6k" else "dev")[:60]
+        ]
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--model_name_or_path", "builtin", "--train_file", str(tmp_path / "data" / "train6k.jsonl"),
+             "--validation_file", str(tmp_path / "data" / "dev.jsonl"), "--max_steps", "2", "--train_batch_size", "16",
+             "--label_names", '["entailment", "neutral", "contradiction"]', "--track_emissions", "false"]  # fmt: skip
+    crossrank("train", *given, "--output_dir", tmp_path / "run")
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    shown = re.search(r"^crossrank train .*$", card, re.MULTILINE)[0]
+    assert parse_train(shlex.split(shown)[2:]) == parse_train(given)
+    assert re.search(r"### Evaluation Dataset\s+#### dev.jsonl", card)
+    assert re.search(r"### Training Dataset\s+#### train6k.jsonl", card)
 
 
 def test_an_unfinished_run_says_so(demo, tmp_path):

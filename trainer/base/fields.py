@@ -5,6 +5,7 @@ warmup_ratio: float = option(0.0, at_least=0, below=1)
 """
 
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Callable
@@ -92,7 +93,7 @@ def typed(name: str, value: Any, kind: Any) -> Any:
             raise UserError(unknown(name, str(value), get_args(kind)))
         return value
     if get_origin(kind) is list:
-        items = [item.strip() for item in value.strip("[]").split(",")] if isinstance(value, str) else value
+        items = _items(value) if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) and item for item in items):
             raise UserError(f"{name} must be a list of texts such as a,b, none of them empty, got {value!r}")
         return [typed(name, item, *get_args(kind)) for item in items]
@@ -100,6 +101,14 @@ def typed(name: str, value: Any, kind: Any) -> Any:
     if converted is None:
         raise UserError(f"{name} must be {WORDS[kind]}, got {value!r}")
     return converted
+
+
+def _items(text: str) -> Any:
+    """A list as `a,b`, or as JSON where an item holds a comma."""
+    try:
+        return json.loads(text) if text.startswith("[") else [item.strip() for item in text.split(",")]
+    except ValueError:
+        return [item.strip() for item in text.strip("[]").split(",")]
 
 
 def _scalar(value: Any, kind: type) -> Any:

@@ -233,11 +233,12 @@ def hyperparameters(run: Run, changed_only: bool) -> dict[str, Any]:
 
 
 def command(run: Run) -> str:
-    """What starts the same run; files are named without their folders."""
+    """What starts the same run from the same folder: paths are as the user gave them."""
     words = ["crossrank", "train"]
     if run.about["world_size"] > 1:
         words = ["torchrun", "--nproc-per-node", str(run.about["world_size"]), "-m", "crossrank", "train"]
-    for name, value in hyperparameters(run, changed_only=True).items():
+    for name in hyperparameters(run, changed_only=True):
+        value = run.config[name]
         words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     return shlex.join(words)
 

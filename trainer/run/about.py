@@ -33,7 +33,7 @@ def about(
     seed = config.seed if config.data_seed is None else config.data_seed
     return {
         "dataset": of_dataset(config),
-        "data": {role: of_split(split) for role, split in splits.items()},
+        "data": {role: of_split(split) | of_file(config, role) for role, split in splits.items()},
         "padding": padding(splits["train"].tokens.lengths, batch_size, seed),
         "model": of_model(config, model),
         "hardware": hardware(world),
@@ -64,6 +64,12 @@ def of_split(split: Split) -> dict[str, Any]:
         "labels": np.bincount(pairs.label, minlength=len(pairs.label_names)).tolist(),
         "lengths": np.bincount(tokens.lengths).tolist(),
     }
+
+
+def of_file(config: DataConfig, role: Role) -> dict[str, str]:
+    """The name of the split's own file, where it has one."""
+    file = {"train": config.train_file, "dev": config.validation_file, "test": config.test_file}[role]
+    return {"file": Path(file).name} if file else {}
 
 
 def text_statistics(texts: list[str]) -> dict[str, Any]:
