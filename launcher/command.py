@@ -14,7 +14,7 @@ from launcher.devices import num_present, num_visible
 from launcher.sbatch import SlurmConfig, render, submit
 from trainer.base.errors import UserError, unknown
 from trainer.base.fields import Fields, option
-from trainer.cli import asks_for_help, given_fields, make_parser, parse, parse_train
+from trainer.cli import asks_for_help, grouped, make_parser, parse, parse_train
 from trainer.config import Config
 
 USAGE = """usage: crossrank launch HOW [options] -- train [--recipe NAME] [--field value ...]
@@ -74,7 +74,7 @@ def launch(argv: list[str]) -> None:
         raise UserError(f"put -- before train: crossrank launch {how} [options] -- train ...")
     usage = f"crossrank launch {how} [options] -- train ..."
     parser = make_parser(f"crossrank launch {how}", (group,), asks_for_help(own), usage=usage)
-    options = group(**given_fields(parse(parser, own), group))
+    (options,) = grouped(parse(parser, own), group)
     if not arguments:
         raise UserError("nothing to launch: end the command with -- train and its options")
     if arguments[0] != "train":

@@ -62,28 +62,27 @@ def stop_early(number: int, frame: object) -> NoReturn:
     os._exit(code)
 
 
-def evaluate(argv: list[str]) -> None:
-    from trainer.cli import given_fields, make_parser, parse
-    from trainer.predict import EvaluateConfig, InferenceConfig, evaluate_model
+def scoring(verb: str, argv: list[str], *groups: Any) -> list[Any]:
+    """The model's folder and the groups of fields of a verb that scores pairs."""
+    from trainer.cli import asks_for_help, grouped, make_parser, parse
 
-    groups: tuple[Any, ...] = (DataConfig, InferenceConfig, EvaluateConfig)
-    parser = make_parser("crossrank evaluate", groups, usage="crossrank evaluate MODEL_DIR [--field value ...]")
+    usage = f"crossrank {verb} MODEL_DIR [--field value ...]"
+    parser = make_parser(f"crossrank {verb}", groups, asks_for_help(argv), usage=usage)
     parser.add_argument("model", metavar="MODEL_DIR", help="folder of a trained model: config, weights, tokenizer")
     values = parse(parser, argv)
-    data, inference, output = (group(**given_fields(values, group)) for group in groups)
-    evaluate_model(values["model"], data, inference, output)
+    return [values.pop("model"), *grouped(values, *groups)]
+
+
+def evaluate(argv: list[str]) -> None:
+    from trainer.predict import EvaluateConfig, InferenceConfig, evaluate_model
+
+    evaluate_model(*scoring("evaluate", argv, DataConfig, InferenceConfig, EvaluateConfig))
 
 
 def predict(argv: list[str]) -> None:
-    from trainer.cli import given_fields, make_parser, parse
     from trainer.predict import InferenceConfig, PredictConfig, predict_file
 
-    groups: tuple[Any, ...] = (PredictConfig, InferenceConfig)
-    parser = make_parser("crossrank predict", groups, usage="crossrank predict MODEL_DIR [--field value ...]")
-    parser.add_argument("model", metavar="MODEL_DIR", help="folder of a trained model: config, weights, tokenizer")
-    values = parse(parser, argv)
-    pairs, inference = (group(**given_fields(values, group)) for group in groups)
-    predict_file(values["model"], pairs, inference)
+    predict_file(*scoring("predict", argv, PredictConfig, InferenceConfig))
 
 
 def report(argv: list[str]) -> None:
@@ -100,11 +99,11 @@ def report(argv: list[str]) -> None:
 
 
 def doctor(argv: list[str]) -> None:
-    from trainer.cli import given_fields, make_parser, parse
+    from trainer.cli import grouped, make_parser, parse
     from trainer.doctor import DoctorConfig, diagnose
 
     parser = make_parser("crossrank doctor", (DoctorConfig,), usage="crossrank doctor [--json] [--ranks N]")
-    if not diagnose(DoctorConfig(**given_fields(parse(parser, argv), DoctorConfig))):
+    if not diagnose(*grouped(parse(parser, argv), DoctorConfig)):
         raise TrainingFailed("something is wrong; the fixes are above")
 
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from trainer import train as training
-from trainer.base.errors import UserError, first_line, unknown
+from trainer.base.errors import first_line
 from trainer.base.log import log
-from trainer.cli import given_fields, parse_train
+from trainer.cli import grouped, parse_train
 from trainer.config import Config, DataConfig
 from trainer.predict import EvaluateConfig, InferenceConfig, evaluate_model, predict_pairs
 from trainer.report import hub
@@ -63,22 +63,9 @@ def predict(model: str | Path, pairs: Iterable[tuple[str, str]], **options: Any)
         model: folder of a trained model.
         options: fields of `crossrank predict --help`'s group Inference, such as bf16.
     """
-    return predict_pairs(str(model), list(pairs), _checked(InferenceConfig, options))
+    return predict_pairs(str(model), list(pairs), *grouped(options, InferenceConfig))
 
 
 def evaluate(model: str | Path, **fields: Any) -> dict[str, Any]:
     """Scores of a trained model on the splits of labelled pairs that `fields` name, by split; see metrics.py."""
-    groups: tuple[Any, ...] = (DataConfig, InferenceConfig, EvaluateConfig)
-    names = {name for group in groups for name in group.__dataclass_fields__}
-    for name in fields:
-        if name not in names:
-            raise UserError(unknown("field", name, names))
-    data, inference, output = (group(**given_fields(fields, group)) for group in groups)
-    return evaluate_model(str(model), data, inference, output)
-
-
-def _checked(group: type, fields: dict[str, Any]) -> Any:
-    for name in fields:
-        if name not in group.__dataclass_fields__:  # type: ignore[attr-defined]
-            raise UserError(unknown("field", name, group.__dataclass_fields__))  # type: ignore[attr-defined]
-    return group(**fields)
+    return evaluate_model(str(model), *grouped(fields, DataConfig, InferenceConfig, EvaluateConfig))

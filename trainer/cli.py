@@ -131,9 +131,8 @@ DATA = {"dataset_name", "train_file", "validation_file", "test_file"}
 def _checked(values: dict[str, Any], place: str = "") -> dict[str, Any]:
     """`values` of the right types. Raises UserError naming the field, and its file where it came from one."""
     try:
-        for name in values:
-            if name not in kinds(Config):
-                raise UserError(unknown("field", name, kinds(Config)))
+        if unknown_names := [name for name in values if name not in kinds(Config)]:
+            raise UserError(unknown("field", unknown_names[0], kinds(Config)))
         return {name: typed(name, value, kinds(Config)[name]) for name, value in values.items()}
     except UserError as error:
         raise UserError(f"{place}: {error}" if place else str(error)) from None
@@ -147,6 +146,10 @@ def recipe_path(name: str) -> Path:
     return RECIPES / f"{name}.yaml"
 
 
-def given_fields(values: dict[str, Any], group: type) -> dict[str, Any]:
-    """The part of parsed `values` that belongs to the dataclass `group`."""
-    return {field.name: values[field.name] for field in dataclasses.fields(group) if field.name in values}
+def grouped(values: dict[str, Any], *groups: Any) -> list[Any]:
+    """Each of `groups` with those `values` that are its fields. Raises UserError for a field of none of them."""
+    names = [name for group in groups for name in kinds(group)]
+    for name in values:
+        if name not in names:
+            raise UserError(unknown("field", name, names))
+    return [group(**{name: value for name, value in values.items() if name in kinds(group)}) for group in groups]

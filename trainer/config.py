@@ -72,6 +72,14 @@ class DataConfig(Fields):
     max_test_samples: int | None = option(None, above=0)
     """Use the first N pairs of the test split."""
 
+    def file(self, role: str) -> str | None:
+        """Of the role train, dev or test."""
+        return {"train": self.train_file, "dev": self.validation_file, "test": self.test_file}[role]
+
+    @property
+    def has_files(self) -> bool:
+        return any((self.train_file, self.validation_file, self.test_file))
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig(Fields):
@@ -236,6 +244,11 @@ class Config(
     ModelConfig,
 ):
     """All fields of a training run, validated. Raises UserError naming the field."""
+
+    @property
+    def order_seed(self) -> int:
+        """Of the data's order."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,7 +22,7 @@ from trainer.data.tokens import Split, cache_folder, tokenize
 from trainer.finish import finish
 from trainer.loop import Trainer
 from trainer.memory import fit_micro_batches
-from trainer.model.cross_encoder import CrossEncoder, compile_layers, fingerprint
+from trainer.model.cross_encoder import CrossEncoder, compile_layers, weights_fingerprint
 from trainer.model.loading import load_for_training
 from trainer.model.precision import allow_tf32, check_bf16
 from trainer.ranks import World
@@ -73,7 +73,7 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
     data = tokenize_splits(config, world, pairs, model, preemption)
     sampler = make_sampler(config, world, data["train"])
     identity = freeze(config, model, data, sampler)
-    world.agree(identity.data | {"model": fingerprint(model), "device": world.device.type})
+    world.agree(identity.data | {"model": weights_fingerprint(model), "device": world.device.type})
     lock = claim(opened.path, config) if world.is_main else None
     checkpoints = Checkpoints(opened.path / "checkpoints", config.save_total_limit)
     start = resume(config, world, opened, checkpoints, identity, {role: own.name for role, own in pairs.items()})
@@ -144,8 +144,9 @@ def tokenize_splits(
 def make_sampler(config: Config, world: World, train_split: Split) -> GlobalBatchSampler:
     batch_size = global_batch_size(config, world.size)
     num_steps = total_steps(config, len(train_split), batch_size)
-    seed = config.seed if config.data_seed is None else config.data_seed
-    return GlobalBatchSampler(len(train_split), batch_size, seed, num_steps, train_split.tokens.fingerprint)
+    return GlobalBatchSampler(
+        len(train_split), batch_size, config.order_seed, num_steps, train_split.tokens.fingerprint
+    )
 
 
 def freeze(config: Config, model: CrossEncoder, data: dict[Role, Split], sampler: GlobalBatchSampler) -> Identity:

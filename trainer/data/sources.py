@@ -69,16 +69,16 @@ def load_splits(config: DataConfig) -> dict[Role, Pairs]:
 
 def load_pairs(config: DataConfig, role: Role, label_names: Sequence[str] | None) -> Pairs | None:
     """One split, or None where the data set has none. `label_names` fixes the classes; None = from this split."""
-    if config.dataset_name == "builtin" and not _has_files(config):
+    if config.dataset_name == "builtin" and not config.has_files:
         rows = pa.Table.from_pylist(builtin.pairs(role))
         loaded: Loaded | None = (f"builtin {role}", rows, {"label": list(builtin.LABEL_NAMES)})
     else:
-        loaded = _load_file(config, role) if _has_files(config) else _load_hub(config, role)
+        loaded = _load_file(config, role) if config.has_files else _load_hub(config, role)
     if loaded is None:
         return None
     place, table, names = loaded
     limit = {"train": config.max_train_samples, "dev": config.max_eval_samples, "test": config.max_test_samples}[role]
-    if role != "train" and not _has_files(config) and _all_unlabelled(table, config.label_column):
+    if role != "train" and not config.has_files and _all_unlabelled(table, config.label_column):
         return None  # many test splits on the hub come without their labels
     return _check(table, place, config, label_names, names, limit)
 
@@ -90,8 +90,7 @@ def _all_unlabelled(table: pa.Table, column: str | None) -> bool:
 
 def split_name(config: DataConfig, role: Role) -> str:
     """`AllNLI-dev`, `snli-test`, ...: as reports, file names and metrics call a split."""
-    files = {"train": config.train_file, "dev": config.validation_file, "test": config.test_file}
-    name = Path((config.dataset_name or files[role] or "data").rstrip("/")).name
+    name = Path((config.dataset_name or config.file(role) or "data").rstrip("/")).name
     while (stem := name.removesuffix(Path(name).suffix)) != name and Path(name).suffix in SUFFIXES:
         name = stem
     if name.endswith(role):
@@ -99,12 +98,8 @@ def split_name(config: DataConfig, role: Role) -> str:
     return f"{'AllNLI' if name == 'all-nli' else name}-{role}"
 
 
-def _has_files(config: DataConfig) -> bool:
-    return any((config.train_file, config.validation_file, config.test_file))
-
-
 def _load_file(config: DataConfig, role: Role) -> Loaded | None:
-    file = {"train": config.train_file, "dev": config.validation_file, "test": config.test_file}[role]
+    file = config.file(role)
     if file is None:
         return None
     path = Path(file)

@@ -131,7 +131,7 @@ class CrossEncoder(nn.Module):
             self.tokenizer.save_pretrained(temporary)
 
 
-def fingerprint(model: nn.Module) -> str:
+def weights_fingerprint(model: nn.Module) -> str:
     """SHA-256 of all weights, frozen rows included."""
     digest = hashlib.sha256()
     for name, value in sorted([*model.named_parameters(), *model.named_buffers()]):

@@ -30,11 +30,10 @@ def about(
     config: Config, splits: dict[Role, Split], batch_size: int, model: CrossEncoder, world: World, backend: str
 ) -> dict[str, Any]:
     """All of it; `batch_size` is the global one."""
-    seed = config.seed if config.data_seed is None else config.data_seed
     return {
         "dataset": of_dataset(config),
         "data": {role: of_split(split) | of_file(config, role) for role, split in splits.items()},
-        "padding": padding(splits["train"].tokens.lengths, batch_size, seed),
+        "padding": padding(splits["train"].tokens.lengths, batch_size, config.order_seed),
         "model": of_model(config, model),
         "hardware": hardware(world),
         "world_size": world.size,
@@ -68,7 +67,7 @@ def of_split(split: Split) -> dict[str, Any]:
 
 def of_file(config: DataConfig, role: Role) -> dict[str, str]:
     """The name of the split's own file, where it has one."""
-    file = {"train": config.train_file, "dev": config.validation_file, "test": config.test_file}[role]
+    file = config.file(role)
     return {"file": Path(file).name} if file else {}
 
 
@@ -107,7 +106,7 @@ def padding(lengths: np.ndarray, batch_size: int, seed: int) -> dict[str, int]:
 def of_dataset(config: DataConfig) -> dict[str, Any]:
     """Its name, and its place on the hub where it has one; of local files nobody knows which revision they are."""
     name = config.dataset_name
-    files = any((config.train_file, config.validation_file, config.test_file))
+    files = config.has_files
     local = name is None or name == "builtin" or Path(name).exists()
     on_hub = not local and bool(re.fullmatch(r"[\w.-]+/[\w.-]+" if files else r"[\w.-]+(/[\w.-]+)?", name or ""))
     shown = Path((name or config.train_file or "data").rstrip("/")).name
