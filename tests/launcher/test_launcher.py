@@ -172,7 +172,7 @@ BAD = {
     "torchrun --rdzv_endpoint node1 -- train --recipe demo": "must be HOST:PORT",
     "torchrun --rdzv_endpoint node1:99999 -- train --recipe demo": "must be HOST:PORT",
     "local train --recipe demo": "put -- before train",
-    "slurm --warning_seconds 70000 --time 2-0 -- train --recipe demo": "warning_seconds must be above 0 and below 65536",
+    "slurm --warning_seconds 70000 --time 2-0 -- train --recipe demo": "must be above 0 and below 65536",
 }
 
 
