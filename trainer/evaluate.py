@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainer.base.files import replacing
 from trainer.data.sampler import deal
 from trainer.data.sources import Pairs
 from trainer.data.tokens import Split, Tokens
@@ -113,4 +114,5 @@ def write_predictions(path: Path, pairs: Pairs, logits: np.ndarray) -> None:
     if pairs.source is not None:
         columns["source"] = pairs.source
     path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pa.table(columns), path)
+    with replacing(path) as temporary:
+        parquet.write_table(pa.table(columns), temporary)

@@ -27,7 +27,7 @@ from trainer.ranks import World
 from trainer.run.about import about
 from trainer.run.checkpoint import Checkpoints, cannot_write
 from trainer.run.energy import Meter
-from trainer.run.folder import claim, open_run
+from trainer.run.folder import claim, open_run, write_config
 from trainer.run.journal import Journal
 from trainer.run.output import Output
 from trainer.run.preempt import Preemption
@@ -68,10 +68,10 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
     data = tokenize_splits(config, world, pairs, model, preemption)
     sampler = make_sampler(config, world, data["train"])
     identity = freeze(config, model, data, sampler)
-    lock = claim(opened.path, config) if world.is_main else None
+    opened, lock = claim(opened, config, world)
     checkpoints = Checkpoints(opened.path / "checkpoints", config.save_total_limit)
-    start = resume(config, world, opened, checkpoints, identity, {role: own.name for role, own in pairs.items()})
     with writing(opened.path):
+        start = resume(config, world, opened, checkpoints, identity, {role: own.name for role, own in pairs.items()})
         described = about(config, data, sampler.batch_size, model, world, backend.name) if world.is_main else None
         journal = open_journal(config, opened.path, sampler.num_steps, start.state.step, described)
     forward = backend.prepare(model)
@@ -162,6 +162,7 @@ def open_journal(config: Config, folder: Path, num_steps: int, step: int, descri
         f"rank(s), backend {described['backend']}; {num_steps} steps of {described['global_batch_size']} pairs; "
         f"writing {folder}"
     )
+    write_config(folder, config)
     write_json(folder / "about.json", described)
     return Journal(folder, num_steps, step, start_trackers(config, folder, step))
 
@@ -191,7 +192,7 @@ def complete(trainer: Trainer) -> dict[str, Any]:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Once everything has been read, an error of the operating system is one of the run folder."""
+    """An error of the operating system ends the run in one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -28,6 +28,11 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+def named(error: OSError) -> str:
+    """The same, behind the file that it is about."""
+    return reason(error) if error.filename is None else f"{error.filename}: {reason(error)}"
+
+
 def unknown(kind: str, name: str, valid: Iterable[str]) -> str:
     """Error text for a name that does not exist: with the nearest valid one, or all of them."""
     names = list(valid)

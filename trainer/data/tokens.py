@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from trainer.base.errors import UserError
-from trainer.base.files import replacing
+from trainer.base.errors import UserError, named
+from trainer.base.files import remove_remains, replacing
 from trainer.base.log import log
 from trainer.data.sources import Pairs
 
@@ -111,12 +111,14 @@ def tokenize(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
+            remove_remains(path)
             tokens = _read(path, fingerprint)
             if tokens is None:
                 tokens = _encode(pairs, rust, has_types, fingerprint, progress, check)
                 _write(tokens, path)
     except (OSError, SafetensorError) as error:
-        log.warning(f"no token cache, tokenising at every start: {error}")
+        what = named(error) if isinstance(error, OSError) else error
+        log.warning(f"no token cache, tokenising at every start: {what}")
     return tokens or _encode(pairs, rust, has_types, fingerprint, progress, check)
 
 
@@ -181,13 +183,14 @@ def _read(path: Path, fingerprint: str) -> Tokens | None:
 
     if not path.exists():
         return None
+    path.open("rb").close()  # what can't be read is not damaged; the next line would not say so
     try:
         arrays = load_file(path)
         with safe_open(path, framework="numpy") as file:
             expected = (file.metadata() or {}).get("sha256")
         if expected == _checksum(arrays):
             return Tokens(**arrays, fingerprint=fingerprint)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+    except (SafetensorError, KeyError, TypeError, ValueError):
         pass
     log.warning(f"the token cache {path} is damaged; it is built again")
     return None

@@ -48,7 +48,7 @@ def resume(
 
 
 def find_checkpoint(config: Config, checkpoints: Checkpoints, resuming: bool) -> Checkpoint | None:
-    """The newest complete one of an unfinished run, else the one that the user names."""
+    """The newest complete one of an unfinished run; where it has saved none, the one that the user names."""
     newest = checkpoints.newest() if resuming else None
     if newest is None and config.resume_from_checkpoint not in ("auto", "none"):
         return load_given(Path(config.resume_from_checkpoint).expanduser())
