@@ -13,8 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from trainer.base import folders
 from trainer.base.environment import Place, read_place
-from trainer.base.errors import EXIT_CODE, Preempted, TrainingFailed, UserError, unknown
+from trainer.base.errors import EXIT_CODE, Preempted, TrainingFailed, UserError, first_line, named, unknown
 from trainer.base.files import write_text
 from trainer.base.log import start_log
 from trainer.config import DataConfig
@@ -167,6 +168,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise UserError(unknown("verb", verb, VERBS))
+        if verb in ("train", "evaluate", "predict", "report"):
+            folders.provide()
         VERBS[verb](rest)
     except UserError as error:
         return fail(2, f"error: {error}")
@@ -182,6 +185,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has had enough
         sys.stderr.close()
         return 1
+    except OSError as error:  # a disk, a permission: no mistake of the program's
+        return fail(1, f"failed: {first_line(error) if error.filename is None else named(error)}")
     except Exception:
         return fail(1, f"failed:\n{traceback.format_exc()}")
     if "torch" in sys.modules:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from trainer import train as training
+from trainer.base import folders
 from trainer.base.errors import UserError, first_line, unknown
 from trainer.base.log import log
 from trainer.cli import given_fields, parse_train
@@ -36,6 +37,7 @@ def train(config: Config | None = None, *, recipe: str | None = None, **fields: 
     Returns:
         What results.json holds.
     """
+    folders.provide()
     if config is None:
         config = parse_train(["--recipe", recipe] if recipe else [], fields)
     if config.push_to_hub:  # a name that is not allowed is no reason to train first
@@ -63,6 +65,7 @@ def predict(model: str | Path, pairs: Iterable[tuple[str, str]], **options: Any)
         model: folder of a trained model.
         options: fields of `crossrank predict --help`'s group Inference, such as bf16.
     """
+    folders.provide()
     return predict_pairs(str(model), list(pairs), _checked(InferenceConfig, options))
 
 
@@ -73,6 +76,7 @@ def evaluate(model: str | Path, **fields: Any) -> dict[str, Any]:
     for name in fields:
         if name not in names:
             raise UserError(unknown("field", name, names))
+    folders.provide()
     data, inference, output = (group(**given_fields(fields, group)) for group in groups)
     return evaluate_model(str(model), data, inference, output)
 

@@ -6,6 +6,7 @@ numbers that crossrank decides are filled in, and what contradicts them is refus
 """
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -170,7 +171,7 @@ class DeepSpeed(Single):
 def read_settings(name: str) -> Settings:
     """A file of ds_configs by its name, or the user's own by its path. Raises UserError."""
     shipped = CONFIGS / f"{name}.json"
-    path = shipped if shipped.is_file() else Path(name).expanduser()
+    path = shipped if shipped.is_file() else Path(os.path.expanduser(name))
     if not path.is_file():
         valid = [p.stem for p in CONFIGS.glob("*.json")]
         raise UserError(f"{unknown('DeepSpeed config', name, valid)}; or give the path of a JSON file")

@@ -6,9 +6,9 @@ warmup_ratio: float = option(0.0, at_least=0, below=1)
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from trainer.base.errors import UserError
@@ -88,4 +88,7 @@ class Fields:
                 raise UserError(f"{name} must have a value")
             rule(own).check(name, value)
             if rule(own).path and isinstance(value, str) and value.startswith("~"):
-                object.__setattr__(self, name, str(Path(value).expanduser()))
+                full = os.path.expanduser(value)
+                if full.startswith("~"):
+                    raise UserError(f"{name}: no home folder is known for {value}; give the full path")
+                object.__setattr__(self, name, full)

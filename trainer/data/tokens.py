@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from trainer.base.errors import UserError, named
 from trainer.base.files import remove_remains, replacing
+from trainer.base.folders import caches
 from trainer.base.log import log
 from trainer.data.sources import Pairs
 
@@ -85,7 +86,7 @@ class Split:
 
 def cache_folder() -> Path:
     """$CROSSRANK_CACHE, or ~/.cache/crossrank."""
-    return Path(os.environ.get("CROSSRANK_CACHE", "~/.cache/crossrank")).expanduser() / "tokens"
+    return caches(os.environ)["CROSSRANK_CACHE"] / "tokens"
 
 
 def tokenize(
