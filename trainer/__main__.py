@@ -200,6 +200,9 @@ def record_exit_code(code: int) -> None:
     """Where agent and batch script look for it: torchrun turns every code of its ranks into 1."""
     if name := os.environ.get("CROSSRANK_EXIT_FILE"):
         with suppress(OSError):  # complete at any time: several ranks write theirs, and may be killed meanwhile
+            # A launcher stops the others when one has failed: that they were stopped is not why the run ended.
+            if code == EXIT_CODE and Path(name).exists() and Path(name).read_text() not in ("", str(EXIT_CODE)):
+                return
             write_text(Path(name), str(code), durable=False)
 
 

@@ -149,7 +149,7 @@ def _encode(
     vocabulary = rust.get_vocab_size()
     number = np.uint16 if vocabulary <= 1 << 16 else np.int32
     flat, lengths, second, truncated = [], [], [], []
-    with tqdm(total=len(pairs), desc="tokenising", unit="pair", delay=3, disable=not progress) as bar:
+    with tqdm(total=len(pairs), desc="tokenising", unit="pair", delay=3, disable=None if progress else True) as bar:
         for start in range(0, len(pairs), CHUNK):
             chunk = slice(start, start + CHUNK)
             encodings = rust.encode_batch_fast(list(zip(pairs.premise[chunk], pairs.hypothesis[chunk], strict=True)))

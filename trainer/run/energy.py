@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from trainer.base.environment import offline
 from trainer.base.errors import first_line
@@ -38,6 +39,7 @@ class Meter:
 
     def __init__(self, config: LoggingConfig, world: World) -> None:
         self.config, self.world = config, world
+        self.gpus = gpus_of_node(world) if config.track_emissions else []
         self.tracker: Any = None
         self.row: dict[str, Any] = {"failed": "codecarbon has not started"}
         self.thread: ThreadPoolExecutor | None = None
@@ -83,6 +85,7 @@ class Meter:
             allow_multiple_runs=True,
             tracking_mode="machine",
             log_level="critical",
+            **({"gpu_ids": self.gpus} if self.gpus else {}),
         )
         self.row = {"country_source": source}
         self.tracker.start()
@@ -104,6 +107,25 @@ class Meter:
         reason = f"codecarbon does not know the country {country}" if country else "the country is not known"
         log.warning(f"{reason}: emissions are computed with the world's average; set --country_iso_code")
         return None, None, WORLD_AVERAGE
+
+
+def gpus_of_node(world: World) -> list[str]:
+    """UUIDs of the GPUs that this node's ranks compute on. Every rank takes part.
+
+    Left to itself codecarbon measures those in CUDA_VISIBLE_DEVICES: of a task of srun --gpus-per-task=1 only its own.
+    """
+    uuid = gpu_uuid(world)
+    mine = json.dumps([platform.node(), uuid]).encode() + b"\n" if uuid else b""
+    gathered = world.gather(np.frombuffer(mine, np.uint8))
+    lines = None if gathered is None else [json.loads(line) for line in gathered.tobytes().splitlines()]
+    return sorted({uuid for node, uuid in world.broadcast(lines) if node == platform.node()})
+
+
+def gpu_uuid(world: World) -> str | None:
+    """As NVML and nvidia-smi write it; None on a CPU."""
+    if world.device.type != "cuda":
+        return None
+    return f"GPU-{torch.cuda.get_device_properties(world.device).uuid}"
 
 
 class Keep:
