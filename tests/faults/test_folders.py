@@ -65,6 +65,33 @@ def test_models_in_a_folder_that_can_only_be_read_are_found(tmp_path, monkeypatc
     assert "CROSSRANK_CACHE" not in os.environ
 
 
+def test_no_bars_in_a_log(tmp_path):
+    """Neither ours, however long it takes, nor that of a library."""
+    from trainer.data.builtin import pairs
+
+    (tmp_path / "pairs").mkdir()
+    for split in ("train", "validation"):
+        rows = "".join(json.dumps(row) + "\n" for row in pairs("dev")[:200])
+        (tmp_path / "pairs" / f"{split}.jsonl").write_text(rows)
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import sys, time\nfrom trainer.data import tokens\ntokens.CHUNK = 50\n"
+        "class Slow(tokens.tqdm):\n"
+        "    def __init__(self, *args, **given):\n        super().__init__(*args, **given | {'delay': 0})\n"
+        "    def update(self, n):\n        time.sleep(0.2)\n        return super().update(n)\n"
+        "tokens.tqdm = Slow\nfrom trainer import __main__\nsys.exit(__main__.main(sys.argv[1:]))\n"
+    )
+    run = ["train", *RUN[2:], "--model_name_or_path", "builtin", "--dataset_name", tmp_path / "pairs", "--output_dir",
+           tmp_path / "run"]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"),
+                        "CROSSRANK_CACHE": str(tmp_path / "cache")}  # fmt: skip
+    result = subprocess.run([sys.executable, str(script), *map(str, run)], capture_output=True, text=True, env=env)
+    assert result.returncode == 0, result.stderr
+    assert "%|" not in result.stderr
+    assert "examples/s" not in result.stderr
+    assert "\r" not in result.stderr
+
+
 def test_no_folder_for_temporary_files(tmp_path):
     script = "import tempfile, sys; tempfile._candidate_tempdir_list = lambda: ['/proc/nowhere']\n"
     script += "from trainer import __main__; sys.exit(__main__.main(['train', '--recipe', 'demo']))"

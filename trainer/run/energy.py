@@ -76,6 +76,8 @@ class Meter:
 
         logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
         country, region, source = self._place()
+        found = seen(self.gpus)
+        gpus: dict[str, Any] = {"gpu_ids": found} if found else {}
         # Several trackers may run on a machine: then codecarbon neither locks nor replaces signal handlers.
         self.tracker = OfflineEmissionsTracker(
             country_iso_code=country,
@@ -85,7 +87,7 @@ class Meter:
             allow_multiple_runs=True,
             tracking_mode="machine",
             log_level="critical",
-            **({"gpu_ids": self.gpus} if self.gpus else {}),
+            **gpus,
         )
         self.row = {"country_source": source}
         self.tracker.start()
@@ -122,10 +124,22 @@ def gpus_of_node(world: World) -> list[str]:
 
 
 def gpu_uuid(world: World) -> str | None:
-    """As NVML and nvidia-smi write it; None on a CPU."""
-    if world.device.type != "cuda":
-        return None
-    return f"GPU-{torch.cuda.get_device_properties(world.device).uuid}"
+    """None on a CPU."""
+    return str(torch.cuda.get_device_properties(world.device).uuid) if world.device.type == "cuda" else None
+
+
+def seen(uuids: list[str]) -> list[int]:
+    """The GPUs' numbers as the driver counts them here; codecarbon itself would not find one by its UUID."""
+    if not uuids:
+        return []
+    from codecarbon.core.gpu import AllGPUDevices
+
+    known = {str(gpu["uuid"]).removeprefix("GPU-"): gpu["gpu_index"] for gpu in AllGPUDevices().get_gpu_static_info()}
+    found = [known[uuid] for own in uuids if (uuid := own.removeprefix("GPU-")) in known]
+    if len(found) < len(uuids):
+        log.warning(f"{len(uuids) - len(found)} of this node's {len(uuids)} GPUs cannot be seen by the rank that "
+                    "measures: their energy is missing")  # fmt: skip
+    return sorted(found)
 
 
 class Keep:
