@@ -14,8 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from trainer.base import folders
 from trainer.base.environment import Place, read_place
-from trainer.base.errors import EXIT_CODE, Preempted, TrainingFailed, UserError, unknown
+from trainer.base.errors import EXIT_CODE, Preempted, TrainingFailed, UserError, first_line, named, unknown
 from trainer.base.files import write_text
 from trainer.base.log import start_log
 from trainer.config import DataConfig
@@ -137,6 +138,9 @@ def main(argv: list[str] | None = None) -> int:
     # run on a CPU, and three leave a third of it. libgomp reads this when torch is loaded.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if not sys.stderr.isatty():  # in a log every update of a bar would stay
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # DeepSpeed's launcher puts the rank before the verb; it is in the environment, too.
     verb, *rest = [arg for arg in argv if not arg.startswith("--local_rank=")] or ["--help"]
     if verb in ("-h", "--help"):
@@ -154,6 +158,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise UserError(unknown("verb", verb, VERBS))
+        if verb in ("train", "evaluate", "predict", "report"):
+            folders.provide()
         VERBS[verb](rest)
     except UserError as error:
         return fail(2, f"error: {error}")
@@ -169,6 +175,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has had enough
         sys.stderr.close()
         return 1
+    except OSError as error:  # a disk, a permission: no mistake of the program's
+        return fail(1, f"failed: {first_line(error) if error.filename is None else named(error)}")
     except Exception:
         return fail(1, f"failed:\n{traceback.format_exc()}")
     if "torch" in sys.modules:
@@ -182,6 +190,9 @@ def record_exit_code(code: int) -> None:
     """Where agent and batch script look for it: torchrun turns every code of its ranks into 1."""
     if name := os.environ.get("CROSSRANK_EXIT_FILE"):
         with suppress(OSError):  # complete at any time: several ranks write theirs, and may be killed meanwhile
+            # A launcher stops the others when one has failed: that they were stopped is not why the run ended.
+            if code == EXIT_CODE and Path(name).exists() and Path(name).read_text() not in ("", str(EXIT_CODE)):
+                return
             write_text(Path(name), str(code), durable=False)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from trainer import train as training
+from trainer.base import folders
 from trainer.base.errors import first_line
 from trainer.base.log import log
 from trainer.cli import grouped, parse_train
@@ -36,6 +37,7 @@ def train(config: Config | None = None, *, recipe: str | None = None, **fields: 
     Returns:
         What results.json holds.
     """
+    folders.provide()
     if config is None:
         config = parse_train(["--recipe", recipe] if recipe else [], fields)
     if config.push_to_hub:  # a name that is not allowed is no reason to train first
@@ -63,9 +65,12 @@ def predict(model: str | Path, pairs: Iterable[tuple[str, str]], **options: Any)
         model: folder of a trained model.
         options: fields of `crossrank predict --help`'s group Inference, such as bf16.
     """
+    folders.provide()
     return predict_pairs(str(model), list(pairs), *grouped(options, InferenceConfig))
 
 
 def evaluate(model: str | Path, **fields: Any) -> dict[str, Any]:
     """Scores of a trained model on the splits of labelled pairs that `fields` name, by split; see metrics.py."""
-    return evaluate_model(str(model), *grouped(fields, DataConfig, InferenceConfig, EvaluateConfig))
+    groups = grouped(fields, DataConfig, InferenceConfig, EvaluateConfig)
+    folders.provide()
+    return evaluate_model(str(model), *groups)

@@ -18,6 +18,8 @@ from pathlib import Path
 from trainer.base.environment import offline
 from trainer.base.errors import UserError
 from trainer.base.fields import Fields, option
+from trainer.base.files import obstacle
+from trainer.base.folders import caches, only_read, temporary_folder, unwritable
 
 NEEDED = ("transformers", "tokenizers", "datasets", "evaluate", "safetensors", "pyarrow")
 OPTIONAL = {"deepspeed": 'pip install "crossrank[deepspeed]" for --backend deepspeed', "codecarbon": ""}
@@ -69,6 +71,7 @@ def _checks(config: DoctorConfig) -> Iterator[Check]:
         yield _package(package, None, fix)
     yield from _deepspeed_ops()
     yield _disk(Path(config.output_dir))
+    yield from _caches()
     yield _slurm()
     yield Check("hub", "offline (HF_HUB_OFFLINE is set)" if offline() else "online", None if offline() else True)
     if config.ranks > 1:
@@ -121,11 +124,28 @@ def _deepspeed_ops() -> Iterator[Check]:
 def _disk(folder: Path) -> Check:
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
-    writable = existing.is_dir() and os.access(existing, os.W_OK)
-    fix = "" if writable else "choose an --output_dir that you may write"
-    if writable and free < LITTLE_SPACE:
+    why = obstacle(folder)
+    fix = f"{why}; choose an --output_dir that you may write" if why else ""
+    if why is None and free < LITTLE_SPACE:
         fix = "make space, or choose another --output_dir"
     return Check(f"disk at {folder}", f"{free / 2**30:.0f} GiB free", not fix, fix)
+
+
+def _caches() -> Iterator[Check]:
+    """A run does without those that can't be written, and downloads, compiles and tokenises anew each time."""
+    wrong = {name: (folder, why) for name, folder, why in unwritable(os.environ)}
+    for name, folder in caches(os.environ).items():
+        if name not in wrong:
+            continue
+        readable = only_read(name, folder)
+        value = f"{folder} can only be read" if readable else f"{folder} cannot be written: {wrong[name][1]}"
+        yield Check(name, value, None if readable else False, f"set {name} to a folder that you may write")
+    if not wrong:
+        yield Check("caches", "can be written")
+    try:
+        yield Check("temporary files", str(temporary_folder()))
+    except UserError as error:
+        yield Check("temporary files", "none", False, str(error))
 
 
 def _slurm() -> Check:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from trainer import ranks
-from trainer.base.errors import UserError, reason
+from trainer.base.errors import UserError, named
 from trainer.base.fields import Fields, option
 from trainer.base.files import write_json
 from trainer.base.log import log
@@ -121,7 +121,7 @@ def new_folder(place: Path) -> Path:
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {place}: {reason(error)}") from None
+        raise UserError(f"cannot write {place}: {named(error)}") from None
     return place
 
 

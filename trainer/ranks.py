@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import MutableMapping
 from contextlib import suppress
@@ -22,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
-from trainer.base.environment import check_host, read_place
-from trainer.base.errors import UserError
+from trainer.base.environment import check_host, number, read_place
+from trainer.base.errors import TrainingFailed, UserError, first_line
 from trainer.base.log import start_log
 
 
@@ -101,9 +102,9 @@ class World:
 def _differences(ranks: list[dict[str, Any]]) -> str:
     """The first rank of each host whose facts are not rank 0's, with both values."""
     found: dict[tuple[str, str, str], str] = {}
-    for number, own in enumerate(ranks):
+    for rank, own in enumerate(ranks):
         for name, value in own["facts"].items():
-            theirs, place = ranks[0]["facts"][name], f"rank {number} ({own['host']})"
+            theirs, place = ranks[0]["facts"][name], f"rank {rank} ({own['host']})"
             if value != theirs:
                 text = f"{name} is {theirs} on rank 0 ({ranks[0]['host']}) and {value} on {place}"
                 found.setdefault((name, own["host"], str(value)), text)
@@ -134,9 +135,11 @@ def start(timeout_seconds: int) -> World:
         if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
             _meet_through_slurm(os.environ)
         check_host(os.environ["MASTER_ADDR"])
+        port = number(os.environ, "MASTER_PORT")
+        if not 0 < port < 2**16:
+            raise UserError(f"MASTER_PORT is {port}; a port is a number from 1 to 65535")
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(index)}
-        patience = timedelta(seconds=timeout_seconds)
-        dist.init_process_group(_wiring(device), timeout=patience, store=_attempt(patience), rank=rank, world_size=size)
+        _meet(rank, size, device, timedelta(seconds=timeout_seconds))
     return World(rank, size, local_rank, device)
 
 
@@ -153,14 +156,43 @@ def keep_freed_memory() -> None:
         mallopt(-2, 2**26)  # M_TOP_PAD: it grows in steps of 64 MiB
 
 
-def _attempt(patience: timedelta) -> Any:
-    """Under torchrun, a part of its store for this attempt only; None = as torch does it.
+def _meet(rank: int, size: int, device: torch.device, patience: timedelta) -> None:
+    """Makes the process group. Raises TrainingFailed where the ranks do not find each other.
+
+    A thread waits for the others, since a wait inside torch lets no handler of a signal run; this one hears signals.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+    def work() -> None:
+        try:
+            store = _store(address, port, rank, size, patience)
+            dist.init_process_group(_wiring(device), timeout=patience, store=store, rank=rank, world_size=size)
+        except Exception as error:  # torch's, and the operating system's
+            failures.append(error)
+
+    failures: list[Exception] = []
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if not failures:
+        return
+    said = first_line(failures[0])
+    if "EADDRINUSE" in str(failures[0]) or "ddress already in use" in str(failures[0]):
+        raise TrainingFailed(f"cannot listen on {address}:{port}: another program does; set another MASTER_PORT")
+    raise TrainingFailed(
+        f"the {size} ranks did not meet at {address}:{port} ({said}); check that all were started, that MASTER_ADDR is "
+        "rank 0's host, and that no other program listens there"
+    ) from failures[0]
+
+
+def _store(address: str, port: int, rank: int, size: int, patience: timedelta) -> Any:
+    """Under torchrun, a part of its store for this attempt only; else rank 0's.
 
     A restarted rank would otherwise find the addresses of the dead.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return TCPStore(address, port, size, is_master=rank == 0, timeout=patience, multi_tenant=True)
     store = TCPStore(address, port, is_master=False, timeout=patience)
     return PrefixStore(f"crossrank/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
@@ -186,7 +218,7 @@ def _meet_through_slurm(env: MutableMapping[str, str]) -> None:
     except (OSError, subprocess.CalledProcessError):
         raise UserError(f"no scontrol here that names the nodes {nodes}; set MASTER_ADDR and MASTER_PORT") from None
     env["MASTER_ADDR"] = listing.stdout.split()[0]
-    env["MASTER_PORT"] = str(20000 + (int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 10000)
+    env["MASTER_PORT"] = str(20000 + (number(env, "SLURM_JOB_ID") + number(env, "SLURM_STEP_ID")) % 10000)
 
 
 def explain(error: RuntimeError, world: World, timeout_seconds: int) -> str | None:

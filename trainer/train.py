@@ -29,7 +29,7 @@ from trainer.ranks import World
 from trainer.run.about import about
 from trainer.run.checkpoint import Checkpoints, cannot_write
 from trainer.run.energy import Meter
-from trainer.run.folder import claim, open_run
+from trainer.run.folder import claim, open_run, write_config
 from trainer.run.journal import Journal, rewind
 from trainer.run.output import Output
 from trainer.run.preempt import Preemption
@@ -74,10 +74,10 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
     sampler = make_sampler(config, world, data["train"])
     identity = freeze(config, model, data, sampler)
     world.agree(identity.data | {"model": weights_fingerprint(model), "device": world.device.type})
-    lock = claim(opened.path, config) if world.is_main else None
+    opened, lock = claim(opened, config, world)
     checkpoints = Checkpoints(opened.path / "checkpoints", config.save_total_limit)
-    start = resume(config, world, opened, checkpoints, identity, {role: own.name for role, own in pairs.items()})
-    with failures(config, world, opened.path, start.state):
+    with failures(config, world, opened.path):
+        start = resume(config, world, opened, checkpoints, identity, {role: own.name for role, own in pairs.items()})
         forward = backend.prepare(model)
         if start.tensors is not None:
             backend.load_state(start.tensors, start.state.num_updates)
@@ -172,6 +172,7 @@ def open_journal(
         f"rank(s), backend {described['backend']}; {num_steps} steps of {described['global_batch_size']} pairs; "
         f"writing {folder}"
     )
+    write_config(folder, config)
     write_json(folder / "about.json", described)
     rewind(folder, start.num_events)
     return Journal(folder, num_steps, step, start_trackers(config, folder, step))
@@ -192,7 +193,7 @@ def complete(trainer: Trainer) -> dict[str, Any]:
 
 
 @contextmanager
-def failures(config: Config, world: World, folder: Path, state: State) -> Iterator[None]:
+def failures(config: Config, world: World, folder: Path, state: State | None = None) -> Iterator[None]:
     """Once everything has been read, what goes wrong is memory, disk or network: one clear error."""
     try:
         yield
@@ -207,7 +208,7 @@ def failures(config: Config, world: World, folder: Path, state: State) -> Iterat
         raise cannot_write(folder, error) from None
     except RuntimeError as error:
         if reason := ranks.explain(error, world, config.ddp_timeout):
-            raise TrainingFailed(f"step {state.step}: {reason}") from None
+            raise TrainingFailed(f"step {state.step}: {reason}" if state else reason) from None
         raise
 
 

@@ -112,6 +112,21 @@ def test_the_best_model_comes_back(tmp_path, backend):
 CONFIG = ["--recipe", "demo", "--deepspeed", "zero2"]
 
 
+def test_deepspeeds_own_calls_are_not_the_users_business(tmp_path):
+    pytest.importorskip("deepspeed")
+    script = tmp_path / "warns.py"
+    script.write_text(
+        "import sys, warnings\nfrom trainer import __main__, train\nloop = train.Trainer.loop\n"
+        "def warns(self):\n    warnings.warn('mine goes', FutureWarning)\n    return loop(self)\n"
+        "train.Trainer.loop = warns\nsys.exit(__main__.main(sys.argv[1:]))\n"
+    )
+    options = ["--recipe", "demo", "--max_train_samples", "330", "--max_steps", "3", "--track_emissions", "false",
+               "--write_report", "false", "--deepspeed", "zero3"]  # fmt: skip
+    result = crossrank("train", *options, "--output_dir", tmp_path / "run", ranks=2, script=script)
+    assert "is deprecated" not in result.stderr
+    assert "FutureWarning: mine goes" in result.stderr
+
+
 @pytest.mark.parametrize("name", [path.stem for path in CONFIGS.glob("*.json")])
 def test_shipped_configs_are_valid_for_deepspeed_alone(name):
     deepspeed = pytest.importorskip("deepspeed")

@@ -113,6 +113,46 @@ def test_a_look_up_that_hangs_holds_nothing_up(monkeypatch):
     made.close()
 
 
+GPUS = """
+import json, sys
+from codecarbon import emissions_tracker
+from codecarbon.core import gpu
+from trainer import __main__
+from trainer.run import energy
+energy.PATIENCE = None
+energy.gpu_uuid = lambda world: f"{world.rank + 2}a-bc"  # each rank sees one: the driver's third, and its fourth
+class Devices:
+    device_count = 5
+    def get_gpu_static_info(self):
+        return [{"uuid": f"GPU-{i}a-bc", "gpu_index": i} for i in range(5)]
+gpu.AllGPUDevices = Devices
+start = emissions_tracker.OfflineEmissionsTracker.start
+def said(self):
+    print("measures", self._gpu_ids, flush=True)
+    return start(self)
+emissions_tracker.OfflineEmissionsTracker.start = said
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+
+
+def test_a_nodes_tracker_measures_the_gpus_of_all_its_ranks(tmp_path):
+    """Also where a task sees only its own, as under srun --gpus-per-task=1."""
+    script = tmp_path / "gpus.py"
+    script.write_text(GPUS)
+    run = [*RUN, "--output_dir", tmp_path / "run"]
+    result = crossrank("train", *run, ranks=2, script=script, CUDA_VISIBLE_DEVICES="0")
+    assert result.stdout.count("measures") == 1
+    assert "measures [2, 3]" in result.stdout
+
+
+def test_a_gpu_that_the_tracker_cannot_see(monkeypatch, said):
+    from codecarbon.core import gpu
+
+    monkeypatch.setattr(gpu.AllGPUDevices, "get_gpu_static_info", lambda self: [{"uuid": "GPU-a", "gpu_index": 3}])
+    assert energy.seen(["a", "b"]) == [3]
+    assert "1 of this node's 2 GPUs cannot be seen" in said[0]
+
+
 def test_signal_handlers_stay(monkeypatch, said):
     names = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = [signal.getsignal(name) for name in names]

@@ -6,6 +6,8 @@ numbers that crossrank decides are filled in, and what contradicts them is refus
 """
 
 import json
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -24,6 +26,7 @@ from trainer.ranks import World
 
 CONFIGS = Path(__file__).parent.parent.parent / "ds_configs"
 NO_CLIPPING = 1e30  # a limit that no norm reaches: with 0, DeepSpeed does not compute the norm
+DEPRECATED = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
 Settings = dict[str, Any]
 
 
@@ -33,6 +36,8 @@ class DeepSpeed(Single):
 
     def __init__(self, world: World, config: Config) -> None:
         super().__init__(world, config)
+        # DeepSpeed's calls to torch, several a step: nothing that a user could change. Its own warnings are heard.
+        warnings.filterwarnings("ignore", DEPRECATED, FutureWarning, r"torch\.distributed\.c10d_logger")
         ranks.form_group(world)
         try:
             import deepspeed
@@ -170,7 +175,7 @@ class DeepSpeed(Single):
 def read_settings(name: str) -> Settings:
     """A file of ds_configs by its name, or the user's own by its path. Raises UserError."""
     shipped = CONFIGS / f"{name}.json"
-    path = shipped if shipped.is_file() else Path(name).expanduser()
+    path = shipped if shipped.is_file() else Path(os.path.expanduser(name))
     if not path.is_file():
         valid = [p.stem for p in CONFIGS.glob("*.json")]
         raise UserError(f"{unknown('DeepSpeed config', name, valid)}; or give the path of a JSON file")

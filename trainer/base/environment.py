@@ -1,11 +1,14 @@
 """What the environment says, without torch: which rank this is, whether to use the network, which hosts there are."""
 
 import os
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trainer.base.errors import UserError
+
+STARTED_BY = "start ranks with torchrun or srun"
 
 
 @dataclass(frozen=True)
@@ -19,18 +22,32 @@ class Place:
 
 
 def read_place(env: Mapping[str, str]) -> Place:
-    """From torchrun's variables, else from those of an srun step. Raises UserError where half of them are set."""
+    """From torchrun's variables, else from those of an srun step.
+
+    Raises UserError where half of them are set, or where they are no numbers of ranks.
+    """
     if "RANK" in env and "WORLD_SIZE" in env:
         names, launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), "torchrun"
-    elif "RANK" in env or int(env.get("WORLD_SIZE", 1)) > 1:
+    elif "RANK" in env or number(env, "WORLD_SIZE", "1") > 1:
         given, missing = ("RANK", "WORLD_SIZE") if "RANK" in env else ("WORLD_SIZE", "RANK")
-        raise UserError(f"{given} is set without {missing}; start ranks with torchrun or srun, or unset {given}")
+        raise UserError(f"{given} is set without {missing}; {STARTED_BY}, or unset {given}")
     elif "SLURM_STEP_NUM_TASKS" in env:  # set by srun only: a plain command inside a batch script is one process
         names, launcher = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"), "srun"
     else:
         return Place()
-    rank, size, local_rank = (int(env.get(name, 0)) for name in names)
+    rank, size, local_rank = (number(env, name, "0") for name in names)
+    if rank >= size:
+        raise UserError(f"{names[0]} is {rank}, but {names[1]} is {size}: ranks are counted from 0; {STARTED_BY}")
     return Place(rank, size, local_rank, launcher)
+
+
+def number(env: Mapping[str, str], name: str, default: str | None = None) -> int:
+    """Raises UserError."""
+    value = env.get(name, default)
+    if value is None or not re.fullmatch(r"\s*[0-9]{1,12}\s*", value):
+        found = "not set" if value is None else "empty" if not value.strip() else f"{value!r}, which is no number"
+        raise UserError(f"{name} is {found}; {STARTED_BY}, or unset {name}")
+    return int(value)
 
 
 def offline() -> bool:

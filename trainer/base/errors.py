@@ -28,6 +28,11 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+def named(error: OSError) -> str:
+    """The same, behind the file that it is about."""
+    return reason(error) if error.filename is None else f"{error.filename}: {reason(error)}"
+
+
 # What other trainers call a field.
 ALIASES = {
     "lr": "learning_rate",

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -143,5 +142,8 @@ class Fields:
             value = typed(own.name, getattr(self, own.name), hints[own.name])
             rule(own).check(own.name, value)
             if rule(own).path and isinstance(value, str) and value.startswith("~"):
-                value = str(Path(value).expanduser())
+                full = os.path.expanduser(value)
+                if full.startswith("~"):
+                    raise UserError(f"{own.name}: no home folder is known for {value}; give the full path")
+                value = full
             object.__setattr__(self, own.name, value)

@@ -63,6 +63,8 @@ def open_output(output: str | None, label_names: list[str]) -> Iterator[Write]:
         ):
             yield write
     except OSError as error:
+        if error.filename is not None and Path(error.filename).parent != path.parent:
+            raise
         raise UserError(f"cannot write {output}: {reason(error)}") from None
 
 

@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from trainer.base.errors import UserError
-from trainer.base.files import replacing
+from trainer.base.errors import UserError, named
+from trainer.base.files import remove_remains, replacing
+from trainer.base.folders import caches
 from trainer.base.log import log
 from trainer.data.sources import Pairs
 
@@ -85,7 +86,7 @@ class Split:
 
 def cache_folder() -> Path:
     """$CROSSRANK_CACHE, or ~/.cache/crossrank."""
-    return Path(os.environ.get("CROSSRANK_CACHE", "~/.cache/crossrank")).expanduser() / "tokens"
+    return caches(os.environ)["CROSSRANK_CACHE"] / "tokens"
 
 
 def tokenize(
@@ -111,12 +112,14 @@ def tokenize(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
+            remove_remains(path)
             tokens = _read(path, fingerprint)
             if tokens is None:
                 tokens = _encode(pairs, rust, has_types, fingerprint, progress, check)
                 _write(tokens, path)
     except (OSError, SafetensorError) as error:
-        log.warning(f"no token cache, tokenising at every start: {error}")
+        what = named(error) if isinstance(error, OSError) else error
+        log.warning(f"no token cache, tokenising at every start: {what}")
     return tokens or _encode(pairs, rust, has_types, fingerprint, progress, check)
 
 
@@ -146,7 +149,7 @@ def _encode(
     vocabulary = rust.get_vocab_size()
     number = np.uint16 if vocabulary <= 1 << 16 else np.int32
     flat, lengths, second, truncated = [], [], [], []
-    with tqdm(total=len(pairs), desc="tokenising", unit="pair", delay=3, disable=not progress) as bar:
+    with tqdm(total=len(pairs), desc="tokenising", unit="pair", delay=3, disable=None if progress else True) as bar:
         for start in range(0, len(pairs), CHUNK):
             chunk = slice(start, start + CHUNK)
             encodings = rust.encode_batch_fast(list(zip(pairs.premise[chunk], pairs.hypothesis[chunk], strict=True)))
@@ -181,13 +184,14 @@ def _read(path: Path, fingerprint: str) -> Tokens | None:
 
     if not path.exists():
         return None
+    path.open("rb").close()  # what can't be read is not damaged; the next line would not say so
     try:
         arrays = load_file(path)
         with safe_open(path, framework="numpy") as file:
             expected = (file.metadata() or {}).get("sha256")
         if expected == _checksum(arrays):
             return Tokens(**arrays, fingerprint=fingerprint)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+    except (SafetensorError, KeyError, TypeError, ValueError):
         pass
     log.warning(f"the token cache {path} is damaged; it is built again")
     return None

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from trainer.base.errors import UserError, reason
+from trainer.base.errors import UserError, named
 from trainer.base.fields import rule
 from trainer.base.files import write_text
 from trainer.config import Config
@@ -33,7 +33,7 @@ def write_comparison(runs: list[Run], folder: Path) -> Path:
         write_text(folder / "README.md", text)
         write_text(folder / "report.html", markdown.to_html("Runs compared", text, folder))
     except OSError as error:
-        raise UserError(f"cannot write the report into {folder}: {reason(error)}") from None
+        raise UserError(f"cannot write the report into {folder}: {named(error)}") from None
     return folder / "report.html"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from trainer.base.errors import UserError, reason
+from trainer.base.errors import UserError, named
 from trainer.base.files import write_text
 from trainer.base.log import log
 from trainer.report import markdown
@@ -32,7 +32,7 @@ def write_report(folder: Path) -> Path:
         body = ModelCard(text, ignore_metadata_errors=True).text
         write_text(folder / "report.html", markdown.to_html(title(run), body, place))
     except OSError as error:
-        raise UserError(f"cannot write the report into {place}: {reason(error)}") from None
+        raise UserError(f"cannot write the report into {place}: {named(error)}") from None
     return place / "README.md"
 
 

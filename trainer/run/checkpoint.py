@@ -3,7 +3,10 @@
 A checkpoint is a folder `step-000500` of three files: `tensors.safetensors` (weights and the optimizer's moments, in
 full, in fp32), `state.json` (where the run is) and `manifest.json` (size and SHA-256 of the others). It is written
 under another name, every file is flushed to the disk; then the folder gets its name. Nothing in it
-is ever executed. What does not match its manifest is not loaded.
+is ever executed. What does not match its manifest is not loaded; what else lies in the folder is not looked at.
+
+Damaged is what is proven to be: a file that is missing, or is not what the manifest says. What cannot be read today
+may be sound tomorrow, so it ends the run, and nothing is touched.
 """
 
 import errno
@@ -11,6 +14,7 @@ import hashlib
 import json
 import re
 import shutil
+import stat
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +24,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from trainer.base.errors import TrainingFailed, UserError
-from trainer.base.files import replacing
+from trainer.base.errors import TrainingFailed, UserError, named
+from trainer.base.files import json_object, naming, remove_remains, replacing
 from trainer.base.log import log
 
 FORMAT = "crossrank-checkpoint-1"
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-NAME = re.compile(r"step-(\d{6,})")
+NAME = r"step-\d{6,}"
 
 
 class Damaged(Exception):
@@ -70,18 +74,49 @@ class Checkpoints:
                 raise cannot_write(self.folder, error) from None
 
     def newest(self) -> Checkpoint | None:
-        """The newest one that is complete; says which ones it skips, and why."""
-        for path in reversed(self._all()):
-            try:
-                return load(path)
-            except Damaged as damage:
-                log.warning(f"skipping the checkpoint {path}: {damage}")
+        """The newest one that is complete; None where none was ever saved. Says which ones it skips, and why.
+
+        Removes what a killed save left, and puts damaged ones aside. Raises TrainingFailed, and touches none, where one
+        cannot be read, or where all are damaged: the run would begin anew, and its log would be cut.
+        """
+        found = self.search()
+        for path in self._named(rf"\.{NAME}\..+"):
+            remove_remains(path.with_name(path.name.split(".")[1]))
+        for path in self._all():
+            if found and _step(path) > _step(found.path):
                 _put_aside(path)  # it must not count among those that are kept
+        return found
+
+    def search(self) -> Checkpoint | None:
+        """The same, and everything is left as it is."""
+        try:
+            for path in reversed(self._all()):
+                try:
+                    return load(path)
+                except Damaged as damage:
+                    log.warning(f"skipping the checkpoint {path}: {damage}")
+            rejected = self._named(rf"{NAME}(\.damaged-\d+)?")
+        except OSError as error:
+            raise TrainingFailed(
+                f"cannot read the checkpoints in {self.folder}: {named(error)}; nothing was changed. Fix that and "
+                "start the same command again, or start over with another --output_dir"
+            ) from None
+        if rejected:
+            raise TrainingFailed(
+                f"all checkpoints in {self.folder} are damaged; put one back from a copy, or start over with another "
+                "--output_dir"
+            )
         return None
 
     def _all(self) -> list[Path]:
-        found = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+        """Oldest first."""
+        return sorted(self._named(NAME), key=_step)
+
+    def _named(self, pattern: str) -> list[Path]:
+        """What lies in the folder under such names; Path.glob would hide what can't be read."""
+        if not self.folder.exists() and not self.folder.is_symlink():
+            return []
+        return [path for path in self.folder.iterdir() if re.fullmatch(pattern, path.name)]
 
     def _write(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         final = self.folder / f"step-{step:06d}"
@@ -98,65 +133,86 @@ class Checkpoints:
 
 
 def cannot_write(folder: Path, error: OSError | SafetensorError) -> TrainingFailed:
-    """What to tell the user of a run whose files cannot be written. Nothing that was saved is lost by it."""
-    full = "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    """What to tell the user of a run that cannot continue for a file. Nothing that was saved is lost by it.
+
+    Only a file of the run's `folder` is blamed on that.
+    """
+    number, file = getattr(error, "errno", None), getattr(error, "filename", None)
+    full = "No space left" in str(error) or number in (errno.ENOSPC, errno.EDQUOT)
+    own = file is not None and Path(str(file)).absolute().is_relative_to(folder.absolute())
+    what = named(error) if isinstance(error, OSError) else str(error)
     return TrainingFailed(
-        f"cannot write into {folder}: {error}; {'make space' if full else 'fix that'} and start the same command "
-        "again, which resumes from the newest checkpoint"
+        f"{f'cannot write into {folder}: ' if own else ''}{what}; {'make space' if full else 'fix that'} and start "
+        "the same command again, which resumes from the newest checkpoint"
     )
 
 
 def load(path: Path) -> Checkpoint:
-    """A checkpoint whose every byte matches its manifest. Raises Damaged."""
+    """A checkpoint whose every byte matches its manifest.
+
+    Raises Damaged where it is proven not to be one, OSError where it cannot be read.
+    """
     try:
-        manifest = json.loads(_plain_file(path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json_object(_content(path / MANIFEST))
         files = manifest["files"]
         if manifest["format"] != FORMAT:
             raise Damaged(f"its format is {manifest['format']!r}, not {FORMAT!r}")
         if set(files) != {TENSORS, STATE}:
             raise Damaged(f"its manifest names {', '.join(sorted(map(repr, files)))}")
-        if strange := {entry.name for entry in path.iterdir()} - {TENSORS, STATE, MANIFEST}:
-            raise Damaged(f"it holds a file that crossrank does not write: {min(strange)}")
         for name, expected in files.items():
-            if _describe(_plain_file(path / name)) != expected:
+            if _describe(path / name) != expected:
                 raise Damaged(f"{name} does not match the manifest")
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        return Checkpoint(path, state, load_file(path / TENSORS))
-    except FileNotFoundError as error:
+        state = json_object(_content(path / STATE))
+        with naming(path / TENSORS):
+            return Checkpoint(path, state, load_file(path / TENSORS))
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise Damaged(f"{Path(error.filename).name} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise Damaged(f"it cannot be read: {type(error).__name__}: {error}") from None
 
 
 def load_given(path: Path) -> Checkpoint:
-    """The checkpoint, or the newest of the run folder, that a user names. Raises UserError."""
+    """The checkpoint, or the newest of the run folder, that a user names; it is somebody else's, and left as it is.
+
+    Raises UserError.
+    """
     try:
         if (path / "checkpoints").is_dir():
-            newest = Checkpoints(path / "checkpoints", None).newest()
+            newest = Checkpoints(path / "checkpoints", None).search()
             if newest is None:
                 raise Damaged("it holds no checkpoint that is complete")
             return newest
         return load(path)
-    except Damaged as damage:
+    except (Damaged, TrainingFailed) as damage:
         raise UserError(f"cannot resume from {path}: {damage}") from None
+    except OSError as error:
+        raise UserError(f"cannot resume from {path}: {named(error)}") from None
 
 
-def _plain_file(path: Path) -> Path:
-    if path.is_symlink():
-        raise Damaged(f"{path.name} is a symbolic link")
-    return path
+def _open(path: Path) -> BinaryIO:
+    """Raises Damaged for what is no file of crossrank's, such as a link or a pipe, before it is opened."""
+    mode = path.lstat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a folder says what is wrong
+        raise Damaged(f"{path.name} is {'a symbolic link' if stat.S_ISLNK(mode) else 'not a plain file'}")
+    return path.open("rb")
+
+
+def _content(path: Path) -> bytes:
+    with naming(path), _open(path) as file:
+        return file.read()
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": _sha256(file)}
+    digest, size = hashlib.sha256(), 0
+    with naming(path), _open(path) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 22):
-        digest.update(block)
-    return digest.hexdigest()
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _put_aside(path: Path) -> None:

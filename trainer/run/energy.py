@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from trainer.base.environment import offline
 from trainer.base.errors import first_line
@@ -38,6 +39,7 @@ class Meter:
 
     def __init__(self, config: LoggingConfig, world: World) -> None:
         self.config, self.world = config, world
+        self.gpus = gpus_of_node(world) if config.track_emissions else []
         self.tracker: Any = None
         self.row: dict[str, Any] = {"failed": "codecarbon has not started"}
         self.thread: ThreadPoolExecutor | None = None
@@ -74,6 +76,8 @@ class Meter:
 
         logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
         country, region, source = self._place()
+        found = seen(self.gpus)
+        gpus: dict[str, Any] = {"gpu_ids": found} if found else {}
         # Several trackers may run on a machine: then codecarbon neither locks nor replaces signal handlers.
         self.tracker = OfflineEmissionsTracker(
             country_iso_code=country,
@@ -83,6 +87,7 @@ class Meter:
             allow_multiple_runs=True,
             tracking_mode="machine",
             log_level="critical",
+            **gpus,
         )
         self.row = {"country_source": source}
         self.tracker.start()
@@ -104,6 +109,37 @@ class Meter:
         reason = f"codecarbon does not know the country {country}" if country else "the country is not known"
         log.warning(f"{reason}: emissions are computed with the world's average; set --country_iso_code")
         return None, None, WORLD_AVERAGE
+
+
+def gpus_of_node(world: World) -> list[str]:
+    """UUIDs of the GPUs that this node's ranks compute on. Every rank takes part.
+
+    Left to itself codecarbon measures those in CUDA_VISIBLE_DEVICES: of a task of srun --gpus-per-task=1 only its own.
+    """
+    uuid = gpu_uuid(world)
+    mine = json.dumps([platform.node(), uuid]).encode() + b"\n" if uuid else b""
+    gathered = world.gather(np.frombuffer(mine, np.uint8))
+    lines = None if gathered is None else [json.loads(line) for line in gathered.tobytes().splitlines()]
+    return sorted({uuid for node, uuid in world.broadcast(lines) if node == platform.node()})
+
+
+def gpu_uuid(world: World) -> str | None:
+    """None on a CPU."""
+    return str(torch.cuda.get_device_properties(world.device).uuid) if world.device.type == "cuda" else None
+
+
+def seen(uuids: list[str]) -> list[int]:
+    """The GPUs' numbers as the driver counts them here; codecarbon itself would not find one by its UUID."""
+    if not uuids:
+        return []
+    from codecarbon.core.gpu import AllGPUDevices
+
+    known = {str(gpu["uuid"]).removeprefix("GPU-"): gpu["gpu_index"] for gpu in AllGPUDevices().get_gpu_static_info()}
+    found = [known[uuid] for own in uuids if (uuid := own.removeprefix("GPU-")) in known]
+    if len(found) < len(uuids):
+        log.warning(f"{len(uuids) - len(found)} of this node's {len(uuids)} GPUs cannot be seen by the rank that "
+                    "measures: their energy is missing")  # fmt: skip
+    return sorted(found)
 
 
 class Keep:

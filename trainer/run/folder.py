@@ -1,7 +1,7 @@
 """The run folder: who may write into it, and what lies there when a run begins."""
 
 import dataclasses
-import os
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +9,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from trainer.base.errors import UserError, reason
+from trainer.base.errors import UserError, named, reason
 from trainer.base.fields import rule
-from trainer.base.files import remove_remains, write_text
+from trainer.base.files import obstacle, remove_remains, write_text
 from trainer.base.yaml_files import dump
 from trainer.config import Config, read_yaml
 from trainer.ranks import World
+
+WRITTEN = ("about.json", "config.yaml", "emissions.csv", "metrics.jsonl", "model", "report.html", "results.json")
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,10 @@ def find_run(config: Config) -> RunFolder:
     Raises UserError if a finished run is there, or another one, or where nothing can be written.
     """
     folder = Path(config.output_dir or f"runs/{config.run_name or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}")
-    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not nearest.is_dir():
-        raise UserError(f"cannot write the run folder {folder}: {nearest} is a file")
-    if not os.access(nearest, os.W_OK):
-        raise UserError(f"cannot write the run folder {folder}: {nearest} may not be written to")
+    if why := obstacle(folder):
+        raise UserError(f"cannot write the run folder {folder}: {why}")
+    if config.output_dir is None:
+        return RunFolder(folder, resuming=False)
     if not (folder / "config.yaml").exists():
         if (folder / "model").exists():
             raise UserError(f"{folder} holds a model, which is never overwritten; choose another --output_dir")
@@ -58,20 +59,49 @@ def find_run(config: Config) -> RunFolder:
     return RunFolder(folder, resuming=True)
 
 
-def claim(folder: Path, config: Config) -> FileLock:
-    """Creates the run folder, with its config. The lock that it returns dies with this process."""
+def claim(opened: RunFolder, config: Config, world: World) -> tuple[RunFolder, FileLock | None]:
+    """Creates the run folder and takes its lock, on rank 0; the lock dies with its process.
+
+    A folder that the run names itself is a new one. Every rank takes part.
+    """
+    lock = None
+    if world.is_main:
+        path = opened.path if config.output_dir else new_folder(opened.path)
+        opened, lock = RunFolder(path, opened.resuming), _take(path)
+    return RunFolder(Path(world.broadcast(str(opened.path))), opened.resuming), lock
+
+
+def new_folder(path: Path) -> Path:
+    """Creates `path`; where another run was faster, which began in the same second, PATH-2 and so on."""
+    for number in itertools.count(1):
+        mine = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            mine.mkdir(parents=True)
+            return mine
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"cannot write the run folder {mine}: {reason(error)}") from None
+    raise AssertionError
+
+
+def _take(folder: Path) -> FileLock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
         lock.acquire(timeout=0)
-        write_text(folder / "config.yaml", dump(dataclasses.asdict(config)))
-        remove_remains(folder)
-        remove_remains(folder / "checkpoints")
+        for name in WRITTEN:
+            remove_remains(folder / name)
     except Timeout:
         raise UserError(f"another run is writing {folder}; choose another --output_dir") from None
     except OSError as error:
-        raise UserError(f"cannot write the run folder {folder}: {reason(error)}") from None
+        raise UserError(f"cannot write the run folder {folder}: {named(error)}") from None
     return lock
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Once it is certain that the run goes on: from now on an unfinished one is there."""
+    write_text(folder / "config.yaml", dump(dataclasses.asdict(config)))
 
 
 def differences(saved: dict[str, Any], config: Config) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from trainer.base.files import write_text
+from trainer.base.files import naming, write_text
 from trainer.base.log import log
 from trainer.run.trackers import Tracker
 
@@ -54,8 +54,9 @@ class Journal:
 
     def _write(self, event: str, values: dict[str, Any]) -> None:
         if self.file:
-            self.file.write(json.dumps({"event": event, **values}) + "\n")
-            self.file.flush()
+            with naming(Path(self.file.name)):
+                self.file.write(json.dumps({"event": event, **values}) + "\n")
+                self.file.flush()
             self.num_events += 1
         for tracker in self.trackers:
             tracker.log(named(event, values), values["step"])

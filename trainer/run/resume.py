@@ -1,5 +1,6 @@
 """Where a run begins: at its first step, or at a checkpoint of its own or of another run."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,10 +51,10 @@ def resume(
 
 
 def find_checkpoint(config: Config, checkpoints: Checkpoints, resuming: bool) -> Checkpoint | None:
-    """The newest complete one of an unfinished run, else the one that the user names."""
+    """The newest complete one of an unfinished run; where it has saved none, the one that the user names."""
     newest = checkpoints.newest() if resuming else None
     if newest is None and config.resume_from_checkpoint not in ("auto", "none"):
-        return load_given(Path(config.resume_from_checkpoint).expanduser())
+        return load_given(Path(os.path.expanduser(config.resume_from_checkpoint)))
     if newest is None and resuming:
         log.info(f"the run in {checkpoints.folder.parent} has no checkpoint yet: it starts from the beginning")
     return newest
