@@ -109,7 +109,11 @@ def build_model(config: Config, world: World, label_names: tuple[str, ...]) -> C
     if model.note:
         log.info(model.note)
     if config.gradient_checkpointing:
-        inner: Any = model.model  # transformers has renamed the method
+        inner: Any = model.model
+        if not inner.supports_gradient_checkpointing:
+            raise UserError(f"{inner.config.model_type} has no gradient checkpointing; say "
+                            "--gradient_checkpointing false, and lower --per_device_train_batch_size")  # fmt: skip
+        # transformers has renamed the method
         enable = getattr(inner, "activation_checkpointing_enable", inner.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     if config.torch_compile:
@@ -129,9 +133,7 @@ def tokenize_splits(
         data[role] = Split(split_name(config, role), own, tokens)
     for split in data.values():
         log.info(split.describe(model.max_length))
-        if int(split.tokens.ids.max()) >= model.model.config.vocab_size:
-            raise UserError(f"the tokenizer has more tokens than the model's {model.model.config.vocab_size}; they do "
-                            "not belong together")  # fmt: skip
+        model.check(split.pairs, split.tokens)
     return data
 
 
@@ -143,7 +145,9 @@ def make_sampler(config: Config, world: World, train_split: Split) -> GlobalBatc
 
 
 def freeze(config: Config, model: CrossEncoder, data: dict[Role, Split], sampler: GlobalBatchSampler) -> Identity:
-    """Freezes the embedding rows that training cannot change. What the run is, is settled then."""
+    """Freezes what training cannot change. What the run is, is settled then."""
+    if unused := model.freeze_unused(data["train"].tokens):
+        log.info(f"{len(unused)} tensors take no part in the scores, such as {unused[0]}: they are frozen")
     if config.weight_decay == 0:
         model.freeze_unused_rows(data["train"].tokens)
     if model.used_rows:

@@ -96,7 +96,7 @@ class DropoutKeys:
     @staticmethod
     def _masked(keys: torch.Tensor, columns: torch.Tensor, p: float, x: torch.Tensor) -> torch.Tensor:
         dropped = round(p * 65536)
-        # The scale is a Python number, which torch multiplies by in fp32: as a bfloat16 tensor, 1 / 0.9 would be 1.1094.
+        # By a Python number torch multiplies in fp32; in a bfloat16 tensor, 1 / 0.9 would be 1.1094.
         return x * (65536 / (65536 - dropped)) * keep(keys, columns, x.shape[-1], dropped - 32768)
 
 
