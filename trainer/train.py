@@ -52,6 +52,7 @@ def train(config: Config, report: Callable[[Path], None] | None = None) -> dict[
             if report:
                 report(trainer.output.folder)
             log.info(f"model: {trainer.output.model}")
+            log.info("transformers.pipeline cuts no pair to max_length unless it is called with truncation=True")
         return results
     finally:
         preemption.close()
@@ -147,7 +148,7 @@ def make_sampler(config: Config, world: World, train_split: Split) -> GlobalBatc
 def freeze(config: Config, model: CrossEncoder, data: dict[Role, Split], sampler: GlobalBatchSampler) -> Identity:
     """Freezes what training cannot change. What the run is, is settled then."""
     if unused := model.freeze_unused(data["train"].tokens):
-        log.info(f"{len(unused)} tensors take no part in the scores, such as {unused[0]}: they are frozen")
+        log.info(f"{len(unused)} tensors get no gradient, such as {unused[0]}: they are frozen")
     if config.weight_decay == 0:
         model.freeze_unused_rows(data["train"].tokens)
     if model.used_rows:

@@ -75,10 +75,10 @@ class CrossEncoder(nn.Module):
             self.model.set_input_embeddings(UsedRows(table, used))
 
     def freeze_unused(self, tokens: Tokens) -> list[str]:
-        """Freezes the parameters that no score depends on, in a model of an unknown family. Returns their names.
+        """Freezes the parameters that get no gradient, in a model of an unknown family. Returns their names.
 
-        Without a gradient, one backend would let weight decay have them, another not, and DDP would wait for them. They
-        are found by a backward of some pairs, the longest and the shortest among them.
+        One backend would let weight decay have them, another not, and DDP would wait for them. They are found by a
+        backward of some pairs, the longest and the shortest among them.
         """
         if self.layout is not None:
             return []

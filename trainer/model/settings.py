@@ -21,6 +21,9 @@ def settle(settings: Any, place: str) -> None:
     """Raises UserError where the classes of `place`'s config.json are not numbered and named one by one."""
     for name, value in PLAIN.items():
         setattr(settings, name, value)
+    if getattr(settings, "attention_type", "") == "block_sparse":
+        settings.attention_type = "original_full"
+        log.info(f"{place}: attention_type block_sparse is set to original_full: its scores would depend on the batch")
     for part, name, probability in _probabilities(settings):
         if name.endswith("layerdrop") and probability:
             setattr(part, name, 0.0)
