@@ -17,16 +17,7 @@ BART = {
     "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 2,
     "pad_token_id": 0, "max_position_embeddings": 130, "dropout": 0.0,
 }  # fmt: skip
-T5 = {
-    "d_model": 32,
-    "d_kv": 8,
-    "d_ff": 48,
-    "num_layers": 2,
-    "num_heads": 4,
-    "eos_token_id": 3,
-    "pad_token_id": 0,
-    "decoder_start_token_id": 0,
-}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "pad_token_id": 0, "eos_token_id": 3}
 SHAPES = {
     "bert": BERT,
     "roberta": ROBERTA,
@@ -58,6 +49,10 @@ def save_encoder(folder: Path, family: str, **changes) -> Path:
     for name, value in config.to_dict().items():
         if "drop" in name and isinstance(value, float) and name not in changes:
             setattr(config, name, 0.0)
+    if family == "funnel":  # it has two base models
+        config.architectures = ["FunnelModel"]
+    if family == "t5":  # the base model's config has no default
+        config.decoder_start_token_id = 0
     torch.manual_seed(0)
     model = AutoModel.from_config(config)
     with torch.no_grad():  # weights of a trained model's size, so that a difference would show
