@@ -149,6 +149,9 @@ def freeze(config: Config, model: CrossEncoder, data: dict[Role, Split], sampler
     """Freezes what training cannot change. What the run is, is settled then."""
     if unused := model.freeze_unused(data["train"].tokens):
         log.info(f"{len(unused)} tensors get no gradient, such as {unused[0]}: they are frozen")
+    if model.sees_padding(data["train"].tokens):
+        log.warning(f"{model.model.config.model_type} sees padding: a pair's scores depend a little on its batch, so "
+                    "other programs, and another --per_device_eval_batch_size, give others")  # fmt: skip
     if config.weight_decay == 0:
         model.freeze_unused_rows(data["train"].tokens)
     if model.used_rows:

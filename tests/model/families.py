@@ -34,6 +34,7 @@ SHAPES = {
     "qwen3": LLAMA | {"head_dim": 8},
     "funnel": {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 48, "block_sizes": [1, 1]},
     "esm": ROBERTA | {"mask_token_id": 4, "token_dropout": True},
+    "convbert": BERT | {"embedding_size": 16},
     "big_bird": BERT | {"pad_token_id": 0},
     "luke": BERT | {"entity_vocab_size": 10, "entity_emb_size": 16},
     "roformer": BERT,

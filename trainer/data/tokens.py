@@ -130,11 +130,14 @@ def _backend(tokenizer: Any, max_length: int) -> Any:
     rust = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
     rust.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
     rust.no_padding()
+    rust.encode_special_tokens = tokenizer.backend_tokenizer.encode_special_tokens  # to_str() leaves it out
     return rust
 
 
 def _fingerprint(pairs: Pairs, rust: Any, has_types: bool) -> str:
     digest = hashlib.sha256(f"{FORMAT}\n{has_types}\n{rust.to_str()}\n".encode())
+    if rust.encode_special_tokens:
+        digest.update(b"special tokens as text\n")
     for texts in (pairs.premise, pairs.hypothesis):
         digest.update("\x1e".join(texts).encode("utf-8", "surrogatepass") + b"\x1d")
     digest.update(pairs.label.tobytes())

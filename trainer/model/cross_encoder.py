@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from trainer.base.errors import UserError
@@ -73,6 +74,16 @@ class CrossEncoder(nn.Module):
         used[[self.padding, *([] if table.padding_idx is None else [table.padding_idx])]] = True
         if not used.all():
             self.model.set_input_embeddings(UsedRows(table, used))
+
+    @torch.no_grad()
+    def sees_padding(self, tokens: Tokens) -> bool:
+        """Whether the longest pair, in one batch with the shortest, changes its scores, as convolutions do."""
+        if self.layout is not None:
+            return False
+        rows, labels = tokens.lengths.argsort()[[0, -1]], np.zeros(len(tokens.lengths), np.int64)
+        device = next(self.parameters()).device
+        both, single = (self.eval()(self.batch(tokens, labels, r, device)) for r in (rows, rows[:1]))
+        return bool((both[-1] - single[0]).abs().max() > 1e-3 * single.abs().max())
 
     def freeze_unused(self, tokens: Tokens) -> list[str]:
         """Freezes the parameters that get no gradient, in a model of an unknown family. Returns their names.
@@ -156,7 +167,9 @@ class CrossEncoder(nn.Module):
         return (count - (count - real.long())[batch.first][batch.pair]) * real + padding
 
     def check(self, pairs: Pairs, tokens: Tokens) -> None:
-        """Raises UserError, naming the row, where the model has no embedding for a token or a token type."""
+        """Raises UserError, naming the row, where the model cannot take a pair: it has no embedding for a token or a
+        token type, or does not find the end, which BART's kind knows by the number of the tokens that end a text.
+        """
         limits = [(tokens.ids, num_rows(self.model), "token", "tokens")]
         if self.num_types > 1:
             limits.append((tokens.types, self.num_types, "token type", "token types"))
@@ -165,6 +178,15 @@ class CrossEncoder(nn.Module):
                 row = pairs.row[np.searchsorted(tokens.offsets, wrong[0], side="right") - 1]
                 raise UserError(f"{pairs.name}, row {row}: the tokenizer gives {one} {numbers[wrong[0]]}, and the "
                                 f"model has {limit} {all_of_them}; take the tokenizer of this model")  # fmt: skip
+
+        eos = getattr(self.model.config, "eos_token_id", None)
+        if hasattr(self.model, "classification_head") and isinstance(eos, int):
+            ends = np.add.reduceat((tokens.ids == eos).astype(np.int64), tokens.offsets[:-1])
+            usual = max(1, int(np.bincount(ends).argmax()))
+            if len(wrong := np.flatnonzero(ends != usual)):
+                first = wrong[0]
+                raise UserError(f"{pairs.name}, row {pairs.row[first]}: the model finds a pair's end by token {eos}, and "
+                                f"this one has {ends[first]} of it, not {usual}; take it out of the texts")  # fmt: skip
 
     def save(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Writes a folder that transformers and sentence_transformers.CrossEncoder load, with these full `weights`.
@@ -182,8 +204,20 @@ class CrossEncoder(nn.Module):
             setattr(self.tokenizer, name, value)
             self.tokenizer.init_kwargs[name] = value  # by which it knows what to write
         with replacing(folder) as temporary:
-            self.model.save_pretrained(temporary, state_dict=weights)
+            # A backend that gathers weights makes a copy for each name of a tied one.
+            own = {name: weight for name, weight in weights.items() if name not in self.tied}
+            self.model.save_pretrained(temporary, state_dict=own)
             self.tokenizer.save_pretrained(temporary)
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """The second names of weights, with the first ones."""
+        return getattr(self.model, "all_tied_weights_keys", {})
+
+    def saved_weights(self, folder: Path) -> dict[str, torch.Tensor]:
+        """What `save` wrote, under all names."""
+        weights = load_file(folder / "model.safetensors")
+        return weights | {name: weights[first] for name, first in self.tied.items()}
 
 
 def compile_layers(model: CrossEncoder) -> None:
