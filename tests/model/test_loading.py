@@ -230,9 +230,7 @@ def test_a_token_type_that_the_model_does_not_have(tmp_path):
 
 def test_an_end_that_is_not_found(tmp_path):
     model = save_classifier(tmp_path, "bart")
-    with pytest.raises(
-        UserError, match="row 2: the model finds a pair's end by token 3, and this one has 3 of it, not 2"
-    ):
+    with pytest.raises(UserError, match="row 2: the model finds the end by token 3, and this one has 3 of it, not 2"):
         predict(model, [*PAIRS[:2], ("A cat [SEP] sleeps.", "A cat."), *PAIRS[2:4]])
 
 
@@ -278,7 +276,7 @@ def test_a_pickle_that_is_no_plain_one(tmp_path):
 
 
 RUN = ["--recipe", "demo", "--max_train_samples", "48", "--train_batch_size", "16", "--max_eval_samples", "20",
-       "--max_test_samples", "20", "--max_steps", "3", "--logging_steps", "1", "--eval_strategy", "no",
+       "--max_test_samples", "20", "--max_steps", "3", "--logging_steps", "1", "--eval_strategy", "epoch",
        "--weight_decay", "0.1", "--track_emissions", "false", "--write_report", "false",
        "--max_length", "64"]  # fmt: skip
 

@@ -185,8 +185,8 @@ class CrossEncoder(nn.Module):
             usual = max(1, int(np.bincount(ends).argmax()))
             if len(wrong := np.flatnonzero(ends != usual)):
                 first = wrong[0]
-                raise UserError(f"{pairs.name}, row {pairs.row[first]}: the model finds a pair's end by token {eos}, and "
-                                f"this one has {ends[first]} of it, not {usual}; take it out of the texts")  # fmt: skip
+                raise UserError(f"{pairs.name}, row {pairs.row[first]}: the model finds the end by token {eos}, and "
+                                f"this one has {ends[first]} of it, not {usual}; take it out")  # fmt: skip
 
     def save(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Writes a folder that transformers and sentence_transformers.CrossEncoder load, with these full `weights`.
