@@ -47,7 +47,8 @@ def largest(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
         while pairs <= chosen.limit:
             offsets = np.arange(pairs + 1) * chosen.tokens
             ids = np.full(offsets[-1], 5, np.uint16)
-            tokens = Tokens(ids, offsets, np.full(pairs, chosen.tokens // 2), np.zeros(pairs, bool), "")
+            types = np.arange(offsets[-1]) % chosen.tokens >= chosen.tokens // 2
+            tokens = Tokens(ids, offsets, types, np.zeros(pairs, bool), "")
             rows = np.arange(pairs)
             batch = model.batch(tokens, np.zeros(pairs, int), rows, device, seed=1, step=1)
             with autocast(device, chosen.bf16):

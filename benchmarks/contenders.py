@@ -265,7 +265,7 @@ def crossrank_evaluation(options: argparse.Namespace, folder: Path) -> dict[str,
     pairs = load_pairs(files, "test", predictor.label_names)
     started = time.perf_counter()
     tokens = predictor.tokens(pairs, cache=None)  # the reference tokenises inside its evaluation, too
-    logits = predict_logits(predictor.model, tokens, predictor.world, 64, options.bf16)
+    logits = predict_logits(predictor.model, pairs, tokens, predictor.world, 64, options.bf16)
     seconds = time.perf_counter() - started
     return {"samples_per_second": len(pairs) / seconds, "accuracy": float((logits.argmax(1) == pairs.label).mean())}
 

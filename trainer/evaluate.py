@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainer.base.errors import TrainingFailed
 from trainer.base.files import replacing
 from trainer.data.sampler import deal
 from trainer.data.sources import Pairs
@@ -41,7 +42,7 @@ def evaluate(
 ) -> Evaluation:
     """Scores of `model` on a split; see metrics.classification_scores. With sources, also `by_source`."""
     pairs = split.pairs
-    logits = predict_logits(model, split.tokens, world, batch_size, bf16, check)
+    logits = predict_logits(model, pairs, split.tokens, world, batch_size, bf16, check)
     scores = None
     if logits is not None:
         scores = classification_scores(pairs.label, logits, len(pairs.label_names))
@@ -53,6 +54,7 @@ def evaluate(
 @torch.no_grad()
 def predict_logits(
     model: CrossEncoder,
+    pairs: Pairs,
     tokens: Tokens,
     world: World,
     batch_size: int,
@@ -62,7 +64,7 @@ def predict_logits(
     """Logits (n, classes) in fp32 in the order of `tokens` on rank 0, None elsewhere.
 
     Every rank calls `check` before each batch, equally often; it may raise to stop. Raises RuntimeError if a sample is
-    missing or was computed twice.
+    missing or was computed twice, and on every rank TrainingFailed if a logit is not finite.
     """
     model.eval()
     longest_first = np.argsort(-tokens.lengths, kind="stable")
@@ -87,9 +89,21 @@ def predict_logits(
     num_classes = model.num_classes
     gathered = world.gather(np.concatenate([*results, np.empty((0, num_classes), np.float32)]))
     rows = world.gather(np.concatenate([*order, np.empty(0, np.int64)]))
-    if gathered is None or rows is None:
-        return None
-    return in_order(rows, gathered, len(labels))
+    logits = None if gathered is None or rows is None else in_order(rows, gathered, len(labels))
+    refuse_nonfinite(world.broadcast(None if logits is None else wrong_rows(pairs, logits)), pairs)
+    return logits
+
+
+def wrong_rows(pairs: Pairs, logits: np.ndarray) -> list[int]:
+    return pairs.row[~np.isfinite(logits).all(1)].tolist()
+
+
+def refuse_nonfinite(rows: list[int], pairs: Pairs) -> None:
+    """Raises TrainingFailed where `rows` of `pairs` have scores that are no numbers, which would pass for a class."""
+    if rows:
+        shown = ", ".join(map(str, rows[:3])) + (", ..." if len(rows) > 3 else "")
+        raise TrainingFailed(f"{pairs.name}, row {shown}: the model's scores are not finite ({len(rows):,} of "
+                             f"{len(pairs):,} pairs); its weights are too large")  # fmt: skip
 
 
 def in_order(rows: np.ndarray, values: np.ndarray, num_samples: int) -> np.ndarray:

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from safetensors.torch import load_file
-
 from trainer.base.files import write_json
 from trainer.base.log import log
 from trainer.config import METRICS
@@ -19,7 +17,7 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     """What results.json holds, on every rank. The run is finished when that file is there."""
     state, output = trainer.state, trainer.output
     if trainer.config.load_best_model_at_end:
-        best = load_file(output.model / "model.safetensors") if trainer.world.is_main else {}
+        best = trainer.model.saved_weights(output.model) if trainer.world.is_main else {}
         trainer.backend.load_weights(trainer.model.model, trainer.model.without_frozen_rows(best))
     else:
         trainer.save_model()

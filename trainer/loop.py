@@ -205,8 +205,6 @@ class Trainer:
         self.model.train()
         totals.eval_seconds += time.perf_counter() - started
         totals.evaluated += len(split)
-        if not math.isfinite(result.scores["loss"]):
-            raise TrainingFailed(f"the model's loss on {split.pairs.name} is {result.scores['loss']} at step {step}")
         place = {"step": step, "epoch": step / self.sampler.steps_per_epoch, "split": split.name}
         self.output.journal.log_evaluation(place | result.scores)
         return result

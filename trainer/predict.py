@@ -79,12 +79,15 @@ class Predictor:
         self.label_names = self.model.label_names
 
     def tokens(self, pairs: Pairs, cache: Path | None) -> Tokens:
-        return tokenize(pairs, self.model.tokenizer, self.model.max_length, cache, progress=self.world.is_main)
+        tokens = tokenize(pairs, self.model.tokenizer, self.model.max_length, cache, progress=self.world.is_main)
+        self.model.check(pairs, tokens)
+        return tokens
 
     def logits(self, pairs: Pairs) -> np.ndarray | None:
         """(n, classes) on rank 0, None elsewhere."""
         tokens = self.tokens(pairs, cache=None)  # new pairs are seen once, so their tokens are not worth keeping
-        return predict_logits(self.model, tokens, self.world, self.config.per_device_eval_batch_size, self.config.bf16)
+        size, bf16 = self.config.per_device_eval_batch_size, self.config.bf16
+        return predict_logits(self.model, pairs, tokens, self.world, size, bf16)
 
 
 def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, output: EvaluateConfig) -> dict[str, Any]:

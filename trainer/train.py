@@ -55,6 +55,7 @@ def train(config: Config, report: Callable[[Path], None] | None = None) -> dict[
             if report:
                 report(trainer.output.folder)
             log.info(f"model: {trainer.output.model}")
+            log.info("transformers.pipeline cuts no pair to max_length unless it is called with truncation=True")
         return results
     finally:
         preemption.close()
@@ -115,7 +116,11 @@ def build_model(config: Config, world: World, label_names: tuple[str, ...]) -> C
     if model.note:
         log.info(model.note)
     if config.gradient_checkpointing:
-        inner: Any = model.model  # transformers has renamed the method
+        inner: Any = model.model
+        if not inner.supports_gradient_checkpointing:
+            raise UserError(f"{inner.config.model_type} has no gradient checkpointing; say "
+                            "--gradient_checkpointing false, and lower --per_device_train_batch_size")  # fmt: skip
+        # transformers has renamed the method
         enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if config.torch_compile:
@@ -135,9 +140,7 @@ def tokenize_splits(
         data[role] = Split(split_name(config, role), own, tokens)
     for split in data.values():
         log.info(split.describe(model.max_length))
-        if int(split.tokens.ids.max()) >= model.model.config.vocab_size:
-            raise UserError(f"the tokenizer has more tokens than the model's {model.model.config.vocab_size}; they do "
-                            "not match")  # fmt: skip
+        model.check(split.pairs, split.tokens)
     return data
 
 
@@ -150,7 +153,12 @@ def make_sampler(config: Config, world: World, train_split: Split) -> GlobalBatc
 
 
 def freeze(config: Config, model: CrossEncoder, data: dict[Role, Split], sampler: GlobalBatchSampler) -> Identity:
-    """Freezes the embedding rows that training cannot change. What the run is, is settled then."""
+    """Freezes what training cannot change. What the run is, is settled then."""
+    if unused := model.freeze_unused(data["train"].tokens):
+        log.info(f"{len(unused)} tensors get no gradient, such as {unused[0]}: they are frozen")
+    if model.sees_padding(data["train"].tokens):
+        log.warning(f"{model.model.config.model_type} sees padding: a pair's scores depend a little on its batch, so "
+                    "other programs, and another --per_device_eval_batch_size, give others")  # fmt: skip
     if config.weight_decay == 0:
         model.freeze_unused_rows(data["train"].tokens)
     if model.used_rows:

@@ -3,6 +3,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
@@ -37,9 +38,27 @@ def test_tokens_are_the_tokenizers(pairs, tokenizer, tmp_path, max_length):
     )
     for i, (ids, types) in enumerate(zip(reference["input_ids"], reference["token_type_ids"], strict=True)):
         assert tokens.ids[tokens.offsets[i] : tokens.offsets[i + 1]].tolist() == ids
-        assert (np.arange(len(ids)) >= tokens.second[i]).astype(int).tolist() == types
+        assert tokens.types[tokens.offsets[i] : tokens.offsets[i + 1]].tolist() == types
     assert bool(tokens.truncated.any()) == (max_length == 12)
     assert tokens.bytes_per_pair < 100
+
+
+def test_types_of_any_kind(pairs, tokenizer, tmp_path):
+    """Funnel's first token has type 2, and another template puts ones first: what the tokenizer says is kept."""
+    from tokenizers.processors import TemplateProcessing
+
+    numbers = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
+    other = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    other.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A", pair="[CLS]:2 $A:1 [SEP]:0 $B:0 [SEP]:1", special_tokens=numbers
+    )
+    tokens = tokenize(pairs, other, 64, tmp_path)
+    expected = other(pairs.premise, pairs.hypothesis)["token_type_ids"]
+    assert tokens.types.tolist() == [number for types in expected for number in types]
+    assert set(expected[0]) == {0, 1, 2}
+    rows = np.array([5, 1])
+    batch = assemble(tokens, pairs.label, rows, torch.device("cpu"))
+    assert batch.types.tolist() == [number for row in batch.rows for number in expected[row]]
 
 
 def test_real_tokenizer(allnli, roberta_tokenizer, tmp_path):
@@ -51,7 +70,7 @@ def test_real_tokenizer(allnli, roberta_tokenizer, tmp_path):
     tokens = tokenize(pairs, tokenizer, 512, tmp_path)
     reference = AutoTokenizer.from_pretrained(roberta_tokenizer)(pairs.premise, pairs.hypothesis)["input_ids"]
     assert tokens.ids.tolist() == [i for ids in reference for i in ids]
-    assert (tokens.second == tokens.lengths).all()
+    assert not tokens.types.any()
     assert 26 < tokens.lengths.mean() < 28
 
 
@@ -65,7 +84,7 @@ def test_cache_is_used_and_keyed(pairs, tokenizer, tmp_path, said):
     stamp = cached_file(tmp_path).stat().st_mtime_ns
     again = tokenize(pairs, tokenizer, 64, tmp_path)
     assert cached_file(tmp_path).stat().st_mtime_ns == stamp
-    assert all((getattr(first, n) == getattr(again, n)).all() for n in ("ids", "offsets", "second", "truncated"))
+    assert all((getattr(first, n) == getattr(again, n)).all() for n in ("ids", "offsets", "types", "truncated"))
     tokenize(pairs, tokenizer, 32, tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     assert not said
@@ -97,16 +116,16 @@ def test_cache_of_another_version(pairs, tokenizer, tmp_path, said):
     from trainer.data.tokens import _checksum
 
     good = tokenize(pairs, tokenizer, 64, tmp_path)
-    arrays = {name.replace("second", "types"): array for name, array in good._arrays().items()}
-    save_file(arrays, tmp_path / f"{good.fingerprint}.safetensors", metadata={"sha256": _checksum(arrays)})
+    arrays = {name.replace("types", "second"): array for name, array in good._arrays().items()}
+    save_file(arrays, cached_file(tmp_path), metadata={"sha256": _checksum(arrays)})
     again = tokenize(pairs, tokenizer, 64, tmp_path)
-    assert (again.second == good.second).all()
+    assert (again.types == good.types).all()
     assert "built again" in said[0]
 
 
 def test_cache_that_cannot_be_written(pairs, tokenizer, tmp_path, said):
     (tmp_path / "file").write_text("")
-    assert len(tokenize(pairs, tokenizer, 64, tmp_path / "file").second) == len(pairs)
+    assert len(tokenize(pairs, tokenizer, 64, tmp_path / "file").lengths) == len(pairs)
     assert "no token cache" in said[0]
 
 
@@ -132,8 +151,6 @@ def test_one_process_writes_others_wait(builtin_model, tmp_path):
 
 
 def test_batches_lay_pairs_end_to_end(pairs, tokenizer, tmp_path):
-    import torch
-
     tokens = tokenize(pairs, tokenizer, 64, tmp_path)
     rows = np.array([7, 3, 200])
     batch = assemble(tokens, pairs.label, rows, torch.device("cpu"))

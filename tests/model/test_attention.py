@@ -44,8 +44,8 @@ def make_tokens(lengths) -> Tokens:
     rng = np.random.default_rng(sum(lengths))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids = rng.integers(2, VOCABULARY, offsets[-1]).astype(np.uint16)
-    second = np.array([rng.integers(1, n) for n in lengths], np.int32)
-    return Tokens(ids, offsets, second, np.zeros(len(lengths), bool), "f")
+    types = np.concatenate([np.arange(n) >= rng.integers(1, n) for n in lengths])
+    return Tokens(ids, offsets, types, np.zeros(len(lengths), bool), "f")
 
 
 def library_logits(model, tokens: Tokens) -> torch.Tensor:
@@ -56,7 +56,7 @@ def library_logits(model, tokens: Tokens) -> torch.Tensor:
     for row, length in enumerate(tokens.lengths):
         ids[row, :length] = torch.from_numpy(tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]].astype(int))
         mask[row, :length] = 1
-        types[row, tokens.second[row] : length] = 1
+        types[row, :length] = torch.from_numpy(tokens.types[tokens.offsets[row] : tokens.offsets[row + 1]].astype(int))
     inputs = {"input_ids": ids, "attention_mask": mask}
     if getattr(model.config, "type_vocab_size", 0) > 1:
         inputs["token_type_ids"] = types

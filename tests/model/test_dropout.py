@@ -38,6 +38,17 @@ def test_masks_look_independent(p):
         assert off_diagonal.abs().max() * n**0.5 < 7
 
 
+def test_bf16_keeps_the_expectation():
+    """1 / 0.9 is no bfloat16 number: rounded before the product, it would take 0.16 % off every activation."""
+    keys, x = DropoutKeys(), torch.randn(1, TOKENS, FEATURES, generator=torch.Generator().manual_seed(0)).bfloat16()
+    tokens = torch.from_numpy(token_keys(42, 3, np.arange(TOKENS), np.arange(TOKENS)))
+    keys.set(tokens[None], tokens[:1])
+    exact = x.double() * keys.mask(1, 0.1, torch.ones(x.shape))
+    got = keys.mask(1, 0.1, x)
+    assert got.dtype == torch.bfloat16
+    assert abs((got.double() * x).sum() / (exact * x).sum() - 1) < 1e-4
+
+
 @pytest.mark.parametrize("change", [{"seed": 43}, {"step": 4}, {"site": 2}])
 def test_masks_change_with_seed_step_and_site(change):
     agreement = ((masks(0.5) > 0) == (masks(0.5, **change) > 0)).double().mean()

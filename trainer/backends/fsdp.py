@@ -20,6 +20,13 @@ from trainer.config import Config
 from trainer.ranks import World
 
 
+def outermost(module: nn.Module, names: set[str]) -> list[nn.Module]:
+    """The parts whose class is one of `names`, but none inside another: sharded twice, it would be gathered twice."""
+    found = [part for part in module.modules() if type(part).__name__ in names]
+    inner = {id(part) for outer in found for part in outer.modules() if part is not outer}
+    return [part for part in found if id(part) not in inner]
+
+
 class FSDP(Single):
     name = "fsdp"
     replicated = False
@@ -31,9 +38,8 @@ class FSDP(Single):
     def prepare(self, module: nn.Module) -> nn.Module:
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         layers = {name for m in module.modules() for name in getattr(m, "_no_split_modules", None) or ()}
-        for part in module.modules():
-            if type(part).__name__ in layers:
-                fully_shard(part, mp_policy=policy)
+        for part in outermost(module, layers):
+            fully_shard(part, mp_policy=policy)
         self.root: Any = fully_shard(module, mp_policy=policy)
         self.module = module
         self.optimizer = self._make_optimizer(parameter_groups(module, self.config))  # of the shards

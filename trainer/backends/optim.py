@@ -12,8 +12,9 @@ from trainer.config import OptimisationConfig
 def parameter_groups(model: nn.Module, config: OptimisationConfig) -> list[dict[str, Any]]:
     """The parameters that decay, and biases and norms, which do not."""
     # Biases and the weights of norms are vectors.
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim > 1]
+    plain = [p for p in trained if p.ndim <= 1]
     return [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 

@@ -69,7 +69,7 @@ class Single:
         Every backend saves the same, so each loads what another saved, on any number of ranks.
         """
         state = {}
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._trained():
             for kind in KINDS:
                 full = self._full(parameter, kind)
                 if self.world.is_main:
@@ -80,10 +80,12 @@ class Single:
         """The reverse: `state` on rank 0, after `num_updates` of the optimizer, into every rank's tensors."""
         shapes = {name: list(self._shape(parameter)) for name, parameter in self.module.named_parameters()}
         saved = {key.removeprefix("weight/"): list(v.shape) for key, v in state.items() if key.startswith("weight/")}
-        if not self.world.broadcast(not self.world.is_main or saved == shapes):
+        # What is frozen is as it was at the start; only checkpoints of an older version hold it.
+        same = saved == {name: shapes[name] for name in shapes if name in saved or name in dict(self._trained())}
+        if not self.world.broadcast(not self.world.is_main or same):
             raise UserError("the checkpoint is of another model: its weights have other names or shapes")
         self._make_moments(num_updates)
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._trained():
             for kind in KINDS:
                 full = state[f"{kind}/{name}"] if self.world.is_main else torch.empty(self._shape(parameter))
                 full = full.to(self.world.device)
@@ -102,6 +104,10 @@ class Single:
             module.load_state_dict(weights)
         for value in module.state_dict().values():
             self.world.broadcast_(value)
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters, but for the frozen ones."""
+        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
 
     # What subclasses override.
 
@@ -132,4 +138,4 @@ class Single:
 
     def _make_moments(self, num_updates: int) -> None:
         """The optimizer's state before its first step, as if it had made `num_updates`."""
-        add_moments(self.optimizer, list(self.module.parameters()), num_updates)
+        add_moments(self.optimizer, [parameter for _, parameter in self._trained()], num_updates)

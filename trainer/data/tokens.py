@@ -25,7 +25,8 @@ from trainer.base.folders import caches
 from trainer.base.log import log
 from trainer.data.sources import Pairs
 
-FORMAT = "crossrank-tokens-1"
+FORMAT = "crossrank-tokens-1"  # a part of the fingerprint, and so of what a checkpoint must meet again
+ARRAYS = 2  # version of the arrays in a cache file
 CHUNK = 2000  # pairs a call of the tokenizer: enough to keep its threads busy, few enough for a moving progress bar
 
 
@@ -36,14 +37,14 @@ class Tokens:
     Attributes:
         ids: (tokens,) token numbers in the smallest fitting integer type.
         offsets: (n + 1,) pair i is ids[offsets[i]:offsets[i + 1]].
-        second: (n,) tokens before the second text (token type 1) begins; the pair's length where types are not used.
+        types: (tokens,) their token types as the tokenizer gives them; 0 where its model takes none.
         truncated: (n,) whether the pair was longer than max_length.
         fingerprint: of the texts, the labels, the tokenizer and the options.
     """
 
     ids: np.ndarray
     offsets: np.ndarray
-    second: np.ndarray
+    types: np.ndarray
     truncated: np.ndarray
     fingerprint: str
 
@@ -54,10 +55,10 @@ class Tokens:
 
     @property
     def bytes_per_pair(self) -> float:
-        return sum(a.nbytes for a in self._arrays().values()) / max(1, len(self.second))
+        return sum(a.nbytes for a in self._arrays().values()) / max(1, len(self.truncated))
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        return {"ids": self.ids, "offsets": self.offsets, "second": self.second, "truncated": self.truncated}
+        return {"ids": self.ids, "offsets": self.offsets, "types": self.types, "truncated": self.truncated}
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def tokenize(
     if folder is None:
         return _encode(pairs, rust, has_types, fingerprint, progress, check)
     tokens = None
-    path = folder / f"{fingerprint}.safetensors"
+    path = folder / f"{fingerprint}.{ARRAYS}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
@@ -132,11 +133,14 @@ def _backend(tokenizer: Any, max_length: int) -> Any:
     rust = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
     rust.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
     rust.no_padding()
+    rust.encode_special_tokens = tokenizer.backend_tokenizer.encode_special_tokens  # to_str() leaves it out
     return rust
 
 
 def _fingerprint(pairs: Pairs, rust: Any, has_types: bool) -> str:
     digest = hashlib.sha256(f"{FORMAT}\n{has_types}\n{rust.to_str()}\n".encode())
+    if rust.encode_special_tokens:
+        digest.update(b"special tokens as text\n")
     for texts in (pairs.premise, pairs.hypothesis):
         digest.update("\x1e".join(texts).encode("utf-8", "surrogatepass") + b"\x1d")
     digest.update(pairs.label.tobytes())
@@ -146,16 +150,16 @@ def _fingerprint(pairs: Pairs, rust: Any, has_types: bool) -> str:
 def _encode(
     pairs: Pairs, rust: Any, has_types: bool, fingerprint: str, progress: bool, check: Callable[[], None]
 ) -> Tokens:
-    vocabulary = rust.get_vocab_size()
-    number = np.uint16 if vocabulary <= 1 << 16 else np.int32
-    flat, lengths, second, truncated = [], [], [], []
+    largest = max(rust.get_vocab().values(), default=0)  # numbers may have gaps
+    number = np.uint16 if largest < 1 << 16 else np.int32
+    flat, types, lengths, truncated = [], [], [], []
     with tqdm(total=len(pairs), desc="tokenising", unit="pair", delay=3, disable=None if progress else True) as bar:
         for start in range(0, len(pairs), CHUNK):
             chunk = slice(start, start + CHUNK)
             encodings = rust.encode_batch_fast(list(zip(pairs.premise[chunk], pairs.hypothesis[chunk], strict=True)))
             flat.append(np.concatenate([np.array(e.ids, dtype=number) for e in encodings]))
+            types += [np.array(e.type_ids, dtype=np.uint8) * has_types for e in encodings]
             lengths += [len(e.ids) for e in encodings]
-            second += [len(e.ids) - sum(e.type_ids) if has_types else len(e.ids) for e in encodings]
             truncated += [bool(e.overflowing) for e in encodings]
             bar.update(len(encodings))
             check()
@@ -163,7 +167,7 @@ def _encode(
         row = pairs.row[lengths.index(0)]
         raise UserError(f"{pairs.name}, row {row}: the tokenizer makes no token of this pair, not even a special one")
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return Tokens(np.concatenate(flat), offsets, np.array(second, np.int32), np.array(truncated), fingerprint)
+    return Tokens(np.concatenate(flat), offsets, np.concatenate(types), np.array(truncated), fingerprint)
 
 
 def _checksum(arrays: dict[str, np.ndarray]) -> str:

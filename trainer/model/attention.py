@@ -218,9 +218,8 @@ def attention(
             scores = scores.masked_fill(~visible, -torch.inf)
         weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
         if dropout > 0:
-            weights = weights * layout.dropout.attention_mask(
-                site.dropout, dropout, weights, layout.keys[i][:, : q.shape[2]]
-            )
+            queries_keys = layout.keys[i][:, : q.shape[2]]
+            weights = layout.dropout.attention_mask(site.dropout, dropout, weights, queries_keys)
         mixed.append(weights @ v)
     if layout.unpad and not site.first_only:
         rows = torch.cat([x.reshape(-1, size) for x in mixed])

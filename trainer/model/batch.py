@@ -25,7 +25,7 @@ class Batch:
     """Pairs laid end to end, without padding, longest first.
 
     Attributes:
-        ids, positions, types: (tokens,) int64 token numbers, positions in the pair, token types 0 or 1.
+        ids, positions, types: (tokens,) int64 token numbers, positions in the pair, token types.
         keys: (tokens,) int64 dropout keys.
         pair: (tokens,) int64 number of the pair in the batch.
         first: (pairs,) int64 where each pair begins.
@@ -73,15 +73,15 @@ def assemble(
     lengths = tokens.offsets[rows + 1] - tokens.offsets[rows]
     order = np.argsort(-lengths, kind="stable")
     rows, targets, lengths = rows[order], targets[order], lengths[order]
-    starts = tokens.offsets[rows]
     groups = make_groups(lengths, likeness)
     first = np.cumsum(lengths) - lengths
     pair = np.repeat(np.arange(len(rows)), lengths)
     positions = np.arange(len(pair)) - first[pair]
+    places = tokens.offsets[rows][pair] + positions
     arrays = {
-        "ids": tokens.ids[starts[pair] + positions],
+        "ids": tokens.ids[places],
         "positions": positions,
-        "types": positions >= tokens.second[rows][pair],
+        "types": tokens.types[places],
         "keys": token_keys(seed, step, rows[pair], positions),
         "pair": pair,
         "first": first,

@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from trainer.base.errors import UserError
 from trainer.base.files import replacing
+from trainer.data.sources import Pairs
 from trainer.data.tokens import Tokens
 from trainer.model.attention import Layout, adopt
 from trainer.model.batch import Batch, assemble
@@ -41,10 +44,16 @@ class CrossEncoder(nn.Module):
         self.note = ""
         if attn_implementation is None:
             self.layout, self.note = adopt(model, unpad)
-        self.takes_types = getattr(model.config, "type_vocab_size", 0) > 1
+        self.num_types = number_of_types(model)
+        self.left = pads_left(model)
         self.first_position = first_position(model)
         self.num_classes: int = model.config.num_labels
         self.padding = model.config.pad_token_id or 0
+
+    @property
+    def gives_types(self) -> bool:
+        """Whether the saved tokenizer shall make token types: as it did, if the model tells them apart."""
+        return self.num_types > 1 and "token_type_ids" in self.tokenizer.model_input_names
 
     @property
     def label_names(self) -> list[str]:
@@ -66,6 +75,34 @@ class CrossEncoder(nn.Module):
         used[[self.padding, *([] if table.padding_idx is None else [table.padding_idx])]] = True
         if not used.all():
             self.model.set_input_embeddings(UsedRows(table, used))
+
+    @torch.no_grad()
+    def sees_padding(self, tokens: Tokens) -> bool:
+        """Whether the longest pair, in one batch with the shortest, changes its scores, as convolutions do."""
+        if self.layout is not None:
+            return False
+        rows, labels = tokens.lengths.argsort()[[0, -1]], np.zeros(len(tokens.lengths), np.int64)
+        device = next(self.parameters()).device
+        both, single = (self.eval()(self.batch(tokens, labels, r, device)) for r in (rows, rows[:1]))
+        return bool((both[-1] - single[0]).abs().max() > 1e-3 * single.abs().max())
+
+    def freeze_unused(self, tokens: Tokens) -> list[str]:
+        """Freezes the parameters that get no gradient, in a model of an unknown family. Returns their names.
+
+        One backend would let weight decay have them, another not, and DDP would wait for them. They are found by a
+        backward of some pairs, the longest and the shortest among them.
+        """
+        if self.layout is not None:
+            return []
+        order = np.argsort(-tokens.lengths, kind="stable")
+        rows = order[np.unique(np.linspace(0, len(order) - 1, 8).astype(int))]
+        device = next(self.parameters()).device
+        self.train()(self.batch(tokens, np.zeros(len(order), np.int64), rows, device)).sum().backward()
+        unused = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
+        for _, parameter in unused:
+            parameter.requires_grad_(False)
+        self.zero_grad()
+        return [name for name, _ in unused]
 
     @property
     def used_rows(self) -> tuple[str, UsedRows] | None:
@@ -105,16 +142,52 @@ class CrossEncoder(nn.Module):
         layout = self.layout or Layout(unpad=False)
         layout.set(batch)
         if layout.unpad:
-            inputs = {"input_ids": batch.ids[None], "position_ids": batch.positions[None] + self.first_position}
+            inputs = {"input_ids": batch.ids[None], "position_ids": self.positions(batch)[None]}
             types = batch.types[None]
         else:
             (ids,) = layout.split(layout.pad(batch.ids, filler=self.padding))
             (mask,) = layout.split(layout.pad(torch.ones_like(batch.ids)))
             (types,) = layout.split(layout.pad(batch.types))
+            if self.left:
+                width = mask.shape[1]
+                places = (torch.arange(width, device=mask.device) + mask.sum(1, keepdim=True)) % width
+                ids, mask, types = (rows.gather(1, places) for rows in (ids, mask, types))
             inputs = {"input_ids": ids, "attention_mask": mask}
-        if self.takes_types:
+        if self.num_types > 1:
             inputs["token_type_ids"] = types
         return self.model(**inputs).logits
+
+    def positions(self, batch: Batch) -> torch.Tensor:
+        """(tokens,) position numbers, as the library counts them."""
+        if self.first_position == 0:
+            return batch.positions
+        # RoBERTa's kind does not count padding tokens: a text can hold one, written out.
+        padding = self.first_position - 1
+        real = batch.ids != padding
+        count = real.cumsum(0)
+        return (count - (count - real.long())[batch.first][batch.pair]) * real + padding
+
+    def check(self, pairs: Pairs, tokens: Tokens) -> None:
+        """Raises UserError, naming the row, where the model cannot take a pair: it has no embedding for a token or a
+        token type, or does not find the end, which BART's kind knows by the number of the tokens that end a text.
+        """
+        limits = [(tokens.ids, num_rows(self.model), "token", "tokens")]
+        if self.num_types > 1:
+            limits.append((tokens.types, self.num_types, "token type", "token types"))
+        for numbers, limit, one, all_of_them in limits:
+            if len(wrong := np.flatnonzero(numbers >= limit)):
+                row = pairs.row[np.searchsorted(tokens.offsets, wrong[0], side="right") - 1]
+                raise UserError(f"{pairs.name}, row {row}: the tokenizer gives {one} {numbers[wrong[0]]}, and the "
+                                f"model has {limit} {all_of_them}; take the tokenizer of this model")  # fmt: skip
+
+        eos = getattr(self.model.config, "eos_token_id", None)
+        if hasattr(self.model, "classification_head") and isinstance(eos, int):
+            ends = np.add.reduceat((tokens.ids == eos).astype(np.int64), tokens.offsets[:-1])
+            usual = max(1, int(np.bincount(ends).argmax()))
+            if len(wrong := np.flatnonzero(ends != usual)):
+                first = wrong[0]
+                raise UserError(f"{pairs.name}, row {pairs.row[first]}: the model finds the end by token {eos}, and "
+                                f"this one has {ends[first]} of it, not {usual}; take it out")  # fmt: skip
 
     def save(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Writes a folder that transformers and sentence_transformers.CrossEncoder load, with these full `weights`.
@@ -125,10 +198,27 @@ class CrossEncoder(nn.Module):
 
         logging.disable_progress_bar()
         self.model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
+        self.model.config.task_specific_params = None  # with which a pipeline would change the config
         self.tokenizer.model_max_length = self.max_length
+        inputs = ["input_ids", *(["token_type_ids"] if self.gives_types else []), "attention_mask"]
+        for name, value in {"padding_side": "left" if self.left else "right", "model_input_names": inputs}.items():
+            setattr(self.tokenizer, name, value)
+            self.tokenizer.init_kwargs[name] = value  # by which it knows what to write
         with replacing(folder) as temporary:
-            self.model.save_pretrained(temporary, state_dict=weights)
+            # A backend that gathers weights makes a copy for each name of a tied one.
+            own = {name: weight for name, weight in weights.items() if name not in self.tied}
+            self.model.save_pretrained(temporary, state_dict=own)
             self.tokenizer.save_pretrained(temporary)
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """The second names of weights, with the first ones."""
+        return getattr(self.model, "all_tied_weights_keys", {})
+
+    def saved_weights(self, folder: Path) -> dict[str, torch.Tensor]:
+        """What `save` wrote, under all names."""
+        weights = load_file(folder / "model.safetensors")
+        return weights | {name: weights[first] for name, first in self.tied.items()}
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -147,6 +237,24 @@ def compile_layers(model: CrossEncoder) -> None:
     for module in model.modules():
         if type(module).__name__.endswith(("Intermediate", "FFN", "MLP")):
             module.compile(dynamic=True)
+
+
+def num_rows(model: Any) -> int:
+    """The tokens that the model has, frozen rows included."""
+    table = model.get_input_embeddings()
+    return len(table.place) if isinstance(table, UsedRows) else int(table.weight.shape[0])
+
+
+def number_of_types(model: Any) -> int:
+    """How many token types the model tells apart."""
+    if model.config.model_type == "xlnet":
+        return int(1e9)  # it compares them, and has no table
+    return getattr(model.config, "type_vocab_size", None) or 0
+
+
+def pads_left(model: Any) -> bool:
+    """Whether the model takes the last place for a pair's last token, as XLNet does."""
+    return getattr(model.config, "summary_type", "") == "last" and hasattr(model, "sequence_summary")
 
 
 def first_position(model: Any) -> int:

@@ -84,20 +84,20 @@ class DropoutKeys:
         return self.num_sites
 
     def mask(self, site: int, p: float, x: torch.Tensor) -> torch.Tensor:
-        """What to multiply x (..., features) by: 0 or 1 / P(survive), in x's dtype."""
+        """x (..., features) after dropout: 0, or x / P(survive)."""
         keys = self.by_shape[tuple(x.shape[:-1])].unsqueeze(-1)
-        return self._scaled(keys, _columns(site, 1, x.shape[-1], x.device)[0], p, x)
+        return self._masked(keys, _columns(site, 1, x.shape[-1], x.device)[0], p, x)
 
     def attention_mask(self, site: int, p: float, weights: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
         """The same for attention weights (batch, heads, queries, keys), given the `queries`' keys (batch, queries)."""
         columns = _columns(site, weights.shape[1], weights.shape[-1], weights.device)
-        return self._scaled(queries[:, None, :, None], columns[:, None], p, weights)
+        return self._masked(queries[:, None, :, None], columns[:, None], p, weights)
 
     @staticmethod
-    def _scaled(keys: torch.Tensor, columns: torch.Tensor, p: float, like: torch.Tensor) -> torch.Tensor:
+    def _masked(keys: torch.Tensor, columns: torch.Tensor, p: float, x: torch.Tensor) -> torch.Tensor:
         dropped = round(p * 65536)
-        survivors = keep(keys, columns, like.shape[-1], dropped - 32768)
-        return survivors.to(like.dtype).mul_(65536 / (65536 - dropped))
+        # By a Python number torch multiplies in fp32; in a bfloat16 tensor, 1 / 0.9 would be 1.1094.
+        return x * (65536 / (65536 - dropped)) * keep(keys, columns, x.shape[-1], dropped - 32768)
 
 
 class KeyedDropout(nn.Module):
@@ -110,7 +110,7 @@ class KeyedDropout(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0:
             return x
-        return x * self.keys.mask(self.site, self.p, x)
+        return self.keys.mask(self.site, self.p, x)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, site={self.site}"

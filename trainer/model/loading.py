@@ -1,6 +1,5 @@
 """Models and tokenizers from a folder or the hub, checked: what comes back can be trained, or has been."""
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,10 @@ from trainer.base.environment import offline
 from trainer.base.errors import UserError, first_line
 from trainer.config import Config, ModelConfig
 from trainer.data import builtin
-from trainer.model.cross_encoder import CrossEncoder, first_position
+from trainer.model.cross_encoder import CrossEncoder
+from trainer.model.settings import longest_input, set_dropout, settle, settle_padding
 
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
-
-
-def longest_input(model: Any, tokenizer: Any, max_length: int | None) -> int:
-    """The longest pair in tokens. Raises UserError where `max_length` is more than the model has positions."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    limit = int(1e9) if limit is None else limit - first_position(model)
-    if max_length is not None and max_length > limit:
-        raise UserError(f"max_length {max_length} is more than the {limit} positions that the model has")
-    if max_length is not None and max_length < 5:
-        raise UserError(f"max_length {max_length} leaves no room for two texts and their special tokens")
-    return max_length or min(limit, tokenizer.model_max_length)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -55,16 +44,18 @@ def load_for_training(config: Config, label_names: Sequence[str]) -> CrossEncode
     settings.id2label = dict(enumerate(label_names))
     settings.label2id = {label: i for i, label in enumerate(label_names)}
     settings.problem_type = "single_label_classification"
-    _set_dropout(settings, config.dropout)
+    if config.dropout is not None:
+        set_dropout(settings, config.dropout)
     if config.attn_implementation is not None:
         settings._attn_implementation = config.attn_implementation
     model = _new_model(config, settings)
     if model is None:
         model, new = _load_weights(config, settings)
-        if strange := [weight for weight in new if not HEAD.search(weight)]:
+        if strange := [weight for weight in new if not _is_head(weight, model)]:
             raise UserError(f"{name}: its weights lack {len(strange)} tensors of the encoder, such as {strange[0]}")
         if sorted(old_names) == sorted(label_names) and old_names != list(label_names):
             _reorder_classes(model, [old_names.index(label) for label in label_names])
+    settle_padding(model, tokenizer, name)
     max_length = longest_input(model, tokenizer, config.max_length)
     return CrossEncoder(model, config.attn_implementation, config.unpad, tokenizer, max_length)
 
@@ -98,12 +89,15 @@ def load_trained(config: ModelConfig) -> CrossEncoder:
     if new:
         raise UserError(f"{path} is not a trained classifier: its weights lack {', '.join(new[:3])}; train it first")
     tokenizer = load_tokenizer(config)
+    settle_padding(model, tokenizer, config.model_name_or_path)
     max_length = longest_input(model, tokenizer, config.max_length)
     return CrossEncoder(model, tokenizer=tokenizer, max_length=max_length)
 
 
-# What a classifier has beyond its encoder; drawn from the seed where only an encoder is given.
-HEAD = re.compile(r"^(classifier|pre_classifier|score|head|.*\.pooler)\.")
+def _is_head(weight: str, model: Any) -> bool:
+    """Whether a classifier has it beyond its encoder; where only an encoder is given it is drawn from the seed."""
+    inside = model.base_model is not model and weight.startswith(f"{model.base_model_prefix}.")
+    return not inside or ".pooler." in weight
 
 
 def _load_settings(config: ModelConfig) -> Any:
@@ -112,12 +106,14 @@ def _load_settings(config: ModelConfig) -> Any:
 
     logging.set_verbosity_error()  # its table of new weights is the classifier's head, which is what training is for
     logging.disable_progress_bar()
-    return _explained(
+    settings = _explained(
         lambda: AutoConfig.from_pretrained(config.model_name_or_path, **_hub_options(config)),
         config.model_name_or_path,
         "model",
         "a model folder holds a config.json",
     )
+    settle(settings, config.model_name_or_path)
+    return settings
 
 
 def _load_weights(config: ModelConfig, settings: Any) -> tuple[Any, list[str]]:
@@ -134,6 +130,9 @@ def _load_weights(config: ModelConfig, settings: Any) -> tuple[Any, list[str]]:
         "weights",
         "for a model of this shape with new weights say --init random",
     )
+    for weight, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise UserError(f"{name}: its weight {weight} holds numbers that are not finite; get the file once more")
     mismatched = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
     return model, sorted({*info["missing_keys"], *mismatched})
 
@@ -150,20 +149,17 @@ def _reorder_classes(model: Any, order: list[int]) -> None:
             parameter.copy_(parameter[order])
 
 
-def _set_dropout(settings: Any, dropout: float | None) -> None:
-    if dropout is None:
-        return
-    for name, value in settings.to_dict().items():
-        if "dropout" in name and (value is None or isinstance(value, (int, float))):
-            setattr(settings, name, dropout)
-
-
 def _explained(load: Callable[[], Any], name: str, what: str, fix: str) -> Any:
     """load(), or one UserError that says what is missing where, and what to do."""
     try:
         return load()
     except Exception as error:  # damaged files surface as any kind of error in four libraries
-        reason = first_line(error)
+        reason, told = first_line(error), str(error)
+    if "trust_remote_code" in told:
+        raise UserError(f"{name} brings Python code of its own; read it, then say --trust_remote_code true")
+    if "weights_only" in told:
+        raise UserError(f"{name}: its pytorch_model.bin is a pickle that holds more than weights, and loading it could "
+                        "run any code; have its maker save it as model.safetensors")  # fmt: skip
     if Path(name).is_dir():
         raise UserError(f"{name} has no {what} that can be loaded ({reason}); {fix}")
     if name.startswith((".", "/", "~")):
