@@ -7,7 +7,7 @@ name and renamed, and carries a checksum: a damaged or foreign file is rebuilt, 
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,10 @@ from trainer.data.sources import Pairs
 
 FORMAT = "crossrank-tokens-1"
 CHUNK = 2000  # pairs a call of the tokenizer: enough to keep its threads busy, few enough for a moving progress bar
+CHARACTERS = 1 << 22  # of a call: before they are cut, its tokens take some fifty bytes a character
+# Tokens by which a tokenizer says where a text begins and ends. In a text they are what somebody has written: text.
+ENDS = ("cls_token", "sep_token", "bos_token", "eos_token", "pad_token")
+MARKS = (*ENDS, "mask_token", "unk_token")
 
 
 @dataclass(frozen=True)
@@ -103,9 +107,23 @@ def tokenize(
     """
     rust = _backend(tokenizer, max_length)
     has_types = "token_type_ids" in tokenizer.model_input_names
-    fingerprint = _fingerprint(pairs, rust, has_types)
+    encoder = Encoder(rust, max_length, tokenizer, has_types)
+    fingerprint = _fingerprint(pairs, rust, has_types, encoder.marks)
+    tokens = _cached(pairs, encoder, fingerprint, folder, progress, check)
+    _check_marks(pairs, encoder, tokens)
+    return tokens
+
+
+def _cached(
+    pairs: Pairs,
+    encoder: "Encoder",
+    fingerprint: str,
+    folder: Path | None,
+    progress: bool,
+    check: Callable[[], None],
+) -> Tokens:
     if folder is None:
-        return _encode(pairs, rust, has_types, fingerprint, progress, check)
+        return _encode(pairs, encoder, fingerprint, progress, check)
     tokens = None
     path = folder / f"{fingerprint}.safetensors"
     try:
@@ -113,11 +131,11 @@ def tokenize(
         with FileLock(path.with_suffix(".lock")):
             tokens = _read(path, fingerprint)
             if tokens is None:
-                tokens = _encode(pairs, rust, has_types, fingerprint, progress, check)
+                tokens = _encode(pairs, encoder, fingerprint, progress, check)
                 _write(tokens, path)
     except (OSError, SafetensorError) as error:
         log.warning(f"no token cache, tokenising at every start: {error}")
-    return tokens or _encode(pairs, rust, has_types, fingerprint, progress, check)
+    return tokens or _encode(pairs, encoder, fingerprint, progress, check)
 
 
 def _backend(tokenizer: Any, max_length: int) -> Any:
@@ -132,35 +150,111 @@ def _backend(tokenizer: Any, max_length: int) -> Any:
     return rust
 
 
-def _fingerprint(pairs: Pairs, rust: Any, has_types: bool) -> str:
+def _fingerprint(pairs: Pairs, rust: Any, has_types: bool, marks: Sequence[str] = ()) -> str:
     digest = hashlib.sha256(f"{FORMAT}\n{has_types}\n{rust.to_str()}\n".encode())
     for texts in (pairs.premise, pairs.hypothesis):
-        digest.update("\x1e".join(texts).encode("utf-8", "surrogatepass") + b"\x1d")
+        joined = "\x1e".join(texts)
+        digest.update(joined.encode("utf-8", "surrogatepass") + b"\x1d")
+        if any(mark in joined for mark in marks):  # older versions took them for the tokenizer's own
+            digest.update(b"marks are text")
     digest.update(pairs.label.tobytes())
     return digest.hexdigest()
 
 
-def _encode(
-    pairs: Pairs, rust: Any, has_types: bool, fingerprint: str, progress: bool, check: Callable[[], None]
-) -> Tokens:
-    vocabulary = rust.get_vocab_size()
-    number = np.uint16 if vocabulary <= 1 << 16 else np.int32
+class Encoder:
+    """The tokenizer's tokens of pairs, cut as it would cut them, in memory that grows with the text.
+
+    The library keeps all that it cuts off, as every combination of pieces of the two texts: gigabytes for a pair of
+    books. So nothing is cut there, and `cut` does what its `longest_first` does.
+    """
+
+    def __init__(self, rust: Any, max_length: int, tokenizer: Any, has_types: bool) -> None:
+        self.rust, self.max_length, self.has_types = rust, max_length, has_types
+        self.marks = sorted({mark for name in MARKS if (mark := getattr(tokenizer, name, None))})
+        self.ends = [rust.token_to_id(end) for name in ENDS if (end := getattr(tokenizer, name, None))]
+        self.from_left = tokenizer.truncation_side == "left"
+        self.room = max_length - rust.num_special_tokens_to_add(True)
+
+    def encode(self, texts: list[tuple[str, str]]) -> list[tuple[list[int], int, bool]]:
+        """Of each pair its ids, the number of those of type 0, and whether it was cut."""
+        encodings = self.rust.encode_batch_fast(texts)
+        if marked := [i for i, pair in enumerate(texts) if self.has_mark(pair)]:
+            self.rust.encode_special_tokens = True
+            for i, encoding in zip(marked, self.rust.encode_batch_fast([texts[i] for i in marked]), strict=True):
+                encodings[i] = encoding
+            self.rust.encode_special_tokens = False
+        return [self.cut(encoding) for encoding in encodings]
+
+    def has_mark(self, pair: tuple[str, str]) -> bool:
+        return any(mark in text for text in pair for mark in self.marks)
+
+    def cut(self, encoding: Any) -> tuple[list[int], int, bool]:
+        ids, types = encoding.ids, encoding.type_ids
+        if was_long := len(ids) > self.max_length:
+            kept = self._kept(np.array([-1 if s is None else s for s in encoding.sequence_ids]))
+            ids, types = np.array(ids)[kept].tolist(), np.array(types)[kept].tolist()
+        return ids, len(ids) - (sum(types) if self.has_types else 0), was_long
+
+    def _kept(self, text: np.ndarray) -> np.ndarray:
+        """Positions that stay of a pair's tokens; `text` (tokens,) is 0 or 1, the text of each, -1 for special ones."""
+        places = [np.flatnonzero(text == number) for number in (0, 1)]
+        shorter, longer = sorted(map(len, places))
+        longer = max(shorter, self.room - shorter)
+        if shorter + longer > self.room:
+            shorter = self.room // 2
+            longer = self.room - shorter
+        sizes = (shorter, longer) if len(places[0]) <= len(places[1]) else (longer, shorter)
+        starts = [len(own) - size if self.from_left else 0 for own, size in zip(places, sizes, strict=True)]
+        parts = [own[i : i + size] for own, i, size in zip(places, starts, sizes, strict=True)]
+        return np.sort(np.concatenate([np.flatnonzero(text < 0), *parts]))
+
+
+def _chunks(pairs: Pairs) -> Iterator[slice]:
+    """CHUNK pairs each, or so many that they have about CHARACTERS."""
+    start = size = 0
+    for row, texts in enumerate(zip(pairs.premise, pairs.hypothesis, strict=True)):
+        size += sum(map(len, texts))
+        if row + 1 - start == CHUNK or size > CHARACTERS or row + 1 == len(pairs):
+            yield slice(start, row + 1)
+            start, size = row + 1, 0
+
+
+def _encode(pairs: Pairs, encoder: Encoder, fingerprint: str, progress: bool, check: Callable[[], None]) -> Tokens:
+    encoder.rust.no_truncation()
+    number = np.uint16 if encoder.rust.get_vocab_size() <= 1 << 16 else np.int32
     flat, lengths, second, truncated = [], [], [], []
     with tqdm(total=len(pairs), desc="tokenising", unit="pair", delay=3, disable=not progress) as bar:
-        for start in range(0, len(pairs), CHUNK):
-            chunk = slice(start, start + CHUNK)
-            encodings = rust.encode_batch_fast(list(zip(pairs.premise[chunk], pairs.hypothesis[chunk], strict=True)))
-            flat.append(np.concatenate([np.array(e.ids, dtype=number) for e in encodings]))
-            lengths += [len(e.ids) for e in encodings]
-            second += [len(e.ids) - sum(e.type_ids) if has_types else len(e.ids) for e in encodings]
-            truncated += [bool(e.overflowing) for e in encodings]
-            bar.update(len(encodings))
+        for chunk in _chunks(pairs):
+            texts = list(zip(pairs.premise[chunk], pairs.hypothesis[chunk], strict=True))
+            encoded = encoder.encode(texts)
+            flat.append(np.concatenate([np.array(ids, dtype=number) for ids, _, _ in encoded]))
+            lengths += [len(ids) for ids, _, _ in encoded]
+            second += [own for _, own, _ in encoded]
+            truncated += [cut for _, _, cut in encoded]
+            bar.update(len(encoded))
             check()
     if 0 in lengths:
         row = pairs.row[lengths.index(0)]
         raise UserError(f"{pairs.name}, row {row}: the tokenizer makes no token of this pair, not even a special one")
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     return Tokens(np.concatenate(flat), offsets, np.array(second, np.int32), np.array(truncated), fingerprint)
+
+
+def _check_marks(pairs: Pairs, encoder: Encoder, tokens: Tokens) -> None:
+    """Says that marks in texts are text. Raises UserError where a tokenizer takes them for its own nevertheless."""
+    texts = zip(pairs.premise, pairs.hypothesis, strict=True)
+    marked = [i for i, pair in enumerate(texts) if encoder.has_mark(pair)]
+    if not marked:
+        return
+    for i in marked:
+        ids = tokens.ids[tokens.offsets[i] : tokens.offsets[i + 1]]
+        if np.isin(ids, encoder.ends).sum() > encoder.max_length - encoder.room:
+            raise UserError(
+                f"{pairs.name}, row {pairs.row[i]}: the text holds one of {', '.join(encoder.marks)}, which the "
+                "tokenizer cannot read as text; remove it"
+            )
+    log.info(f"{pairs.name}: {len(marked):,} pairs hold special tokens ({', '.join(encoder.marks)}), read as text; "
+             f"the first is row {pairs.row[marked[0]]}")  # fmt: skip
 
 
 def _checksum(arrays: dict[str, np.ndarray]) -> str:
