@@ -209,7 +209,7 @@ def _text(column: pa.ChunkedArray, place: str, field: str, rows: np.ndarray, sta
         )
     lengths = pc.binary_length(column).to_numpy()
     if (lengths > LONGEST_ROW).any():
-        raise too_long(f"{place}, row {start + rows[int(lengths.argmax())]}: {field} is")
+        raise too_long(f"{place}, row {start + rows[int(lengths.argmax())]}, {field}")
     return column.to_pylist()
 
 
