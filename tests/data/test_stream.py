@@ -204,8 +204,10 @@ def test_an_empty_pair_on_standard_input_is_no_empty_line(model):
 def test_an_empty_line_of_a_table(tmp_path, name):
     text = "premise,hypothesis\na,b\n\nc,d\n".replace(",", "," if "csv" in name else "\t").encode()
     (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    from trainer.data.sources import unlabelled
+
     with pytest.raises(UserError, match="row 1"):
-        list(read_parts(tmp_path / name, every_line=True))
+        [unlabelled(part, name, None, None) for part in read_parts(tmp_path / name, every_line=True)]
     assert read_table(tmp_path / name).num_rows == 2
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from trainer.base.environment import offline
 from trainer.base.errors import UserError, first_line
-from trainer.base.files import lost_folder
+from trainer.base.files import json_object, lost_folder
 from trainer.base.log import log
 
 Role = Literal["train", "dev", "test"]
@@ -73,9 +73,18 @@ def _read(split: Any, place: str) -> Loaded:
 def _open_saved(path: Path) -> Any:
     import datasets
 
+    def load(folder: Path) -> Any:
+        try:
+            return datasets.load_from_disk(str(folder))
+        except IndexError:  # it has no file, since it has no rows
+            return datasets.Dataset.from_dict({})
+
     try:
-        return datasets.load_from_disk(str(path))
-    except (OSError, ValueError, pa.ArrowException) as error:
+        listed = path / "dataset_dict.json"
+        if not listed.is_file():
+            return load(path)
+        return {split: load(path / split) for split in json_object(listed.read_text(encoding="utf-8"))["splits"]}
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a folder of datasets' save_to_disk: {error}") from None
 
 
