@@ -201,6 +201,7 @@ def said():
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     log.addHandler(handler)
+    log.setLevel(logging.INFO)
     yield lines
     log.removeHandler(handler)
 

@@ -40,3 +40,40 @@ def test_in_order():
 def test_a_missing_or_doubled_sample_is_an_error(rows):
     with pytest.raises(RuntimeError, match="not exactly once"):
         in_order(np.array(rows), np.zeros((len(rows), 2)), 3)
+
+
+def test_the_matrix_of_many_classes_is_bounded():
+    """The classes with the most pairs, and all others as one."""
+    rng = np.random.default_rng(0)
+    labels, logits = rng.integers(0, 200, 5000), rng.normal(size=(5000, 200)).astype(np.float32)
+    labels[:1000] = 150
+    scores = classification_scores(labels, logits, 200)
+    matrix, kept = np.array(scores["confusion_matrix"]), scores["confusion_classes"]
+    full = confusion_matrix(labels, logits.argmax(-1), labels=range(200))
+    assert matrix.shape == (51, 51)
+    assert (matrix[:50, :50] == full[np.ix_(kept, kept)]).all()
+    assert (matrix.sum(), 150 in kept) == (5000, True)
+    assert "confusion_classes" not in classification_scores(labels[:9] % 50, logits[:9, :50], 50)
+
+
+def test_the_interval_of_many_classes_fits(monkeypatch):
+    """Drawn in parts it is the same; 1,500 classes at once would take 33 GiB."""
+    import tracemalloc
+
+    from trainer import metrics
+
+    rng = np.random.default_rng(0)
+    few = rng.integers(0, 50, (4, 4)).tolist()
+    expected = metrics.interval(few)
+    monkeypatch.setattr(metrics, "MOST_CELLS", 1000)
+    assert metrics.interval(few) == expected
+    monkeypatch.undo()
+    matrix = np.zeros((1500, 1500), int)
+    np.add.at(matrix, (rng.integers(0, 1500, 3000), rng.integers(0, 1500, 3000)), 1)
+    matrix = matrix.tolist()
+    tracemalloc.start()
+    low, high = metrics.interval(matrix)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0 <= low < high < 0.01
+    assert peak < 1 << 29

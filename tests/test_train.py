@@ -142,8 +142,8 @@ def test_predict_formats(runs, tmp_path):
     (tmp_path / "in.csv").write_text("sentence1,sentence2\nA cat.,A dog.\n")
     crossrank("predict", model, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.tsv")
     header, row = (tmp_path / "out.tsv").read_text().splitlines()
-    assert header.split("\t") == ["label", "score_entailment", "score_neutral", "score_contradiction"]
-    assert row.split("\t")[0] == json.loads(lines[0])["label"]
+    assert header.split("\t") == ["index", "label", "score_entailment", "score_neutral", "score_contradiction"]
+    assert row.split("\t")[:2] == ["0", json.loads(lines[0])["label"]]
 
 
 def test_what_is_there_is_not_overwritten(runs, tmp_path):

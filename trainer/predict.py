@@ -16,12 +16,12 @@ from trainer.base.files import write_json
 from trainer.base.log import log
 from trainer.config import METRICS, DataConfig, ModelConfig
 from trainer.data.sources import Pairs, load_pairs, split_name, unlabelled
-from trainer.data.stream import WRITERS, open_output, stream_stdin
-from trainer.data.tables import read_parts
+from trainer.data.stream import WRITERS, id_column, ids_of, open_output, stream_stdin
+from trainer.data.tables import column_of, read_parts
 from trainer.data.tokens import Split, Tokens, cache_folder, tokenize
 from trainer.evaluate import evaluate, predict_logits, write_predictions
 from trainer.metrics import log_softmax
-from trainer.model.loading import load_trained
+from trainer.model.loading import check_folder, load_trained
 from trainer.model.precision import check_bf16
 from trainer.ranks import World
 from trainer.run.versions import versions
@@ -57,9 +57,11 @@ class PredictConfig(Fields):
 
     input: str = option("-", path=True)
     """File of pairs: jsonl, csv, tsv or parquet, each also .gz; - = stdin, as jsonl or as two tab-separated columns
-    without a header."""
+    without a header. Every row is answered, in order; an empty line, or a row without text, is an error."""
     output: str = option("-", path=True)
-    """File of predictions, .jsonl, .csv, .tsv or .parquet by its name; - = jsonl on stdout."""
+    """File of predictions, .jsonl, .csv, .tsv or .parquet by its name; - = jsonl on stdout. Each row begins with the
+    pair's `id` (or `idx`, `index`, `pairID`, `guid`) if the input has that column, and else with its number from 0 as
+    `index`; then come its label and the score of every class."""
     premise_column: str | None = None
     """None = `premise`, else `sentence1`."""
     hypothesis_column: str | None = None
@@ -92,6 +94,7 @@ class Predictor:
 
 def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, output: EvaluateConfig) -> dict[str, Any]:
     """Scores of a trained model on the dev and test splits that the data has, by split name."""
+    check_folder(folder)
     place = None if output.output_dir is None else new_folder(Path(output.output_dir))
     world = ranks.start(inference.ddp_timeout)
     predictor = Predictor(folder, inference, world)
@@ -99,12 +102,13 @@ def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, ou
         raise UserError(f"label_names {data.label_names} are not the model's classes {predictor.label_names}")
     metrics = {}
     for role in ("dev", "test"):
-        pairs = load_pairs(data, role, predictor.label_names)
+        pairs = load_pairs(data, role, predictor.label_names, of_model=True)
         if pairs is None:
             continue
         split = Split(split_name(data, role), pairs, predictor.tokens(pairs, cache_folder()))
         result = evaluate(predictor.model, split, world, inference.per_device_eval_batch_size, inference.bf16)
-        log.info(f"{pairs.name}: {len(pairs):,} pairs; classes {', '.join(pairs.label_names)}")
+        dropped = f"; {pairs.num_dropped:,} more dropped (no consensus label)" if pairs.num_dropped else ""
+        log.info(f"{pairs.name}: {len(pairs):,} pairs; classes {', '.join(pairs.label_names)}{dropped}")
         metrics[split.name] = result.scores
         log.info(f"{split.name}: " + ", ".join(f"{m} {result.scores[m]:.4f}" for m in METRICS))
         if place is not None and result.logits is not None:
@@ -134,7 +138,10 @@ def predict_pairs(folder: str, pairs: list[tuple[str, str]], config: InferenceCo
     predictor = Predictor(folder, config, world)
     if not pairs:
         return np.empty((0, len(predictor.label_names)))
-    table = pa.table({"premise": [premise for premise, _ in pairs], "hypothesis": [text for _, text in pairs]})
+    for row, pair in enumerate(pairs):
+        if isinstance(pair, str) or len(pair) != 2:
+            raise UserError(f"pairs, row {row}: expected (premise, hypothesis), found {pair!r:.80}")
+    table = pa.table({name: column_of([pair[i] for pair in pairs]) for i, name in enumerate(("premise", "hypothesis"))})
     logits = predictor.logits(unlabelled(table, "pairs", None, None))
     return np.array(world.broadcast(None if logits is None else np.exp(log_softmax(logits)).tolist()))
 
@@ -142,23 +149,25 @@ def predict_pairs(folder: str, pairs: list[tuple[str, str]], config: InferenceCo
 def predict_file(folder: str, config: PredictConfig, inference: InferenceConfig) -> None:
     """Reads pairs, writes the class and the classes' probabilities of each, in order, a part of the file at a time."""
     check_output(config.output)
+    check_folder(folder)
     world = ranks.start(inference.ddp_timeout)
     if world.size > 1 and config.input == "-":
         raise UserError("stdin reaches only one rank; give several ranks a file as --input")
     place = "stdin" if config.input == "-" else config.input
-    tables = stream_stdin() if config.input == "-" else read_parts(Path(config.input))
+    tables = stream_stdin() if config.input == "-" else read_parts(Path(config.input), every_line=True)
     first = next(tables, None)
     if first is None:
         raise UserError(f"{place}: no pairs")
     parts = itertools.chain([first], tables)
-    predictor, done = Predictor(folder, inference, world), 0
+    predictor, done, id_name = Predictor(folder, inference, world), 0, id_column(first)
     bar = tqdm(unit="pair", desc="predicting", disable=None if world.is_main else True)
-    with bar, open_output(config.output if world.is_main else None, predictor.label_names) as write:
+    output = config.output if world.is_main else None
+    with bar, open_output(output, predictor.label_names, id_name or "index") as write:
         for table in parts:
             pairs = unlabelled(table, place, config.premise_column, config.hypothesis_column, start=done)
             logits = predictor.logits(pairs)
             if logits is not None:
-                write(np.exp(log_softmax(logits)))
+                write(ids_of(table, id_name, done), np.exp(log_softmax(logits)))
             done += len(pairs)
             bar.update(len(pairs))
 

@@ -77,7 +77,7 @@ def test_every_way_out_says_the_same_in_order(kind, model, tmp_path, monkeypatch
         table = read_table(target)
         labels, scores = (
             table["label"].to_pylist(),
-            np.array([table[c].to_pylist() for c in table.column_names[1:]], float).T,
+            np.array([table[c].to_pylist() for c in table.column_names[2:]], float).T,
         )
     pairs = [(row["premise"], row["hypothesis"]) for row in read_table(source).to_pylist()]
     expected = predict(model, pairs)
@@ -93,7 +93,7 @@ def test_several_ranks_write_the_same_file(model, tmp_path):
         crossrank("predict", model, "--input", source, "--output", tmp_path / f"{ranks}.csv", ranks=ranks)
     first, other = (read_table(tmp_path / f"{ranks}.csv").to_pandas() for ranks in (0, 3))
     assert first["label"].tolist() == other["label"].tolist()
-    assert np.allclose(first.iloc[:, 1:].astype(float), other.iloc[:, 1:].astype(float), atol=2e-6)
+    assert np.allclose(first.iloc[:, 2:].astype(float), other.iloc[:, 2:].astype(float), atol=2e-6)
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
@@ -119,7 +119,17 @@ BAD = {
     "number": ('{"premise": 1, "hypothesis": "b"}\n', "premise must be text"),
     "mixed": ('{"premise": "a", "hypothesis": "b"}\n{"premise": 1, "hypothesis": "b"}\n', "premise must be text"),
     "columns": ('{"a": "a", "b": "b"}\n', "it has a, b"),
-    "nothing": ("\n\n", "no pairs"),
+    "nothing": ("", "no pairs"),
+    "empty line": (
+        '{"premise": "a", "hypothesis": "b"}\n' * 100 + "\n" + '{"premise": "a", "hypothesis": "b"}\n',
+        "row 100: an empty line",
+    ),
+    "last line": ('{"premise": "a", "hypothesis": "b"}\n \n', "row 1: an empty line"),
+    "half a character": (
+        '{"premise": "a", "hypothesis": "b"}\n{"premise": "\\ud800", "hypothesis": "b"}\n',
+        "row 1: premise holds half of a surrogate pair",
+    ),
+    "deep": ('{"premise": ' + "[" * 100_000 + "\n", "row 0: not a JSON object"),
 }
 
 
@@ -179,6 +189,151 @@ def test_training_from_python(tmp_path):
 
 
 def test_an_empty_pair_on_standard_input_is_no_empty_line(model):
-    result = crossrank("predict", model, text="a\tb\n\nc\td\n\t\n", check=False)
-    assert result.returncode == 2
-    assert "row 2: premise is empty" in result.said
+    for text, expected in (
+        ("a\tb\nc\td\n\t\n", "row 2: premise is empty"),
+        ("a\tb\n\nc\td\n", "row 1: an empty line"),
+        ("\na\tb\n", "row 0: an empty line"),
+        ("a\tb\n\n", "row 1: an empty line"),
+    ):
+        result = crossrank("predict", model, text=text, check=False)
+        assert result.returncode == 2
+        assert f"stdin, {expected}" in result.said
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.csv.gz"])
+def test_an_empty_line_of_a_table(tmp_path, name):
+    text = "premise,hypothesis\na,b\n\nc,d\n".replace(",", "," if "csv" in name else "\t").encode()
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    from trainer.data.sources import unlabelled
+
+    with pytest.raises(UserError, match="row 1"):
+        [unlabelled(part, name, None, None) for part in read_parts(tmp_path / name, every_line=True)]
+    assert read_table(tmp_path / name).num_rows == 2
+
+
+def predicted(model, source, target):
+    from trainer.predict import InferenceConfig, PredictConfig, predict_file
+
+    predict_file(str(model), PredictConfig(input=str(source), output=str(target)), InferenceConfig())
+    if target.suffix != ".jsonl":
+        return read_table(target).to_pylist()
+    return [json.loads(line) for line in target.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet"])
+def test_rows_are_known_by_their_ids(kind, model, tmp_path, monkeypatch):
+    """Ids of any kind, over several parts."""
+    monkeypatch.setattr(tables, "ROWS", 2)
+    texts = {"premise": "a", "hypothesis": "b"}
+
+    def ids(values, column="id"):
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps({column: v} | texts) + "\n" for v in values))
+        (tmp_path / f"out.{kind}").unlink(missing_ok=True)
+        return [row[column] for row in predicted(model, tmp_path / "in.jsonl", tmp_path / f"out.{kind}")]
+
+    number = int if kind in ("csv", "tsv") else lambda value: value
+    assert [number(i) for i in ids([7, 5, 6])] == [7, 5, 6]
+    assert ids(["x", "y", "z"], "pairID") == ["x", "y", "z"]
+    assert ids(["x", None, 3])[::2] == ["x", 3 if kind == "jsonl" else "3"]
+    assert [int(i) for i in ids([2**64 - 1, 1, 2])] == [2**64 - 1, 1, 2]
+    if kind == "parquet":
+        with pytest.raises(UserError, match="id is a number in the first rows"):
+            ids([1, 2, "x"])
+
+
+def test_rows_without_ids_are_numbered(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "ROWS", 2)
+    source = write_pairs(tmp_path / "in.csv", 5)
+    assert [row["index"] for row in predicted(model, source, tmp_path / "out.parquet")] == list(range(5))
+
+
+def test_columns_that_nothing_reads_may_hold_anything(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "ROWS", 2)
+    odd = [1, 2**64 - 1, -1, 2.5, 2**70, "\ud800", [1, "x"], {"a": {"b": []}}, None, True]
+    rows = [{"premise": "a", "hypothesis": "b", "odd": value} for value in odd]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = read_table(tmp_path / "a.jsonl")
+    assert table["premise"].to_pylist() == ["a"] * len(odd)
+    assert tables.values_of(table["odd"]) == odd
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv", "a.jsonl.gz", "a.csv.gz"])
+def test_a_line_without_end(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(tables, "LONGEST_ROW", 1 << 16)
+    path = write_pairs(tmp_path / name, 5)
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    data += b"x" * (1 << 18) + b"\n"
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    with pytest.raises(UserError, match="row 5: longer than 65,536 bytes"):
+        read_table(path)
+
+
+def test_a_long_text_of_a_table(tmp_path, monkeypatch):
+    from trainer.data import sources
+
+    monkeypatch.setattr(sources, "LONGEST_ROW", 100)
+    table = pa.table({"premise": ["a", "b" * 101], "hypothesis": ["a", "b"]})
+    with pytest.raises(UserError, match="row 1, premise: longer than"):
+        sources.unlabelled(table, "pairs", None, None)
+
+
+def test_more_text_than_one_array_holds():
+    """Of 33 texts of 64 MB, which are one in memory, the last two."""
+    from trainer.data.sources import only
+
+    chunk = pa.array(["x" * (1 << 26)])
+    column = pa.chunked_array([chunk] * 33)
+    assert len(only(column, np.array([31, 32]))) == 2
+    assert len(only(column, np.arange(33))) == 33
+
+
+def test_a_terminal_is_told_what_is_read(monkeypatch, said):
+    import io
+
+    from trainer.data.stream import stream_stdin
+
+    class Terminal(io.TextIOWrapper):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stdin", Terminal(io.BufferedReader(io.BytesIO(b"a\tb\n"))))
+    assert next(stream_stdin()).to_pylist() == [{"premise": "a", "hypothesis": "b"}]
+    assert "reading pairs from the terminal" in said[0]
+
+
+@pytest.mark.parametrize("name", ["{}/../modle", "./model", "runs/modle", "a/b/c"])
+def test_a_misspelt_folder_is_named(name, model, tmp_path, monkeypatch):
+    from trainer import api
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    name = name.format(model)
+    with pytest.raises(UserError, match="no such folder") as caught:
+        api.predict(name, [("a", "b")])
+    with pytest.raises(UserError, match="no such folder"):
+        api.evaluate(name, dataset_name="builtin")
+    assert name in str(caught.value)
+
+
+def test_pairs_from_python_that_are_none(model):
+    from trainer import api
+
+    for pairs, expected in (
+        ([("a", "b"), ("a",)], "row 1: expected"),
+        (["ab"], "row 0: expected"),
+        ([("a", "b"), ("a", 1)], "row 1: hypothesis must be text, found 1"),
+        ([("a", None)], "row 0: hypothesis is null"),
+        ([("a", "b"), ("\ud800", "b")], "row 1: premise holds half of a surrogate pair"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            api.predict(model, pairs)
+
+
+def test_numbers_of_other_classes_are_no_score(model, tmp_path):
+    from trainer import api
+
+    (tmp_path / "test.csv").write_text("premise,hypothesis,label\na,b,0\nc,d,1\n")
+    with pytest.raises(UserError, match=r"the model has 3 classes .*--label_names"):
+        api.evaluate(model, test_file=str(tmp_path / "test.csv"))
+    names = ["entailment", "neutral", "contradiction"]
+    assert api.evaluate(model, test_file=str(tmp_path / "test.csv"), label_names=names)

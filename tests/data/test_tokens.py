@@ -171,3 +171,60 @@ def test_batches_lay_pairs_end_to_end(pairs, tokenizer, tmp_path):
     assert one_each.widths.tolist() == lengths
     empty = assemble(tokens, pairs.label, rows[:0], torch.device("cpu"))
     assert empty.labels.tolist() == [IGNORED]
+
+
+def other_tokenizers(roberta):
+    """RoBERTa's, and one that adds no token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"dog": 0, "cat": 1, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return [AutoTokenizer.from_pretrained(roberta), PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_pairs_are_cut_as_the_library_cuts(builtin_model, roberta_tokenizer, side):
+    rng = np.random.default_rng(0)
+    words = ["dog", "cat", "animals", "xyz", "in a park"]
+    texts = [[" ".join(rng.choice(words, n)) for n in rng.choice([1, 2, 3, 5, 8, 20, 60], 400)] for _ in range(2)]
+    pairs = make_pairs([{"premise": p, "hypothesis": h, "label": 0} for p, h in zip(*texts, strict=True)])
+    for tokenizer in (AutoTokenizer.from_pretrained(builtin_model), *other_tokenizers(roberta_tokenizer)):
+        tokenizer.truncation_side = side
+        full = tokenizer(*texts)["input_ids"]
+        for max_length in (5, 6, 7, 12, 13, 31, 64):
+            tokens = tokenize(pairs, tokenizer, max_length, None)
+            reference = tokenizer(*texts, truncation="longest_first", max_length=max_length)
+            assert tokens.ids.tolist() == [i for ids in reference["input_ids"] for i in ids]
+            assert tokens.truncated.tolist() == [len(ids) > max_length for ids in full]
+            if "token_type_ids" in reference:
+                assert tokens.types.tolist() == [t for types in reference["token_type_ids"] for t in types]
+
+
+MEMORY = """
+import resource, sys
+from tests.data.test_tokens import make_pairs
+from trainer.data.builtin import make_tokenizer
+from trainer.data.tokens import tokenize
+def peak(words):
+    row = {"premise": "dogs " * words, "hypothesis": "cats " * words, "label": 0}
+    tokenize(make_pairs([row] * 4), make_tokenizer(), 128, None)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+small = peak(10)
+print(peak(6000) - small)
+"""
+
+
+def test_long_pairs_cost_what_their_text_costs():
+    """Four pairs of 6,000 + 6,000 words; with what the library keeps, nearly 3 GB."""
+    result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 300
+
+
+def test_the_fingerprint_stays(pairs):
+    """Of data as they usually are: else no older run could be resumed."""
+    from trainer.data.builtin import make_tokenizer
+
+    rows = make_pairs(builtin_pairs("dev")[:100])
+    expected = "5bda0aeddfec0f1c33049ddeb96aa3f5757a2eeb42b23c3eddd9d29f8484b75d"
+    assert tokenize(rows, make_tokenizer(), 12, None).fingerprint == expected

@@ -1,5 +1,6 @@
 """Files that are complete or absent, whatever becomes of the process that writes them."""
 
+import difflib
 import errno
 import json
 import os
@@ -129,6 +130,29 @@ def json_object(line: str | bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"a {type(value).__name__}")
     return value
+
+
+def lost_folder(name: str, hub: bool = True) -> str | None:
+    """What to say of a name that can only be a folder, and is none; None where it exists, or the hub may have it.
+
+    `hub`: it is as likely to be OWNER/NAME on the hub as a folder in one that exists.
+    """
+    path = Path(os.path.expanduser(name))
+    if os.path.exists(path):  # False also for what can be no path
+        return None
+    near = difflib.get_close_matches(path.name, _folders(path.parent), 1)
+    outside = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
+    inside = "/" in name and path.parent.is_dir() and (near or not hub)
+    if not (outside or inside):
+        return None
+    return f"{name}: no such folder; " + (f"did you mean {path.parent / near[0]}?" if near else "check its name")
+
+
+def _folders(path: Path) -> list[str]:
+    try:
+        return [entry.name for entry in path.iterdir() if entry.is_dir()]
+    except OSError:
+        return []
 
 
 def sync(path: Path) -> None:

@@ -5,33 +5,28 @@ Sources: local files, `save_to_disk` folders, the hub, and the embedded data set
 0, header excluded, and a pair keeps the row it had in its source.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.base.environment import offline
-from trainer.base.errors import UserError, first_line
+from trainer.base.errors import UserError
+from trainer.base.log import log
 from trainer.config import DataConfig
 from trainer.data import builtin
-from trainer.data.labels import class_numbers
-from trainer.data.tables import SUFFIXES, read_table
+from trainer.data.labels import class_numbers, read_labels
+from trainer.data.splits import Loaded, from_data_set, from_folder
+from trainer.data.splits import Role as Role
+from trainer.data.tables import LONGEST_ROW, MIXED, SUFFIXES, read_table, too_long, values_of
 
-Role = Literal["train", "dev", "test"]
-SPLITS: dict[Role, tuple[str, ...]] = {
-    "train": ("train",),
-    "dev": ("validation", "dev", "validation_matched"),
-    "test": ("test", "validation_mismatched"),
-}
 # AllNLI's splits by their number of rows, and the row where SNLI ends and MultiNLI begins: it has no column for that.
 ALLNLI = {942069: 549367, 19657: 9842, 19656: 9824}
 PREMISE, HYPOTHESIS, LABEL = ("premise", "sentence1"), ("hypothesis", "sentence2"), ("label", "gold_label")
-# Name for messages, rows, and the class names of those columns whose integers have names.
-Loaded = tuple[str, pa.Table, dict[str, list[str]]]
 
 
 @dataclass(frozen=True)
@@ -67,25 +62,41 @@ def load_splits(config: DataConfig) -> dict[Role, Pairs]:
     return splits
 
 
-def load_pairs(config: DataConfig, role: Role, label_names: Sequence[str] | None) -> Pairs | None:
-    """One split, or None where the data set has none. `label_names` fixes the classes; None = from this split."""
-    if config.dataset_name == "builtin" and not config.has_files:
-        rows = pa.Table.from_pylist(builtin.pairs(role))
-        loaded: Loaded | None = (f"builtin {role}", rows, {"label": list(builtin.LABEL_NAMES)})
-    else:
-        loaded = _load_file(config, role) if config.has_files else _load_hub(config, role)
-    if loaded is None:
-        return None
-    place, table, names = loaded
+def load_pairs(
+    config: DataConfig, role: Role, label_names: Sequence[str] | None, of_model: bool = False
+) -> Pairs | None:
+    """One split, or None where the data set has none, or none with labels, which is said.
+
+    `label_names` fixes the classes; None = from this split. `of_model`: they are a model's.
+    """
     limit = {"train": config.max_train_samples, "dev": config.max_eval_samples, "test": config.max_test_samples}[role]
-    if role != "train" and not config.has_files and _all_unlabelled(table, config.label_column):
-        return None  # many test splits on the hub come without their labels
-    return _check(table, place, config, label_names, names, limit)
+    if config.has_files:
+        loaded = _load_file(config, role)
+        return loaded and _check(*loaded, config, label_names, limit, of_model)
+    for place, table, names in _splits(config, role):
+        # Many test splits on the hub come without their labels.
+        if role != "train" and (lack := _lack(table, config.label_column, place)):
+            log.info(f"{place} is left out: {lack}")
+            continue
+        return _check(place, table, names, config, label_names, limit, of_model)
+    return None
 
 
-def _all_unlabelled(table: pa.Table, column: str | None) -> bool:
-    name = next((name for name in (column, *LABEL) if name in table.column_names), None)
-    return name is not None and pc.all(pc.equal(table[name].cast(pa.string()), "-1")).as_py() is True
+def _splits(config: DataConfig, role: Role) -> Iterator[Loaded]:
+    if config.dataset_name == "builtin":
+        yield f"builtin {role}", pa.Table.from_pylist(builtin.pairs(role)), {"label": list(builtin.LABEL_NAMES)}
+    elif config.dataset_name is not None:
+        yield from from_data_set(config.dataset_name, config.dataset_config_name, config.dataset_revision, role)
+
+
+def _lack(table: pa.Table, column: str | None, place: str) -> str | None:
+    """Why nothing can be scored on this split."""
+    if table.num_rows == 0:
+        return "it has no rows"
+    name = next((name for name in ((column,) if column else LABEL) if name in table.column_names), None)
+    if name is None:
+        return f"it has no column {column or ' or '.join(LABEL)}"
+    return "it has no labels" if read_labels(table[name], place).missing else None
 
 
 def split_name(config: DataConfig, role: Role) -> str:
@@ -104,68 +115,31 @@ def _load_file(config: DataConfig, role: Role) -> Loaded | None:
         return None
     path = Path(file)
     if path.is_dir():
-        return _from_datasets(_open_saved(path), str(path), role)
+        return from_folder(path, role)
     return file, read_table(path), {}
 
 
-def _open_saved(path: Path) -> Any:
-    import datasets
-
-    try:
-        return datasets.load_from_disk(str(path))
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{path}: not a folder of datasets' save_to_disk: {error}") from None
-
-
-def _load_hub(config: DataConfig, role: Role) -> Loaded | None:
-    import datasets
-
-    name = config.dataset_name
-    if name is None:
-        return None
-    if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
-        return _from_datasets(_open_saved(Path(name)), name, role)
-    try:
-        loaded = datasets.load_dataset(name, config.dataset_config_name, revision=config.dataset_revision)
-    except Exception as error:  # the hub's client raises many kinds; none means anything to the user but this
-        forbidden = "; HF_HUB_OFFLINE is set" if offline() else ""
-        raise UserError(
-            f"data set {name!r} could not be loaded from the hub{forbidden} ("
-            f"{first_line(error)}). Without network, give --train_file, --validation_file and --test_file, "
-            f"or a folder saved with save_to_disk as --dataset_name"
-        ) from None
-    return _from_datasets(loaded, name, role)
-
-
-def _from_datasets(loaded: Any, place: str, role: Role) -> Loaded | None:
-    """The role's split of a datasets.DatasetDict, or a datasets.Dataset itself."""
-    if isinstance(loaded, dict):
-        split = next((s for s in SPLITS[role] if s in loaded), None)
-        if split is None:
-            return None
-        loaded, place = loaded[split], f"{place} {split}"
-    names = {column: feature.names for column, feature in loaded.features.items() if hasattr(feature, "names")}
-    return place, loaded.with_format("arrow")[:], names
-
-
 def _check(
-    table: pa.Table,
     place: str,
+    table: pa.Table,
+    class_names: dict[str, list[str]],
     config: DataConfig,
     label_names: Sequence[str] | None,
-    class_names: dict[str, list[str]],
     limit: int | None,
+    of_model: bool,
 ) -> Pairs:
+    if table.num_rows == 0:
+        raise UserError(f"{place}: no rows")
     texts = _text_columns(table, place, config.premise_column, config.hypothesis_column)
     premise, hypothesis = (table[name] for name in texts)
     label = _column(table, place, "label_column", config.label_column, LABEL)
     own_names = class_names.get(label, config.label_names)
-    numbers, names = class_numbers(table[label], place, label_names, own_names)
+    numbers, names = class_numbers(read_labels(table[label], place), label_names, own_names, of_model)
     kept = np.flatnonzero(numbers >= 0)[:limit]
     if len(kept) == 0:
         raise UserError(f"{place}: no pair with a label ({table.num_rows} rows)")
     column = next((table[name] for name in ("source", "genre") if name in table.column_names), None)
-    source = None if column is None else [str(s) for s in column.take(kept).to_pylist()]
+    source = None if column is None else [str(s) for s in only(column, kept).to_pylist()]
     if source is None and (border := ALLNLI.get(table.num_rows)) and Path(config.dataset_name or "").name == "all-nli":
         source = ["SNLI" if row < border else "MNLI" for row in kept.tolist()]
     return Pairs(
@@ -204,11 +178,23 @@ def _column(table: pa.Table, place: str, field: str, name: str | None, usual: tu
     )
 
 
+def only(column: pa.ChunkedArray, rows: np.ndarray) -> pa.ChunkedArray:
+    """`rows`, which ascend. Chunk by chunk: `take` would make one chunk of them, which more than 2 GB do not fit."""
+    mask = np.zeros(len(column), dtype=bool)
+    mask[rows] = True
+    return column.filter(pa.array(mask))
+
+
 def _text(column: pa.ChunkedArray, place: str, field: str, rows: np.ndarray, start: int = 0) -> list[str]:
+    if column.type == MIXED:
+        _raise_no_text(values_of(column), place, field, start)
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise UserError(f"{place}: {field} must be text, found {column.type}")
-    column = column.cast(pa.string()).take(rows)
+    if column.null_count == len(column):
+        column = pa.chunked_array([pa.nulls(len(column), pa.large_string())])
+    elif not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        first = int(np.flatnonzero(column.is_valid().to_numpy())[0])
+        raise UserError(f"{place}, row {start + first}: {field} must be text, found {column.type}")
+    column = only(column.cast(pa.large_string()), rows)
     blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(column), ""), True).to_numpy()
     if blank.any():
         first = int(np.flatnonzero(blank)[0])
@@ -216,7 +202,22 @@ def _text(column: pa.ChunkedArray, place: str, field: str, rows: np.ndarray, sta
         raise UserError(
             f"{place}, row {start + rows[first]}: {field} is {what} (of {int(blank.sum())} such rows the first)"
         )
+    lengths = pc.binary_length(column).to_numpy()
+    if (lengths > LONGEST_ROW).any():
+        raise too_long(f"{place}, row {start + rows[int(lengths.argmax())]}, {field}")
     return column.to_pylist()
+
+
+def _raise_no_text(values: list[Any], place: str, field: str, start: int) -> NoReturn:
+    """Names the first of `values` that a column of text cannot hold."""
+    for row, value in enumerate(values):
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{place}, row {start + row}: {field} must be text, found {json.dumps(value)[:80]}")
+        if value and any("\ud800" <= c <= "\udfff" for c in value):
+            raise UserError(
+                f"{place}, row {start + row}: {field} holds half of a surrogate pair, which is no character; remove it"
+            )
+    raise AssertionError("text in a column of no text")
 
 
 def unlabelled(

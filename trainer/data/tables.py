@@ -1,10 +1,11 @@
 """One table a file: parquet, csv, tsv, txt and jsonl, each also gzipped, read in full or in parts of some rows.
 
 Text stays text: a premise that says "1", "null" or "2024-01-01" is no number, no gap and no date. Rows count from 0,
-header and empty lines excluded.
+header and empty lines excluded. Where every row is to be answered, an empty line is an error.
 """
 
 import gzip
+import json
 import re
 import shutil
 import tempfile
@@ -22,6 +23,8 @@ from trainer.base.files import json_object
 LONGEST_ROW = 1 << 26  # bytes
 ROWS = 1 << 14  # a part: enough to sort by length and to deal to ranks
 SUFFIXES = (".parquet", ".csv", ".tsv", ".txt", ".jsonl", ".json", ".ndjson", ".gz")
+# What no type of a table holds, as JSON: values of several kinds, numbers beyond 64 bits, halves of surrogate pairs.
+MIXED = pa.struct([("json", pa.large_string())])
 CSV, JSONL = (".csv", ".tsv", ".txt"), (".jsonl", ".json", ".ndjson")
 
 
@@ -33,19 +36,20 @@ def read_table(path: Path) -> pa.Table:
     return _joined(parts)
 
 
-def read_parts(path: Path) -> Iterator[pa.Table]:
-    """The rows in parts of ROWS at most, in constant memory. Raises UserError as read_table does."""
+def read_parts(path: Path, every_line: bool = False) -> Iterator[pa.Table]:
+    """The rows in parts of ROWS at most, in constant memory. Raises UserError as read_table does.
+
+    `every_line`: an empty line is an error, not skipped.
+    """
     kind = kind_of(path)
     with readable(path, kind):
         if kind == ".parquet":
             yield from _parquet(path)
         elif kind in CSV:
-            with _open_csv(path, tabs=kind != ".csv") as reader:
-                for batch in reader:
-                    yield from _cut(batch)
+            yield from _csv(path, kind != ".csv", every_line)
         else:
             with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-                yield from jsonl(file, str(path))  # type: ignore[arg-type]
+                yield from jsonl(file, str(path), every_line)  # type: ignore[arg-type]
 
 
 def kind_of(path: Path) -> str:
@@ -76,8 +80,22 @@ def readable(path: Path, kind: str) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read as {kind[1:]}: {reason}; repair the file, or get a new copy") from None
 
 
-def _open_csv(path: Path, tabs: bool) -> Any:
-    """A reader of record batches, all columns text."""
+def _csv(path: Path, tabs: bool, every_line: bool) -> Iterator[pa.Table]:
+    """All columns text."""
+    done = 0
+    try:
+        with _open_csv(path, tabs, every_line) as reader:
+            for batch in reader:
+                yield from _cut(batch)
+                done += batch.num_rows
+    except pa.ArrowInvalid as error:
+        if "straddling" in str(error):
+            quote = "" if tabs else ", or a quote in it is never closed"
+            raise too_long(f"{path}, row {done}", quote) from None
+        raise
+
+
+def _open_csv(path: Path, tabs: bool, every_line: bool) -> Any:
     from pyarrow import csv
 
     # Tab-separated NLI files have stray quotes, which mean nothing there.
@@ -85,6 +103,7 @@ def _open_csv(path: Path, tabs: bool) -> Any:
         delimiter="\t" if tabs else ",",
         quote_char=False if tabs else '"',
         newlines_in_values=not tabs,
+        ignore_empty_lines=not every_line,
     )
     # Several threads do not know the row's number.
     one_thread = csv.ReadOptions(use_threads=False, block_size=LONGEST_ROW)
@@ -92,6 +111,10 @@ def _open_csv(path: Path, tabs: bool) -> Any:
         header = reader.schema.names
     as_text = csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string()), strings_can_be_null=False)
     return csv.open_csv(path, one_thread, parsing, as_text)
+
+
+def too_long(place: str, other: str = "") -> UserError:
+    return UserError(f"{place}: longer than {LONGEST_ROW:,} bytes{other}; shorten it")
 
 
 def _parquet(path: Path) -> Iterator[pa.Table]:
@@ -112,48 +135,66 @@ def _cut(batch: pa.RecordBatch) -> Iterator[pa.Table]:
         yield pa.Table.from_batches([batch.slice(start, ROWS)])
 
 
-def lines(file: BinaryIO, place: str) -> Iterator[list[tuple[int, str]]]:
-    """Lists of (row, line), without empty lines; a row is a line that is not empty."""
+def lines(file: BinaryIO, place: str, every_line: bool = False) -> Iterator[list[tuple[int, str]]]:
+    """Lists of (row, line), of ROWS and about LONGEST_ROW bytes at most, without empty lines; these are no rows.
+
+    `every_line`: an empty line is an error.
+    """
     part: list[tuple[int, str]] = []
-    row = 0
-    for number, raw in enumerate(file):
+    row = size = 0
+    while raw := file.readline(LONGEST_ROW + 1):
+        if len(raw) > LONGEST_ROW:
+            raise too_long(f"{place}, row {row}")
         try:
-            line = raw.decode("utf-8-sig" if number == 0 else "utf-8")
+            line = raw.decode("utf-8").removeprefix("\ufeff" if row == 0 else "")
         except UnicodeDecodeError:
             raise UserError(f"{place}, row {row}: not UTF-8 text") from None
         if line.strip(" \r\n"):  # a tab stands between two texts, empty ones as well
             part.append((row, line.rstrip("\r\n")))
-            row += 1
-        if len(part) == ROWS:
+            row, size = row + 1, size + len(raw)
+        elif every_line:
+            raise UserError(f"{place}, row {row}: an empty line; each line is a pair, so remove it or fill it in")
+        if len(part) == ROWS or size > LONGEST_ROW:
             yield part
-            part = []
+            part, size = [], 0
     if part:
         yield part
 
 
-def jsonl(file: BinaryIO, place: str) -> Iterator[pa.Table]:
+def jsonl(file: BinaryIO, place: str, every_line: bool = False) -> Iterator[pa.Table]:
     """One object a line. Raises UserError naming the row."""
-    for part in lines(file, place):
+    for part in lines(file, place, every_line):
         rows = [_object(line, f"{place}, row {row}") for row, line in part]
         names = dict.fromkeys(name for row in rows for name in row)
-        yield pa.table({name: _column([row.get(name) for row in rows]) for name in names})
+        try:
+            yield pa.table({name: column_of([row.get(name) for row in rows]) for name in names})
+        except UnicodeEncodeError:
+            raise UserError(f"{place}, rows {part[0][0]} to {part[-1][0]}: a key that is no text") from None
 
 
 def _object(line: str, place: str) -> dict[str, Any]:
     try:
         return json_object(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not a JSON object ({error}); write one object a line") from None
 
 
-def _column(values: list[Any]) -> pa.Array:
-    """Text, or whatever the values are; where they are no one kind, a kind that nothing accepts."""
-    if all(value is None or isinstance(value, str) for value in values):
-        return pa.array(values, pa.string())
+def column_of(values: list[Any]) -> pa.Array:
+    """Text, or whatever the values are; MIXED where they are no one kind, or none that a table can hold."""
     try:
+        if all(value is None or isinstance(value, str) for value in values):
+            return pa.array(values, pa.string())
         return pa.array(values)
-    except (pa.ArrowException, OverflowError):
-        return pa.array([[None]] * len(values))
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError, TypeError):
+        return pa.array(
+            [None if value is None else {"json": json.dumps(value, default=str)} for value in values], MIXED
+        )
+
+
+def values_of(column: pa.ChunkedArray) -> list[Any]:
+    """What column_of was given."""
+    values = column.to_pylist()
+    return [v and json.loads(v["json"]) for v in values] if column.type == MIXED else values
 
 
 def _joined(parts: list[pa.Table]) -> pa.Table:
@@ -161,11 +202,14 @@ def _joined(parts: list[pa.Table]) -> pa.Table:
     if all(part.schema == parts[0].schema for part in parts):
         return pa.concat_tables(parts)
     names = list(dict.fromkeys(name for part in parts for name in part.column_names))
-    columns = {}
-    for name in names:
-        found = [p[name] if name in p.column_names else pa.chunked_array([pa.nulls(p.num_rows)]) for p in parts]
-        kinds = {column.type for column in found if not pa.types.is_null(column.type)}
-        kind = kinds.pop() if len(kinds) == 1 else None
-        chunks = [c for column in found for c in (column.cast(kind) if kind else column).chunks]
-        columns[name] = pa.chunked_array(chunks) if kind else _column([v for c in chunks for v in c.to_pylist()])
-    return pa.table(columns)
+    return pa.table({name: _joined_column(name, parts) for name in names})
+
+
+def _joined_column(name: str, parts: list[pa.Table]) -> pa.ChunkedArray:
+    found = [p[name] if name in p.column_names else pa.chunked_array([pa.nulls(p.num_rows)]) for p in parts]
+    kinds = {column.type for column in found if not pa.types.is_null(column.type)}
+    if len(kinds) < 2:
+        kind = kinds.pop() if kinds else pa.null()
+        return pa.chunked_array([c for column in found for c in column.cast(kind).chunks], kind)
+    joined = column_of([value for column in found for value in values_of(column)])
+    return joined if isinstance(joined, pa.ChunkedArray) else pa.chunked_array([joined])

@@ -7,7 +7,7 @@ name and renamed, and carries a checksum: a damaged or foreign file is rebuilt, 
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from trainer.data.sources import Pairs
 FORMAT = "crossrank-tokens-1"  # a part of the fingerprint, and so of what a checkpoint must meet again
 ARRAYS = 2  # version of the arrays in a cache file
 CHUNK = 2000  # pairs a call of the tokenizer: enough to keep its threads busy, few enough for a moving progress bar
+CHARACTERS = 1 << 22  # of a call: before they are cut, its tokens take some fifty bytes a character
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,9 @@ def tokenize(
     rust = _backend(tokenizer, max_length)
     has_types = "token_type_ids" in tokenizer.model_input_names
     fingerprint = _fingerprint(pairs, rust, has_types)
+    encoder = Encoder(rust, max_length, tokenizer.truncation_side == "left", has_types)
     if folder is None:
-        return _encode(pairs, rust, has_types, fingerprint, progress, check)
+        return _encode(pairs, encoder, fingerprint, progress, check)
     tokens = None
     path = folder / f"{fingerprint}.{ARRAYS}.safetensors"
     try:
@@ -116,12 +118,12 @@ def tokenize(
             remove_remains(path)
             tokens = _read(path, fingerprint)
             if tokens is None:
-                tokens = _encode(pairs, rust, has_types, fingerprint, progress, check)
+                tokens = _encode(pairs, encoder, fingerprint, progress, check)
                 _write(tokens, path)
     except (OSError, SafetensorError) as error:
         what = named(error) if isinstance(error, OSError) else error
         log.warning(f"no token cache, tokenising at every start: {what}")
-    return tokens or _encode(pairs, rust, has_types, fingerprint, progress, check)
+    return tokens or _encode(pairs, encoder, fingerprint, progress, check)
 
 
 def _backend(tokenizer: Any, max_length: int) -> Any:
@@ -147,21 +149,66 @@ def _fingerprint(pairs: Pairs, rust: Any, has_types: bool) -> str:
     return digest.hexdigest()
 
 
-def _encode(
-    pairs: Pairs, rust: Any, has_types: bool, fingerprint: str, progress: bool, check: Callable[[], None]
-) -> Tokens:
-    largest = max(rust.get_vocab().values(), default=0)  # numbers may have gaps
-    number = np.uint16 if largest < 1 << 16 else np.int32
+class Encoder:
+    """The tokenizer's tokens of pairs, cut as it would cut them, in memory that grows with the text.
+
+    The library keeps all that it cuts off, as every combination of pieces of the two texts: gigabytes for a pair of
+    books. So nothing is cut there, and `cut` does what its `longest_first` does.
+    """
+
+    def __init__(self, rust: Any, max_length: int, from_left: bool, has_types: bool) -> None:
+        self.rust, self.max_length, self.from_left, self.has_types = rust, max_length, from_left, has_types
+        self.room = max_length - rust.num_special_tokens_to_add(True)
+        rust.no_truncation()
+        largest = max(rust.get_vocab().values(), default=0)  # numbers may have gaps
+        self.kind = np.uint16 if largest < 1 << 16 else np.int32
+
+    def encode(self, texts: list[tuple[str, str]]) -> list[tuple[np.ndarray, np.ndarray, bool]]:
+        """Of each pair its ids and types, and whether it was cut."""
+        return [self.cut(encoding) for encoding in self.rust.encode_batch_fast(texts)]
+
+    def cut(self, encoding: Any) -> tuple[np.ndarray, np.ndarray, bool]:
+        ids = np.array(encoding.ids, dtype=self.kind)
+        types = np.array(encoding.type_ids, dtype=np.uint8) * self.has_types
+        if len(ids) <= self.max_length:
+            return ids, types, False
+        kept = self._kept(np.array([-1 if s is None else s for s in encoding.sequence_ids]))
+        return ids[kept], types[kept], True
+
+    def _kept(self, text: np.ndarray) -> np.ndarray:
+        """Positions that stay of a pair's tokens; `text` (tokens,) is 0 or 1, the text of each, -1 for special ones."""
+        places = [np.flatnonzero(text == number) for number in (0, 1)]
+        shorter, longer = sorted(map(len, places))
+        longer = max(shorter, self.room - shorter)
+        if shorter + longer > self.room:
+            shorter = self.room // 2
+            longer = self.room - shorter
+        sizes = (shorter, longer) if len(places[0]) <= len(places[1]) else (longer, shorter)
+        starts = [len(own) - size if self.from_left else 0 for own, size in zip(places, sizes, strict=True)]
+        parts = [own[i : i + size] for own, i, size in zip(places, starts, sizes, strict=True)]
+        return np.sort(np.concatenate([np.flatnonzero(text < 0), *parts]))
+
+
+def _chunks(pairs: Pairs) -> Iterator[slice]:
+    """CHUNK pairs each, or so many that they have about CHARACTERS."""
+    start = size = 0
+    for row, texts in enumerate(zip(pairs.premise, pairs.hypothesis, strict=True)):
+        size += sum(map(len, texts))
+        if row + 1 - start == CHUNK or size > CHARACTERS or row + 1 == len(pairs):
+            yield slice(start, row + 1)
+            start, size = row + 1, 0
+
+
+def _encode(pairs: Pairs, encoder: Encoder, fingerprint: str, progress: bool, check: Callable[[], None]) -> Tokens:
     flat, types, lengths, truncated = [], [], [], []
     with tqdm(total=len(pairs), desc="tokenising", unit="pair", delay=3, disable=None if progress else True) as bar:
-        for start in range(0, len(pairs), CHUNK):
-            chunk = slice(start, start + CHUNK)
-            encodings = rust.encode_batch_fast(list(zip(pairs.premise[chunk], pairs.hypothesis[chunk], strict=True)))
-            flat.append(np.concatenate([np.array(e.ids, dtype=number) for e in encodings]))
-            types += [np.array(e.type_ids, dtype=np.uint8) * has_types for e in encodings]
-            lengths += [len(e.ids) for e in encodings]
-            truncated += [bool(e.overflowing) for e in encodings]
-            bar.update(len(encodings))
+        for chunk in _chunks(pairs):
+            encoded = encoder.encode(list(zip(pairs.premise[chunk], pairs.hypothesis[chunk], strict=True)))
+            flat.append(np.concatenate([ids for ids, _, _ in encoded]))
+            types.append(np.concatenate([own for _, own, _ in encoded]))
+            lengths += [len(ids) for ids, _, _ in encoded]
+            truncated += [cut for _, _, cut in encoded]
+            bar.update(len(encoded))
             check()
     if 0 in lengths:
         row = pairs.row[lengths.index(0)]

@@ -9,6 +9,7 @@ from torch import nn
 
 from trainer.base.environment import offline
 from trainer.base.errors import UserError, first_line
+from trainer.base.files import lost_folder
 from trainer.config import Config, ModelConfig
 from trainer.data import builtin
 from trainer.model.cross_encoder import CrossEncoder
@@ -79,9 +80,7 @@ def _new_model(config: Config, settings: Any) -> Any | None:
 def load_trained(config: ModelConfig) -> CrossEncoder:
     """A trained model's folder. Raises UserError if it has no head."""
     path = Path(config.model_name_or_path)
-    if path.exists() and not (path / "config.json").is_file():
-        hint = f"; {path / 'model'} is one" if (path / "model" / "config.json").is_file() else ""
-        raise UserError(f"{path} is not a model folder: it has no config.json{hint}")
+    check_folder(config.model_name_or_path)
     settings = _load_settings(config)
     model, new = _load_weights(config, settings)
     if settings.num_labels < 2:
@@ -98,6 +97,16 @@ def _is_head(weight: str, model: Any) -> bool:
     """Whether a classifier has it beyond its encoder; where only an encoder is given it is drawn from the seed."""
     inside = model.base_model is not model and weight.startswith(f"{model.base_model_prefix}.")
     return not inside or ".pooler." in weight
+
+
+def check_folder(name: str) -> None:
+    """Before anything is read or loaded. Raises UserError where this can be no trained model's folder."""
+    if lost := lost_folder(name, hub=False):
+        raise UserError(lost)
+    path = Path(name)
+    if path.exists() and not (path / "config.json").is_file():
+        hint = f"; {path / 'model'} is one" if (path / "model" / "config.json").is_file() else ""
+        raise UserError(f"{path} is not a model folder: it has no config.json{hint}")
 
 
 def _load_settings(config: ModelConfig) -> Any:
@@ -151,6 +160,8 @@ def _reorder_classes(model: Any, order: list[int]) -> None:
 
 def _explained(load: Callable[[], Any], name: str, what: str, fix: str) -> Any:
     """load(), or one UserError that says what is missing where, and what to do."""
+    if lost := lost_folder(name):
+        raise UserError(lost)
     try:
         return load()
     except Exception as error:  # damaged files surface as any kind of error in four libraries
@@ -162,10 +173,8 @@ def _explained(load: Callable[[], Any], name: str, what: str, fix: str) -> Any:
                         "run any code; have its maker save it as model.safetensors")  # fmt: skip
     if Path(name).is_dir():
         raise UserError(f"{name} has no {what} that can be loaded ({reason}); {fix}")
-    if name.startswith((".", "/", "~")):
-        raise UserError(f"{name}: no such folder")
     forbidden = " (HF_HUB_OFFLINE is set)" if offline() else ""
     raise UserError(
-        f"{what} of {name!r} could not be loaded from the hub{forbidden} ({reason}). Without network, give a local "
-        f"folder in its place"
+        f"{name!r} is no folder here, and its {what} could not be loaded from the hub{forbidden} ({reason}). Without "
+        "network, give a local folder in its place"
     )

@@ -18,11 +18,11 @@ from markupsafe import Markup
 
 from trainer.base.fields import default, rule
 from trainer.config import Config
+from trainer.metrics import RESAMPLES, interval
 from trainer.report import markdown
 from trainer.report.markdown import code, escape, table
 from trainer.report.read import SCORES, Run
 
-RESAMPLES = 2000
 MOST_LINES = 200  # of the training logs
 
 
@@ -177,10 +177,13 @@ def details(run: Run) -> Markup:
     """A line a split and number format: pairs, F1 macro with its interval, loss."""
     rows = []
     for name, split in run.results["metrics"].items():
-        low, high = interval(split["confusion_matrix"])
+        spread = "-"  # a matrix without all classes does not say it
+        if "confusion_classes" not in split:
+            low, high = interval(split["confusion_matrix"])
+            spread = f"{low:.4f} to {high:.4f}"
         size = sum(map(sum, split["confusion_matrix"]))
         own = "bf16" if run.config["bf16"] else "fp32"
-        rows.append([escape(name), own, f"{size:,}", *(rounded(split[m]) for m in SCORES), f"{low:.4f} to {high:.4f}",
+        rows.append([escape(name), own, f"{size:,}", *(rounded(split[m]) for m in SCORES), spread,
                      rounded(split["loss"])])  # fmt: skip
         if "fp32" in split:
             rows.append([escape(name), "fp32", f"{size:,}", *(rounded(split["fp32"][m]) for m in SCORES), "",
@@ -188,24 +191,11 @@ def details(run: Run) -> Markup:
     return table(["Split", "Precision", "Pairs", *SCORES, "95 % of f1_macro", "Loss"], rows)
 
 
-def interval(confusion_matrix: list[list[int]]) -> tuple[float, float]:
-    """The 95 % bootstrap percentile interval of F1 macro (Efron 1979).
-
-    Drawing n pairs with replacement and counting them by true and predicted class is one multinomial draw of the
-    matrix's cells, so the predictions themselves are not needed.
-    """
-    matrix = np.array(confusion_matrix, dtype=float)
-    size = int(matrix.sum())
-    draws = np.random.default_rng(0).multinomial(size, matrix.ravel() / size, RESAMPLES).reshape(-1, *matrix.shape)
-    hits, truth, said = np.diagonal(draws, axis1=1, axis2=2), draws.sum(2), draws.sum(1)
-    there = (truth + said) > 0  # a class that neither occurs nor is predicted does not enter the mean
-    f1 = np.where(there, 2 * hits / np.maximum(truth + said, 1), 0.0).sum(1) / there.sum(1)
-    low, high = np.quantile(f1, [0.025, 0.975])
-    return float(low), float(high)
-
-
 def confusion(run: Run, split: dict[str, Any]) -> Markup:
     names = [escape(name, 30) for name in run.about["model"]["label_names"]]
+    if kept := split.get("confusion_classes"):
+        text = f"More than {len(kept)} classes; the matrix of those with the most pairs is in results.json."
+        return Markup(text)  # noqa: S704
     if len(names) > 20:
         return Markup("More than twenty classes; the matrix is in results.json.")
     rows = [[name, *(f"{n:,}" for n in row)] for name, row in zip(names, split["confusion_matrix"], strict=True)]

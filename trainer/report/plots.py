@@ -64,7 +64,10 @@ def draw(run: Run, folder: Path) -> list[str]:
         name = "scores-" + re.sub(r"[^\w-]+", "-", split)
         with figure(12, 4.8) as drawn:
             left, right = drawn.subplots(1, 2)
-            draw_confusion(left, scores["confusion_matrix"], run.about["model"]["label_names"], split)
+            names_shown = run.about["model"]["label_names"]
+            if kept := scores.get("confusion_classes"):
+                names_shown = [*(names_shown[i] for i in kept), "all others"]
+            draw_confusion(left, scores["confusion_matrix"], names_shown, split)
             draw_reliability(right, *confidences(run.folder / "predictions" / f"{split}.parquet"), split)
             save(drawn, folder / name)
         names.append(name)

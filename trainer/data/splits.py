@@ -1,0 +1,106 @@
+"""Data sets of several splits, from the hub or a folder of `save_to_disk`: which split is which."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from trainer.base.environment import offline
+from trainer.base.errors import UserError, first_line
+from trainer.base.files import json_object, lost_folder
+from trainer.base.log import log
+
+Role = Literal["train", "dev", "test"]
+# Each role's first split that can be used is its split.
+NAMES: dict[Role, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "dev": ("validation", "valid", "val", "dev", "development", "eval", "evaluation", "validation_matched",
+            "dev_matched"),
+    "test": ("test", "testing", "validation_mismatched", "dev_mismatched", "test_matched", "test_mismatched"),
+}  # fmt: skip
+# Name for messages, rows, and the class names of those columns whose integers have names.
+Loaded = tuple[str, pa.Table, dict[str, list[str]]]
+
+
+def from_folder(path: Path, role: Role) -> Loaded:
+    """The role's split of a folder that was given as its file; a folder of one split is that split."""
+    loaded = _open_saved(path)
+    if not isinstance(loaded, dict):
+        return _read(loaded, str(path))
+    split = next(iter(_candidates(loaded, role)), None)
+    if split is None:
+        raise UserError(f"{path} has no {role} split; it has {', '.join(loaded)}")
+    return _read(loaded[split], f"{path} {split}")
+
+
+def from_data_set(name: str, configuration: str | None, revision: str | None, role: Role) -> Iterator[Loaded]:
+    """The splits that can be the role's, the best one first."""
+    loaded = _load(name, configuration, revision)
+    if not isinstance(loaded, dict):
+        loaded = {re.split(r"\W", str(loaded.split or "train"))[0]: loaded}  # it may be called train[:1000]
+    roles: tuple[Role, ...] = ("train", "dev", "test")
+    splits = {role: _candidates(loaded, role) for role in roles}
+    if role == "train" and not splits["train"]:
+        raise UserError(f"{name} has no train split; it has {', '.join(loaded)}. Save one as a file for --train_file")
+    if role == "dev":  # every verb asks for it once
+        _say_unused(name, loaded, list(splits.values()))
+    for split in splits[role]:
+        yield _read(loaded[split], f"{name} {split}")
+
+
+def _say_unused(name: str, loaded: dict[str, Any], splits: list[list[str]]) -> None:
+    for split in loaded:
+        if first := next((own[0] for own in splits if split in own), None):
+            reason = f"is used only if {first!r} has no labels"
+        else:
+            reason = "is not used; save it as a file to give it as --validation_file or --test_file"
+        if first != split:
+            log.info(f"{name}: split {split!r} {reason}")
+
+
+def _candidates(loaded: dict[str, Any], role: Role) -> list[str]:
+    by_name = {split.lower().replace("-", "_"): split for split in loaded}
+    return [by_name[name] for name in NAMES[role] if name in by_name]
+
+
+def _read(split: Any, place: str) -> Loaded:
+    names = {column: feature.names for column, feature in split.features.items() if hasattr(feature, "names")}
+    return place, split.with_format("arrow")[:], names
+
+
+def _open_saved(path: Path) -> Any:
+    import datasets
+
+    def load(folder: Path) -> Any:
+        try:
+            return datasets.load_from_disk(str(folder))
+        except IndexError:  # it has no file, since it has no rows
+            return datasets.Dataset.from_dict({})
+
+    try:
+        listed = path / "dataset_dict.json"
+        if not listed.is_file():
+            return load(path)
+        return {split: load(path / split) for split in json_object(listed.read_text(encoding="utf-8"))["splits"]}
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise UserError(f"{path}: not a folder of datasets' save_to_disk: {error}") from None
+
+
+def _load(name: str, configuration: str | None, revision: str | None) -> Any:
+    import datasets
+
+    if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
+        return _open_saved(Path(name))
+    if lost := lost_folder(name):
+        raise UserError(lost)
+    try:
+        return datasets.load_dataset(name, configuration, revision=revision)
+    except Exception as error:  # the hub's client raises many kinds; none means anything to the user but this
+        forbidden = "; HF_HUB_OFFLINE is set" if offline() else ""
+        raise UserError(
+            f"data set {name!r} is no folder here, and could not be loaded from the hub{forbidden} ("
+            f"{first_line(error)}). Without network, give --train_file, --validation_file and --test_file, "
+            f"or a folder saved with save_to_disk as --dataset_name"
+        ) from None
