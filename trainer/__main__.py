@@ -132,8 +132,8 @@ INTERNAL = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+def set_libraries() -> None:
+    """What they read from the environment when they are imported, unless the user has said otherwise."""
     # OpenMP's threads wait for each other in a loop: by default so long that one busy neighbour halves the speed of a
     # run on a CPU, and three leave a third of it. libgomp reads this when torch is loaded.
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -141,6 +141,11 @@ def main(argv: list[str] | None = None) -> int:
     if not sys.stderr.isatty():  # in a log every update of a bar would stay
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    set_libraries()
     # DeepSpeed's launcher puts the rank before the verb; it is in the environment, too.
     verb, *rest = [arg for arg in argv if not arg.startswith("--local_rank=")] or ["--help"]
     if verb in ("-h", "--help"):

@@ -107,8 +107,7 @@ def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, ou
             continue
         split = Split(split_name(data, role), pairs, predictor.tokens(pairs, cache_folder()))
         result = evaluate(predictor.model, split, world, inference.per_device_eval_batch_size, inference.bf16)
-        dropped = f"; {pairs.num_dropped:,} more dropped (no consensus label)" if pairs.num_dropped else ""
-        log.info(f"{pairs.name}: {len(pairs):,} pairs; classes {', '.join(pairs.label_names)}{dropped}")
+        log.info(f"{pairs.describe()}; classes {', '.join(pairs.label_names)}")
         metrics[split.name] = result.scores
         log.info(f"{split.name}: " + ", ".join(f"{m} {result.scores[m]:.4f}" for m in METRICS))
         if place is not None and result.logits is not None:

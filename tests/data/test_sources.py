@@ -96,6 +96,7 @@ def test_first_samples_are_used(tmp_path):
     rows = [ROWS[0] | {"label": -1}, *ROWS]
     pairs = load(write(tmp_path / "a.parquet", rows), max_train_samples=2)
     assert (pairs.row.tolist(), pairs.num_dropped) == ([1, 2], 1)
+    assert f"the first 2 of {len(ROWS)} pairs (1 more dropped" in pairs.describe()
 
 
 def test_save_to_disk_and_class_names(tmp_path):

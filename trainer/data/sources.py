@@ -41,10 +41,19 @@ class Pairs:
     source: list[str] | None
     label_names: tuple[str, ...]
     num_dropped: int = 0
+    num_available: int = 0  # pairs with a label in the source, of which these are the first
     columns: tuple[str, ...] = ("premise", "hypothesis", "label")  # as the source calls them
 
     def __len__(self) -> int:
         return len(self.premise)
+
+    def describe(self) -> str:
+        """How many there are, and what is not among them."""
+        of = (
+            f"the first {len(self):,} of {self.num_available:,}" if self.num_available > len(self) else f"{len(self):,}"
+        )
+        dropped = f" ({self.num_dropped:,} more dropped: no consensus label)" if self.num_dropped else ""
+        return f"{self.name}: {of} pairs{dropped}"
 
 
 def load_splits(config: DataConfig) -> dict[Role, Pairs]:
@@ -135,7 +144,8 @@ def _check(
     label = _column(table, place, "label_column", config.label_column, LABEL)
     own_names = class_names.get(label, config.label_names)
     numbers, names = class_numbers(read_labels(table[label], place), label_names, own_names, of_model)
-    kept = np.flatnonzero(numbers >= 0)[:limit]
+    available = np.flatnonzero(numbers >= 0)
+    kept = available[:limit]
     if len(kept) == 0:
         raise UserError(f"{place}: no pair with a label ({table.num_rows} rows)")
     column = next((table[name] for name in ("source", "genre") if name in table.column_names), None)
@@ -151,6 +161,7 @@ def _check(
         source=source,
         label_names=names,
         num_dropped=int((numbers[: kept[-1] + 1 if len(kept) == limit else None] < 0).sum()),
+        num_available=len(available),
         columns=(*texts, label),
     )
 

@@ -76,11 +76,9 @@ class Split:
     def describe(self, max_length: int) -> str:
         """One line: its size, and every pair that was dropped or cut."""
         pairs, tokens = self.pairs, self.tokens
-        parts = [f"{pairs.name}: {len(pairs):,} pairs, {tokens.lengths.mean():.1f} tokens each"]
+        parts = [pairs.describe(), f"{tokens.lengths.mean():.1f} tokens each"]
         names = pairs.label_names
         parts.append(f"{len(names)} classes: " + "/".join(names[:5]) + ("/..." if len(names) > 5 else ""))
-        if pairs.num_dropped:
-            parts.append(f"{pairs.num_dropped:,} more dropped (no consensus label)")
         if num_cut := int(tokens.truncated.sum()):
             parts.append(f"{num_cut:,} cut to {max_length} tokens")
         return f"{', '.join(parts)} ({tokens.bytes_per_pair:.0f} bytes per pair)"
