@@ -15,6 +15,7 @@ import json
 import re
 import shutil
 import stat
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class Checkpoint:
     """`state` is what state.json holds; `tensors` by kind and parameter name, such as `exp_avg/model.bert...`."""
 
     path: Path
-    state: dict[str, Any]
+    state: Mapping[str, Any]
     tensors: dict[str, torch.Tensor]
 
 
@@ -59,7 +60,7 @@ class Checkpoints:
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[None] | None = None
 
-    def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    def save(self, step: int, tensors: dict[str, torch.Tensor], state: Mapping[str, Any]) -> None:
         """Begins to write; `tensors` must no longer change. Raises TrainingFailed if the one before failed."""
         self.wait()
         self.pending = self.thread.submit(self._write, step, tensors, state)
@@ -118,7 +119,7 @@ class Checkpoints:
             return []
         return [path for path in self.folder.iterdir() if re.fullmatch(pattern, path.name)]
 
-    def _write(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    def _write(self, step: int, tensors: dict[str, torch.Tensor], state: Mapping[str, Any]) -> None:
         final = self.folder / f"step-{step:06d}"
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(final) as temporary:

@@ -11,7 +11,7 @@ from trainer.config import Config
 from trainer.ranks import World
 from trainer.run.checkpoint import Checkpoint, Checkpoints, load_given
 from trainer.run.folder import RunFolder
-from trainer.run.state import Identity, State, Window
+from trainer.run.state import Identity, Saved, State, Window
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def resume(
 ) -> Start:
     """Every rank takes part. Raises UserError where the checkpoint is of another run; `places` names the splits."""
     found = find_checkpoint(config, checkpoints, opened.resuming) if world.is_main else None
-    saved = world.broadcast(found.state if found else None)
+    saved: Saved | None = world.broadcast(found.state if found else None)
     has_model = world.broadcast((opened.path / "model").exists())
     if saved is None:
         state = State(Window.new(world.device))
@@ -45,9 +45,10 @@ def resume(
         state = State.from_json(saved, identity.sampler, world, has_model)
     if found:
         log.info(f"resuming at step {state.step} from {found.path}")
+    if saved is None:
+        return Start(state, None, 0)
     own = found is not None and found.path.parent == checkpoints.folder
-    tensors = None if saved is None else found.tensors if found else {}
-    return Start(state, tensors, saved["num_events"] if own else 0)
+    return Start(state, found.tensors if found else {}, saved["num_events"] if own else 0)
 
 
 def find_checkpoint(config: Config, checkpoints: Checkpoints, resuming: bool) -> Checkpoint | None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -75,6 +75,31 @@ class Totals:
         self.tokens += window.tokens
 
 
+class SavedWindow(TypedDict):
+    loss: float  # sum over ranks
+    steps: int
+    samples: int
+    tokens: int
+    seconds: float
+
+
+class Saved(TypedDict):
+    """state.json."""
+
+    sampler: dict[str, int | str]  # GlobalBatchSampler.position
+    data: dict[str, str]  # fingerprint of each role's split
+    rest: str | None  # fingerprint of the frozen embedding rows
+    num_updates: int
+    totals: dict[str, Any]  # Totals
+    best: tuple[float, int] | None
+    window: SavedWindow
+    pending_evaluation: bool
+    num_events: int  # lines of metrics.jsonl that belong to it
+    world_size: int
+    backend: str
+    versions: dict[str, str]
+
+
 @dataclass(frozen=True)
 class Identity:
     """What makes the run, beyond its config. A checkpoint of another one is refused."""
@@ -83,7 +108,7 @@ class Identity:
     data: dict[str, str]  # fingerprint of each role's split
     frozen: str | None  # fingerprint of the embedding rows that are in no checkpoint
 
-    def check(self, saved: dict[str, Any], places: dict[str, str]) -> None:
+    def check(self, saved: Saved, places: dict[str, str]) -> None:
         """Raises UserError where a checkpoint's run had other data, named by `places`, or froze other rows."""
         for role, fingerprint in saved.get("data", {}).items():
             if self.data.get(role, fingerprint) != fingerprint:
@@ -120,7 +145,7 @@ class State:
 
     def to_json(
         self, identity: Identity, world: World, backend: str, num_events: int, energy: list[dict[str, Any]]
-    ) -> dict[str, Any]:
+    ) -> Saved:
         """state.json. Every rank takes part; `num_events` lines of metrics.jsonl belong to it."""
         window = self.window
         return {
@@ -145,7 +170,7 @@ class State:
         }
 
     @classmethod
-    def from_json(cls, saved: dict[str, Any], sampler: GlobalBatchSampler, world: World, has_model: bool) -> State:
+    def from_json(cls, saved: Saved, sampler: GlobalBatchSampler, world: World, has_model: bool) -> State:
         """The reverse, on every rank. Raises UserError if the samples' order was another one.
 
         `has_model`: whether the best model so far lies in this run's folder. Of another run it does not: the best of
