@@ -316,6 +316,18 @@ def test_an_encoder_alone_is_no_classifier(minilm):
     assert "not a trained classifier" in result.stderr
 
 
+def test_a_trained_model_without_its_weights(runs, tmp_path):
+    """The advice is one that predict has."""
+    import shutil
+
+    shutil.copytree(runs / "0" / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    result = crossrank("predict", tmp_path / "model", text="A\tB\n", check=False)
+    assert result.returncode == 2
+    assert "holds model.safetensors" in result.stderr
+    assert "--init" not in result.stderr
+
+
 def test_classes_in_another_order_keep_their_meaning(runs, tmp_path):
     """A trained head under other label orders: when training goes on, and when it is scored on numbered labels."""
     from trainer.data.builtin import LABEL_NAMES, pairs

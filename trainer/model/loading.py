@@ -137,11 +137,15 @@ def _load_weights(config: ModelConfig, settings: Any) -> tuple[Any, list[str]]:
         ),
         name,
         "weights",
-        "for a model of this shape with new weights say --init random",
+        "for a model of this shape with new weights say --init random"
+        if isinstance(config, Config)  # which training has; the other verbs have no such option
+        else "a trained model's folder holds model.safetensors",
     )
     for weight, value in model.state_dict().items():
         if not value.isfinite().all():
-            raise UserError(f"{name}: its weight {weight} holds numbers that are not finite; get the file once more")
+            raise UserError(
+                f"{name}: its weight {weight} holds numbers that are not finite; get a new copy of the file"
+            )
     mismatched = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
     return model, sorted({*info["missing_keys"], *mismatched})
 
