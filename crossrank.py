@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 __version__ = "0.2.0.dev0"
-__all__ = ["evaluate", "predict", "train"]  # noqa: F822 - see __getattr__
+VERBS, ERRORS = ("evaluate", "predict", "train"), ("Preempted", "TrainingFailed", "UserError")
+__all__ = ["Preempted", "TrainingFailed", "UserError", "evaluate", "predict", "train"]  # noqa: F822 - see __getattr__
 
 HERE = Path(__file__).resolve().parent
 
@@ -42,11 +43,19 @@ for _name in ("trainer", "launcher"):
 
 
 def __getattr__(name: str) -> object:
-    if name in __all__:
+    if name in VERBS:
         from trainer import api
 
         return getattr(api, name)
+    if name in ERRORS:
+        from trainer.base import errors
+
+        return getattr(errors, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__", "main"]
 
 
 def main() -> int:

@@ -96,7 +96,7 @@ def report(argv: list[str]) -> None:
     parser.add_argument("runs", metavar="RUN_DIR", nargs="+", help="run folders; several are compared")
     parser.add_argument("--output_dir", default="report", help="where the comparison of several runs goes")
     values = parse(parser, argv)
-    write(values["runs"], values["output_dir"])
+    write([os.path.expanduser(run) for run in values["runs"]], os.path.expanduser(values["output_dir"]))
 
 
 def doctor(argv: list[str]) -> None:

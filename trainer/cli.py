@@ -113,7 +113,7 @@ def parse_train(argv: list[str], fields: dict[str, Any] | None = None) -> Config
     """The Config of `crossrank train ARGV`, over which `fields` go. Raises UserError; SystemExit(0) after --help."""
     given = parse(train_parser(asks_for_help(argv)), argv)
     recipe, config = given.pop("recipe", None), given.pop("config", None)
-    own = _checked(read_yaml(Path(config)), config) if config is not None else {}
+    own = _checked(read_yaml(Path(config).expanduser()), config) if config is not None else {}
     own |= _checked(given | (fields or {}))
     values: dict[str, Any] = {}
     if recipe is not None:

@@ -3,6 +3,7 @@
 With --ranks N, `crossrank meet` is started by torchrun: one real collective.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -107,8 +108,10 @@ def _package(name: str, absent: bool | None, fix: str) -> Check:
 
 
 def _deepspeed_ops() -> Iterator[Check]:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if shutil.which("nvidia-smi") is None else "cuda")
     try:
-        from deepspeed.ops.op_builder.all_ops import ALL_OPS
+        with contextlib.redirect_stdout(sys.stderr):  # where it talks, there may be a reader of JSON
+            from deepspeed.ops.op_builder.all_ops import ALL_OPS
     except ImportError:
         return
     compiler = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]

@@ -138,8 +138,8 @@ def predict_pairs(folder: str, pairs: list[tuple[str, str]], config: InferenceCo
     if not pairs:
         return np.empty((0, len(predictor.label_names)))
     for row, pair in enumerate(pairs):
-        if isinstance(pair, str) or len(pair) != 2:
-            raise UserError(f"pairs, row {row}: expected (premise, hypothesis), found {pair!r:.80}")
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:  # a dict of two would be its keys
+            raise UserError(f"pairs, row {row}: expected (premise, hypothesis), found {repr(pair)[:80]}")
     table = pa.table({name: column_of([pair[i] for pair in pairs]) for i, name in enumerate(("premise", "hypothesis"))})
     logits = predictor.logits(unlabelled(table, "pairs", None, None))
     return np.array(world.broadcast(None if logits is None else np.exp(log_softmax(logits)).tolist()))

@@ -133,7 +133,7 @@ def test_scores_that_are_no_numbers(copied, tmp_path):
     number = make_tokenizer().convert_tokens_to_ids("museum")
     weights["bert.embeddings.word_embeddings.weight"][number] = 3e38
     save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
-    sound, overflowing = "A cat.,A dog.,0", "A museum.,A dog.,1"
+    sound, overflowing = "A cat.,A dog.,entailment", "A museum.,A dog.,neutral"
     (tmp_path / "test.csv").write_text("\n".join(["premise,hypothesis,label", sound, overflowing, sound, overflowing]))
     expected = r"row 1, 3: the model's scores are not finite \(2 of 4 pairs\)"
     with pytest.raises(TrainingFailed, match=expected):

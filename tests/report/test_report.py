@@ -40,6 +40,9 @@ def nli(tmp_path_factory, allnli) -> Path:
     folder = tmp_path_factory.mktemp("nli") / "run"
     files = {"train": "train_first3000_hub_order", "validation": "dev", "test": "test"}
     crossrank("train", "--recipe", "allnli-100k", "--model_name_or_path", "builtin", "--max_steps", "6",
+              # Own files drop what the recipe says of its data; here they are those very data.
+              "--dataset_name", "sentence-transformers/all-nli", "--max_eval_samples", "1000",
+              "--label_names", "entailment,neutral,contradiction",
               *(word for name, file in files.items() for word in (f"--{name}_file", allnli / f"{file}.parquet")),
               "--max_test_samples", "100", "--logging_steps", "2", "--eval_steps", "3", "--country_iso_code", "FRA",
               "--output_dir", folder)  # fmt: skip

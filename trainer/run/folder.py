@@ -39,6 +39,10 @@ def find_run(config: Config) -> RunFolder:
 
     Raises UserError if a finished run is there, or another one, or where nothing can be written.
     """
+    given = config.resume_from_checkpoint
+    if given not in ("auto", "none") and not Path(given).expanduser().is_dir():
+        raise UserError(f"resume_from_checkpoint {given!r} is no folder here; it is auto, none, or a checkpoint's or a "
+                        "run's folder")  # fmt: skip
     folder = Path(config.output_dir or f"runs/{config.run_name or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}")
     if why := obstacle(folder):
         raise UserError(f"cannot write the run folder {folder}: {why}")
