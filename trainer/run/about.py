@@ -66,9 +66,9 @@ def of_split(split: Split) -> dict[str, Any]:
 
 
 def of_file(config: DataConfig, role: Role) -> dict[str, str]:
-    """The name of the split's own file, where it has one."""
+    """The name of the split's own file, where it has one and the data set has no name."""
     file = config.file(role)
-    return {"file": Path(file).name} if file else {}
+    return {"file": Path(file).name} if file and config.dataset_name is None else {}
 
 
 def text_statistics(texts: list[str]) -> dict[str, Any]:
