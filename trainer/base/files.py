@@ -109,7 +109,7 @@ def remove_remains(path: Path) -> None:
     old = path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():
         old.rename(path)
-    remains = re.compile(rf"\.{re.escape(path.name)}\.(old|.+\.\d+(\.mode)?)")
+    remains = re.compile(rf"\.{re.escape(path.name)}\.(old|(.+\.)?\d+(\.mode)?)")
     for beside in path.parent.iterdir():
         if remains.fullmatch(beside.name):
             _remove(beside)
