@@ -222,7 +222,7 @@ def test_a_micro_batch_that_does_not_fit_is_split(tmp_path):
     )
     crossrank("train", *SHORT, "--output_dir", tmp_path / "whole")
     result = crossrank("train", *SHORT, "--output_dir", tmp_path / "split", script=script)
-    assert "8 pairs a forward" in result.stderr
+    assert "continuing with 8 pairs per forward" in result.stderr
     assert np.allclose(losses(tmp_path / "split"), losses(tmp_path / "whole"), rtol=0, atol=1e-6)
 
 

@@ -156,7 +156,7 @@ def test_a_forward_that_does_not_fit_is_split(tmp_path, allnli, roberta_tokenize
                "--save_strategy", "no", "--track_emissions", "false", "--write_report", "false"]  # fmt: skip
     crossrank(*command, "--output_dir", tmp_path / "whole")
     said = crossrank(5, *command, "--output_dir", tmp_path / "split", script=LIMITED)
-    assert "the GPU's memory is too small:" in said
+    assert "not enough GPU memory: continuing with" in said
     assert np.allclose(losses(tmp_path / "split"), losses(tmp_path / "whole"), rtol=0, atol=1e-2)
 
 
