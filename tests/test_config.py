@@ -195,6 +195,7 @@ FILE_VALUES = {
     "label_names: a,b": ("label_names", ["a", "b"]),
     "warmup_steps: 1e2": ("warmup_steps", 100),
     "bf16: yes": ("bf16", True),
+    "bf16: off": ("bf16", False),
     "save_total_limit: null": ("save_total_limit", None),
 }
 

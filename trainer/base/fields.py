@@ -71,7 +71,7 @@ def default(own: dataclasses.Field[Any]) -> Any:
     return own.default if own.default_factory is dataclasses.MISSING else own.default_factory()
 
 
-TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
