@@ -187,7 +187,7 @@ def other_tokenizers(roberta):
 def test_pairs_are_cut_as_the_library_cuts(builtin_model, roberta_tokenizer, side):
     rng = np.random.default_rng(0)
     words = ["dog", "cat", "animals", "xyz", "in a park"]
-    texts = [[" ".join(rng.choice(words, n)) for n in rng.choice([1, 2, 3, 5, 8, 20, 60], 400)] for _ in range(2)]
+    texts = [[" ".join(rng.choice(words, n)) for n in rng.choice([1, 2, 3, 5, 8, 20, 60], 120)] for _ in range(2)]
     pairs = make_pairs([{"premise": p, "hypothesis": h, "label": 0} for p, h in zip(*texts, strict=True)])
     for tokenizer in (AutoTokenizer.from_pretrained(builtin_model), *other_tokenizers(roberta_tokenizer)):
         tokenizer.truncation_side = side
