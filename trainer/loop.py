@@ -101,7 +101,9 @@ class Trainer:
     def backward(self, current: Step, rows: np.ndarray, last: bool) -> torch.Tensor:
         """Forward and backward of one micro-batch. Returns its part of the step's loss, on the device."""
         config, device, split = self.config, self.world.device, self.data["train"]
-        batch = self.model.batch(split.tokens, split.pairs.label, rows, device, seed=config.seed, step=current.step)
+        longest = int(split.tokens.lengths[current.rows].max())
+        keys = {"seed": config.seed, "step": current.step}
+        batch = self.model.batch(split.tokens, split.pairs.label, rows, device, longest, **keys)
         with products(device, config.bf16), self.backend.accumulate(last):
             with autocast(device, config.bf16):
                 logits = self.forward(batch)

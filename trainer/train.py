@@ -22,9 +22,10 @@ from trainer.data.tokens import Split, cache_folder, tokenize
 from trainer.finish import finish
 from trainer.loop import Trainer
 from trainer.memory import fit_micro_batches
-from trainer.model.cross_encoder import CrossEncoder, compile_layers, weights_fingerprint
+from trainer.model.cross_encoder import CrossEncoder, checkpoint_activations, compile_layers, weights_fingerprint
 from trainer.model.loading import load_for_training
 from trainer.model.precision import allow_tf32, check_bf16
+from trainer.model.probe import examine
 from trainer.ranks import World
 from trainer.run.about import about
 from trainer.run.checkpoint import Checkpoints, cannot_write
@@ -116,14 +117,13 @@ def build_model(config: Config, world: World, label_names: tuple[str, ...]) -> C
     if model.note:
         log.info(model.note)
     if config.gradient_checkpointing:
-        inner: Any = model.model
-        if not inner.supports_gradient_checkpointing:
-            raise UserError(f"{inner.config.model_type} has no gradient checkpointing; say "
-                            "--gradient_checkpointing false, and lower --per_device_train_batch_size")  # fmt: skip
-        # transformers has renamed the method
-        enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        checkpoint_activations(model)
     if config.torch_compile:
+        if model.layout is None:
+            name = model.model.config.model_type
+            raise UserError(
+                f"torch_compile needs a model of a family that docs/models.md names, not {name}; leave it out"
+            )
         compile_layers(model)
     return model
 
@@ -154,11 +154,7 @@ def make_sampler(config: Config, world: World, train_split: Split) -> GlobalBatc
 
 def freeze(config: Config, model: CrossEncoder, data: dict[Role, Split], sampler: GlobalBatchSampler) -> Identity:
     """Freezes what training cannot change. What the run is, is settled then."""
-    if unused := model.freeze_unused(data["train"].tokens):
-        log.info(f"{len(unused)} tensors get no gradient, such as {unused[0]}: they are frozen")
-    if model.sees_padding(data["train"].tokens):
-        log.warning(f"{model.model.config.model_type} sees padding: a pair's scores depend a little on its batch, so "
-                    "other programs, and another --per_device_eval_batch_size, give others")  # fmt: skip
+    examine(model, data["train"].tokens, config.attn_implementation is not None)
     if config.weight_decay == 0:
         model.freeze_unused_rows(data["train"].tokens)
     if model.used_rows:

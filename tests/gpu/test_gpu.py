@@ -18,8 +18,8 @@ from conftest import ROOT, events, losses, weights_equal
 from test_attention import assert_equal, library_logits, make, make_tokens
 
 from trainer.loop import Trainer
-from trainer.model.attention import FAMILIES
 from trainer.model.cross_encoder import CrossEncoder
+from trainer.model.families import FAMILIES
 from trainer.ranks import World
 from trainer.run.state import Window
 

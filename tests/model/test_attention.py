@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from trainer.data.tokens import Tokens
-from trainer.model.attention import FAMILIES
 from trainer.model.batch import assemble
-from trainer.model.cross_encoder import CrossEncoder
+from trainer.model.cross_encoder import CrossEncoder, checkpoint_activations
+from trainer.model.families import FAMILIES
+from trainer.model.settings import set_dropout
 
 VOCABULARY = 97
 SIZES = {
@@ -21,18 +22,37 @@ SIZES = {
 }  # fmt: skip
 
 
-def make(family: str, dropout: float = 0.0):
+V3 = {
+    "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8, "share_att_key": True,
+    "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0,
+}  # fmt: skip
+VARIANTS = {
+    "modernbert, mean": {"classifier_pooling": "mean"},
+    "eurobert, mean": {"classifier_pooling": "mean"},
+    "deberta-v2, v2": V3 | {"share_att_key": False, "conv_kernel_size": 3, "position_biased_input": True},
+    "deberta-v2, c2p": V3 | {"pos_att_type": ["c2p"], "position_buckets": -1, "max_relative_positions": 16},
+    "deberta-v2, p2c": V3 | {"pos_att_type": ["p2c"], "share_att_key": False},
+    "deberta-v2, absolute": {"type_vocab_size": 2},
+    "albert, groups": {"num_hidden_groups": 2, "inner_group_num": 2},
+    "bert, one head": {"num_attention_heads": 1},
+}
+CASES = [*FAMILIES, *VARIANTS]
+
+
+def make(case: str, dropout: float = 0.0):
+    """A classifier of a family, or a variant of it."""
     torch.manual_seed(0)
-    sizes = dict(SIZES)
+    family, sizes = case.split(",")[0], dict(SIZES)
     if family == "distilbert":
         sizes |= {"dim": 32, "hidden_dim": 48, "n_layers": 3, "n_heads": 4}
         sizes = {k: v for k, v in sizes.items() if not k.startswith(("num_h", "num_a", "hidden_size", "inter"))}
     if family == "modernbert":  # a window that most pairs are longer than
         sizes |= {"local_attention": 8, "global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3}
+    if case == "deberta-v2":  # as v3 is, with buckets that pairs outgrow
+        sizes |= V3
+    sizes |= VARIANTS.get(case, {})
     config = AutoConfig.for_model(family, **sizes)
-    for name in config.to_dict():
-        if "dropout" in name:
-            setattr(config, name, dropout)
+    set_dropout(config, dropout)
     model = AutoModelForSequenceClassification.from_config(config)
     with torch.no_grad():  # weights of a trained model's size, so that a difference would show
         for parameter in model.parameters():
@@ -81,13 +101,13 @@ def assert_equal(ours: CrossEncoder, theirs, lengths) -> None:
     largest = max(gradient.abs().max() for gradient in expected_gradients.values())
     for name, gradient in expected_gradients.items():
         # Softmax does not see a key's bias: that gradient is 0 but for rounding, which has no relative size.
-        scale = gradient.abs().max().clamp(min=1e-4 * largest)
+        scale = gradient.abs().max().clamp(min=1e-3 * largest)
         assert ((got_gradients[name] - gradient).abs().max() / scale) < 1e-4, name
 
 
 @pytest.mark.parametrize("unpad", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+@pytest.mark.parametrize("family", CASES)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
 @given(
     st.one_of(
         st.lists(st.integers(3, 40), min_size=1, max_size=9), st.lists(st.integers(3, 512), min_size=1, max_size=3)
@@ -99,7 +119,7 @@ def test_equal_to_the_library(family, unpad, lengths):
     assert_equal(CrossEncoder(model, unpad=unpad), theirs, lengths)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CASES)
 def test_dropout_is_the_same_padded_or_not(family):
     """Masks belong to the samples: with dropout on, the two layouts still compute the same."""
     tokens = make_tokens([7, 30, 12, 3, 25])
@@ -112,11 +132,11 @@ def test_dropout_is_the_same_padded_or_not(family):
     assert not torch.allclose(logits[0], model.eval()(batch), atol=1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["roberta", "deberta-v2", "modernbert", "megatron-bert"])
 def test_gradient_checkpointing(family):
     model = make(family, dropout=0.2)
     plain, saving = CrossEncoder(copy.deepcopy(model)), CrossEncoder(copy.deepcopy(model))
-    saving.model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(saving)
     batch = assemble(make_tokens([7, 30, 12]), np.zeros(3, int), np.arange(3), torch.device("cpu"), seed=1, step=2)
     expected, got = (gradients(m.model, m.train()(batch).square().sum()) for m in (plain, saving))
     assert all(torch.allclose(got[name], expected[name], atol=1e-6) for name in expected)

@@ -10,8 +10,8 @@ from test_attention import VOCABULARY, make, make_tokens
 
 from trainer.backends.optim import make_optimizer, parameter_groups
 from trainer.config import OptimisationConfig
-from trainer.model.attention import FAMILIES
 from trainer.model.cross_encoder import CrossEncoder
+from trainer.model.families import FAMILIES
 
 LENGTHS = [7, 12, 5, 30]
 

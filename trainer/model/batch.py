@@ -9,6 +9,7 @@ from trainer.data.tokens import Tokens
 from trainer.model.dropout import token_keys
 
 IGNORED = -100  # label that cross_entropy gives neither loss nor gradient: of a pair that fills an empty micro-batch
+NO_ROW = 2**62  # no row of a data set: of what belongs to all pairs of a step
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ class Batch:
     Attributes:
         ids, positions, types: (tokens,) int64 token numbers, positions in the pair, token types.
         keys: (tokens,) int64 dropout keys.
+        step_key: (1,) int64 dropout key of what all pairs of the step share.
         pair: (tokens,) int64 number of the pair in the batch.
-        first: (pairs,) int64 where each pair begins.
+        first, lengths: (pairs,) int64 where each pair begins, and its tokens.
         widths: (pairs,) int64 longest of the pair's group.
         labels: (pairs,) int64 class numbers.
         rows: (pairs,) rows in the data set, on the host.
@@ -39,8 +41,10 @@ class Batch:
     positions: torch.Tensor
     types: torch.Tensor
     keys: torch.Tensor
+    step_key: torch.Tensor
     pair: torch.Tensor
     first: torch.Tensor
+    lengths: torch.Tensor
     widths: torch.Tensor
     labels: torch.Tensor
     rows: np.ndarray
@@ -59,11 +63,13 @@ def assemble(
     seed: int = 0,
     step: int = 0,
     likeness: float = 0.0,
+    longest: int | None = None,
 ) -> Batch:
     """The batch of data set rows `rows`, which it orders by length.
 
     Args:
         likeness: shortest length of a group relative to its longest; 0 = all pairs are one group.
+        longest: length that all pairs are padded to, if more than that of the longest of them.
 
     An empty micro-batch becomes row 0 with an ignored label: every rank takes part in every step.
     """
@@ -74,6 +80,8 @@ def assemble(
     order = np.argsort(-lengths, kind="stable")
     rows, targets, lengths = rows[order], targets[order], lengths[order]
     groups = make_groups(lengths, likeness)
+    if longest is not None:
+        groups = (Group(len(rows), max(longest, int(lengths[0])), int(lengths.sum())),)
     first = np.cumsum(lengths) - lengths
     pair = np.repeat(np.arange(len(rows)), lengths)
     positions = np.arange(len(pair)) - first[pair]
@@ -83,8 +91,10 @@ def assemble(
         "positions": positions,
         "types": tokens.types[places],
         "keys": token_keys(seed, step, rows[pair], positions),
+        "step_key": token_keys(seed, step, np.array([NO_ROW]), np.array([0])),
         "pair": pair,
         "first": first,
+        "lengths": lengths,
         "widths": np.repeat([group.longest for group in groups], [group.pairs for group in groups]),
         "labels": targets,
     }

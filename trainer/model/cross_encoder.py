@@ -14,9 +14,11 @@ from trainer.base.errors import UserError
 from trainer.base.files import replacing
 from trainer.data.sources import Pairs
 from trainer.data.tokens import Tokens
-from trainer.model.attention import Layout, adopt
 from trainer.model.batch import Batch, assemble
+from trainer.model.calls import DropoutCalls
 from trainer.model.embedding import UsedRows
+from trainer.model.families import adopt
+from trainer.model.layout import Layout
 
 
 class CrossEncoder(nn.Module):
@@ -24,8 +26,10 @@ class CrossEncoder(nn.Module):
 
     Attributes:
         tokenizer, max_length (longest pair in tokens): what `save` writes beside the model; no forward needs them.
-        layout: None where the model's family is unknown: it then runs as it is, and its dropout masks come from torch's
-            stream, which is seeded by (seed, step, rank).
+        layout: None where the model's family is unknown: it then runs as it is, padded.
+        calls: its dropout then, once probe.py has looked at the model.
+        one_length: whether every pair of a step is padded to the longest of them, on whichever rank: where padding
+            changes scores, or comes first.
         note: for the user, where the model runs padded unasked.
     """
 
@@ -41,11 +45,12 @@ class CrossEncoder(nn.Module):
         self.model = model
         self.tokenizer, self.max_length = tokenizer, max_length
         self.layout: Layout | None = None
+        self.calls = DropoutCalls()
         self.note = ""
         if attn_implementation is None:
             self.layout, self.note = adopt(model, unpad)
         self.num_types = number_of_types(model)
-        self.left = pads_left(model)
+        self.left = self.one_length = pads_left(model)
         self.first_position = first_position(model)
         self.num_classes: int = model.config.num_labels
         self.padding = model.config.pad_token_id or 0
@@ -76,34 +81,6 @@ class CrossEncoder(nn.Module):
         if not used.all():
             self.model.set_input_embeddings(UsedRows(table, used))
 
-    @torch.no_grad()
-    def sees_padding(self, tokens: Tokens) -> bool:
-        """Whether the longest pair, in one batch with the shortest, changes its scores, as convolutions do."""
-        if self.layout is not None:
-            return False
-        rows, labels = tokens.lengths.argsort()[[0, -1]], np.zeros(len(tokens.lengths), np.int64)
-        device = next(self.parameters()).device
-        both, single = (self.eval()(self.batch(tokens, labels, r, device)) for r in (rows, rows[:1]))
-        return bool((both[-1] - single[0]).abs().max() > 1e-3 * single.abs().max())
-
-    def freeze_unused(self, tokens: Tokens) -> list[str]:
-        """Freezes the parameters that get no gradient, in a model of an unknown family. Returns their names.
-
-        One backend would let weight decay have them, another not, and DDP would wait for them. They are found by a
-        backward of some pairs, the longest and the shortest among them.
-        """
-        if self.layout is not None:
-            return []
-        order = np.argsort(-tokens.lengths, kind="stable")
-        rows = order[np.unique(np.linspace(0, len(order) - 1, 8).astype(int))]
-        device = next(self.parameters()).device
-        self.train()(self.batch(tokens, np.zeros(len(order), np.int64), rows, device)).sum().backward()
-        unused = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
-        for _, parameter in unused:
-            parameter.requires_grad_(False)
-        self.zero_grad()
-        return [name for name, _ in unused]
-
     @property
     def used_rows(self) -> tuple[str, UsedRows] | None:
         """Name and table where rows are frozen. No attribute: it would be a second name of its parameters."""
@@ -130,12 +107,24 @@ class CrossEncoder(nn.Module):
         name, table = self.used_rows
         return weights | {f"{name}.weight": change(table, weights[f"{name}.weight"])}
 
-    def batch(self, tokens: Tokens, labels: np.ndarray, rows: np.ndarray, device: torch.device, **keys: int) -> Batch:
-        """The batch of data set rows `rows` in the layout that suits model and device; see batch.assemble."""
+    def batch(
+        self,
+        tokens: Tokens,
+        labels: np.ndarray,
+        rows: np.ndarray,
+        device: torch.device,
+        longest: int | None = None,
+        **keys: int,
+    ) -> Batch:
+        """The batch of data set rows `rows` in the layout that suits model and device; see batch.assemble.
+
+        `longest`: of the pairs that shall get one length, this batch's or more.
+        """
         # On a CPU time goes into arithmetic, which small groups save; on a GPU into launches, of which each group has
         # as many as a full batch.
         likeness = 0.8 if self.layout and self.layout.unpad and device.type == "cpu" else 0.0
-        return assemble(tokens, labels, rows, device, **keys, likeness=likeness)
+        longest = longest if self.one_length else None
+        return assemble(tokens, labels, rows, device, **keys, likeness=likeness, longest=longest)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits (pairs, classes), in the order of the batch."""
@@ -155,7 +144,9 @@ class CrossEncoder(nn.Module):
             inputs = {"input_ids": ids, "attention_mask": mask}
         if self.num_types > 1:
             inputs["token_type_ids"] = types
-        return self.model(**inputs).logits
+        self.calls.set(batch.keys[batch.first], batch.step_key)
+        with self.calls.active():
+            return self.model(**inputs).logits
 
     def positions(self, batch: Batch) -> torch.Tensor:
         """(tokens,) position numbers, as the library counts them."""
@@ -227,6 +218,17 @@ def weights_fingerprint(model: nn.Module) -> str:
     for name, value in sorted([*model.named_parameters(), *model.named_buffers()]):
         digest.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def checkpoint_activations(model: CrossEncoder) -> None:
+    """Computes each layer's activations again in the backward. Raises UserError where the model cannot."""
+    inner = model.model
+    if not inner.supports_gradient_checkpointing:
+        raise UserError(f"{inner.config.model_type} has no gradient checkpointing; say "
+                        "--gradient_checkpointing false, and lower --per_device_train_batch_size")  # fmt: skip
+    # transformers has renamed the method
+    enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "context_fn": model.calls.replay})
 
 
 def compile_layers(model: CrossEncoder) -> None:

@@ -44,7 +44,7 @@ def token_keys(seed: int, step: int, rows: np.ndarray, positions: np.ndarray) ->
     return hash_key(seed, step, rows, positions).view(np.int64)
 
 
-def _columns(site: int, num_rows: int, width: int, device: torch.device) -> torch.Tensor:
+def columns_of(site: int, num_rows: int, width: int, device: torch.device) -> torch.Tensor:
     """Random odd numbers (num_rows, ceil(width / DRAWS)); each row (an attention head) has its own."""
     # Attention is as wide as the longest pair, so widths are rounded up: few are kept, none is computed twice.
     return _wide_columns(site, num_rows, -(-width // 128) * 128, device)[:, : -(-width // DRAWS)]
@@ -64,40 +64,73 @@ def keep(keys: torch.Tensor, columns: torch.Tensor, width: int, threshold: int) 
     return (hashes.view(torch.int16) >= threshold)[..., :width]
 
 
+def masked(x: torch.Tensor, p: float, keys: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """x (..., features) after dropout: 0, or x / P(survive). `keys` and `columns` as in `keep`."""
+    dropped = round(p * 65536)
+    # By a Python number torch multiplies in fp32; in a bfloat16 tensor, 1 / 0.9 would be 1.1094.
+    return x * (65536 / (65536 - dropped)) * keep(keys, columns, x.shape[-1], dropped - 32768)
+
+
+@lru_cache(maxsize=4096)
+def _many_numbers(site: int, dim: int, size: int, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(hash_key(site, dim, np.arange(size), 1).view(np.int64)).to(device)
+
+
+def numbers(site: int, dim: int, size: int, device: torch.device) -> torch.Tensor:
+    """Random numbers (size,), one a coordinate of a site's dimension; a key and some of them add up to a new key."""
+    return _many_numbers(site, dim, -(-size // 128) * 128, device)[:size]
+
+
+def mixed(keys: torch.Tensor) -> torch.Tensor:
+    """`mix` on int64: well-mixed keys from sums of keys and numbers."""
+    keys = (keys ^ ((keys >> 30) & (2**34 - 1))) * MULTIPLIER
+    keys = (keys ^ ((keys >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
+    return keys ^ ((keys >> 31) & (2**33 - 1))
+
+
 class DropoutKeys:
     """The keys of the tokens that the model is about to see, shared by all its dropout sites.
 
     A site finds its keys by the leading shape of its input: every token, (batch, length), or only each pair's first
     one, (batch,) or (batch, 1).
+
+    Attributes:
+        passes: how often layers that are computed several times in a forward have begun; each pass has its own masks.
     """
 
     def __init__(self) -> None:
         self.by_shape: dict[tuple[int, ...], torch.Tensor] = {}
+        self.step: torch.Tensor
         self.num_sites = 0
+        self.passes = 0
 
-    def set(self, tokens: torch.Tensor, first: torch.Tensor) -> None:
-        """`tokens` (batch, length) keys of every token, `first` (pairs,) those of each pair's first token."""
+    def set(self, tokens: torch.Tensor, first: torch.Tensor, step: torch.Tensor) -> None:
+        """`tokens` (batch, length) keys of every token, `first` (pairs,) those of each pair's first token, `step` (1,)
+        one that all pairs of the step share."""
         self.by_shape = {tuple(first.shape): first, (len(first), 1): first[:, None], tuple(tokens.shape): tokens}
+        self.step, self.passes = step, 0
 
     def new_site(self) -> int:
         self.num_sites += 1
         return self.num_sites
 
     def mask(self, site: int, p: float, x: torch.Tensor) -> torch.Tensor:
-        """x (..., features) after dropout: 0, or x / P(survive)."""
+        """x (..., features) after dropout."""
         keys = self.by_shape[tuple(x.shape[:-1])].unsqueeze(-1)
-        return self._masked(keys, _columns(site, 1, x.shape[-1], x.device)[0], p, x)
+        return masked(x, p, keys, columns_of(self._now(site), 1, x.shape[-1], x.device)[0])
 
     def attention_mask(self, site: int, p: float, weights: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
         """The same for attention weights (batch, heads, queries, keys), given the `queries`' keys (batch, queries)."""
-        columns = _columns(site, weights.shape[1], weights.shape[-1], weights.device)
-        return self._masked(queries[:, None, :, None], columns[:, None], p, weights)
+        columns = columns_of(self._now(site), weights.shape[1], weights.shape[-1], weights.device)
+        return masked(weights, p, queries[:, None, :, None], columns[:, None])
 
-    @staticmethod
-    def _masked(keys: torch.Tensor, columns: torch.Tensor, p: float, x: torch.Tensor) -> torch.Tensor:
-        dropped = round(p * 65536)
-        # By a Python number torch multiplies in fp32; in a bfloat16 tensor, 1 / 0.9 would be 1.1094.
-        return x * (65536 / (65536 - dropped)) * keep(keys, columns, x.shape[-1], dropped - 32768)
+    def shared_mask(self, site: int, p: float, x: torch.Tensor, start: int) -> torch.Tensor:
+        """The same for rows (rows, features) of a table, from row `start` on, that all pairs of a step share."""
+        of_row = numbers(site, 0, start + len(x), x.device)[start:]
+        return masked(x, p, mixed(self.step + of_row)[:, None], columns_of(site, 1, x.shape[-1], x.device)[0])
+
+    def _now(self, site: int) -> int:
+        return site + self.passes * self.num_sites
 
 
 class KeyedDropout(nn.Module):

@@ -5,8 +5,8 @@ from typing import Any
 
 from trainer.base.errors import UserError
 from trainer.base.log import log
-from trainer.model.attention import FAMILIES
 from trainer.model.cross_encoder import first_position, num_rows
+from trainer.model.families import FAMILIES
 
 # What changes only how a forward runs or what it returns besides the logits, and would break ours.
 PLAIN: dict[str, Any] = {

@@ -1,0 +1,173 @@
+"""The model families whose layout crossrank knows, without a copy of their code.
+
+A model of a known family runs its own forward. What changes comes in through the library's extension points, through
+modules and methods put in place of others, and through forward hooks:
+
+- Dropout masks follow the samples (KeyedDropout), so they do not depend on ranks or padding.
+- Unpadded, a batch is one row of its real tokens: linear layers, norms, activations and dropout see no padding.
+  Only attention lays the tokens out per pair, in groups of like length.
+- Where only the first token's vector reaches the classifier, the last layer is fed the first tokens, and only its keys
+  and values are computed from all of them. This is exact: what is left out never reached the logits.
+
+A model of any other family runs padded, with its own attention and the dropout of calls.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from trainer.model.attention import AttentionSite, attention, bert_forward, mpnet_forward
+from trainer.model.deberta import adopt_deberta, disentangled_forward
+from trainer.model.dropout import KeyedDropout
+from trainer.model.layout import Layout
+
+NAME = "crossrank"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where an architecture keeps its parts.
+
+    Attributes:
+        end: in the base model, the layers, or the module that ends with the last of them.
+        attention: how the names of attention modules end.
+        trims: whether keys and values can be computed apart from queries; if not, the last layer computes every token,
+            and hands on the first ones.
+        source: in an attention module, the linear layers that compute them, where the forward does not see to it.
+        norm: in a layer, what is applied before attention, if that is so.
+        forward: takes the place of an attention module's own, where that does not use the library's interface.
+        settle: gives other parts of the base model what they need to know of the layout.
+    """
+
+    end: str = "encoder.layer"
+    attention: str = "attention.self"
+    trims: bool = True
+    source: tuple[str, ...] = ("key", "value")
+    norm: str = ""
+    forward: Callable[..., Any] | None = None
+    settle: Callable[[Any, Layout], None] | None = None
+
+
+def _mpnet(base: Any, layout: Layout) -> None:
+    """Positions are relative: those of the longest pair serve all."""
+    positions = base.encoder.compute_position_bias
+    base.encoder.compute_position_bias = lambda hidden: positions(hidden.new_empty(1, layout.longest))
+
+
+def _albert(base: Any, layout: Layout) -> None:
+    """The same layers are computed again and again, each time with masks of their own."""
+
+    def count(module: nn.Module, args: Any) -> None:
+        layout.dropout.passes += 1
+
+    for group in base.encoder.albert_layer_groups:
+        group.register_forward_pre_hook(count)
+
+
+BERT = Family()
+ROTARY = Family("layers", "self_attn", trims=False)  # queries and keys are turned together
+FAMILIES = {
+    "bert": BERT,
+    "roberta": BERT,
+    "xlm-roberta": BERT,
+    "camembert": BERT,
+    "electra": BERT,
+    "ernie": BERT,
+    "data2vec-text": BERT,
+    "distilbert": Family("transformer.layer", "attention", source=("k_lin", "v_lin")),
+    "albert": Family("encoder", "attention", trims=False, settle=_albert),
+    "rembert": Family(forward=bert_forward),
+    "megatron-bert": Family(norm="attention.ln", forward=bert_forward),
+    "roberta-prelayernorm": Family(norm="attention.LayerNorm"),
+    "xlm-roberta-xl": Family(norm="attention.self_attn_layer_norm"),
+    "mpnet": Family(attention="attention.attn", source=("k", "v"), forward=mpnet_forward, settle=_mpnet),
+    "deberta-v2": Family(source=(), forward=disentangled_forward, settle=adopt_deberta),
+    "modernbert": Family("layers", "attn", trims=False),
+    "nomic_bert": ROTARY,
+    "gte": ROTARY,
+    "jina_embeddings_v3": ROTARY,
+    "eurobert": ROTARY,
+}
+FIRST = ("cls", "bos")
+
+
+def adopt(model: PreTrainedModel, unpad: bool) -> tuple[Layout | None, str]:
+    """Gives `model` crossrank's attention, dropout and layout, as far as its architecture allows.
+
+    Returns:
+        The layout, None where the model stays untouched; and why the model runs padded, if it does so unasked.
+    """
+    config = model.config
+    family = FAMILIES.get(config.model_type)
+    own_code = not type(model).__module__.startswith("transformers.models.")
+    odd_positions = getattr(config, "position_embedding_type", None) not in (None, "absolute", "rotary")
+    if family is None or own_code or odd_positions or getattr(config, "is_decoder", False):
+        what = "this kind of " if family else ""
+        return None, f"{what}{config.model_type} runs padded, with its own attention"
+    pooling, note = getattr(config, "classifier_pooling", "cls"), ""
+    if unpad and pooling not in (*FIRST, "mean"):
+        unpad, note = False, f"runs padded: its classifier is fed by {pooling} pooling"
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+    if family.forward is None:
+        model.set_attn_implementation(NAME)
+    layout = Layout(unpad)
+    base: Any = model.base_model
+    end = base.get_submodule(family.end)
+    layers = list(end.children()) if isinstance(end, nn.ModuleList) else [end]
+    trimmed = unpad and pooling in FIRST and family.trims
+    for name, module in base.named_modules():
+        if name.endswith(f".{family.attention}"):
+            inside_last = any(module is part for part in layers[-1].modules())
+            module.site = AttentionSite(layout, layout.dropout.new_site(), trimmed and inside_last)
+            if family.forward is not None:
+                module.forward = partial(family.forward, module)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Dropout):
+                setattr(parent, name, KeyedDropout(child.p, layout.dropout))
+    if family.settle is not None:
+        family.settle(base, layout)
+    if trimmed:
+        _compute_first_only(layers[-1], family, layout)
+    elif unpad:
+        last, change = (layers[-1], layout.first_tokens) if pooling in FIRST else (base, layout.means)
+        last.register_forward_hook(lambda module, args, output: _changed(output, change))
+    return layout, note
+
+
+def _changed(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A module's output, with its hidden states changed."""
+    if isinstance(output, torch.Tensor):
+        return change(output)
+    if isinstance(output, tuple):
+        return change(output[0]), *output[1:]
+    output.last_hidden_state = change(output.last_hidden_state)
+    return output
+
+
+def _compute_first_only(layer: nn.Module, family: Family, layout: Layout) -> None:
+    """Makes the last layer's output that of the first tokens, as (pairs, 1, hidden).
+
+    It is fed the first tokens; only its keys and values are computed from all tokens.
+    """
+    norm = layer.get_submodule(family.norm) if family.norm else nn.Identity()
+
+    def take_first(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]
+        # The model views keys and values as (pairs, 1, any number of heads, size), so their number must be a multiple
+        # of the pairs. `attention` takes the rows back from there.
+        layout.hidden = functional.pad(norm(hidden), (0, 0, 0, -hidden.shape[1] % len(layout.first)))
+        return layout.first_tokens(hidden), *args[1:]
+
+    layer.register_forward_pre_hook(take_first)
+    for name, module in layer.named_modules():
+        parent, _, own = name.rpartition(".")
+        if own in family.source and parent.endswith(family.attention):
+            module.register_forward_pre_hook(lambda module, args: (layout.hidden,))
