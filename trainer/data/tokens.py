@@ -85,7 +85,7 @@ class Split:
 
 
 def cache_folder() -> Path:
-    """$CROSSRANK_CACHE, or ~/.cache/crossrank."""
+    """In $CROSSRANK_CACHE, or crossrank/ in $XDG_CACHE_HOME or ~/.cache."""
     return caches(os.environ)["CROSSRANK_CACHE"] / "tokens"
 
 
