@@ -23,14 +23,15 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
-def reason(error: OSError) -> str:
-    """What the operating system says, without number and file name."""
-    return error.strerror or str(error)
+def reason(error: Exception) -> str:
+    """What the operating system says, without number and file name; of another error, its text."""
+    return getattr(error, "strerror", None) or str(error)
 
 
-def named(error: OSError) -> str:
+def named(error: Exception) -> str:
     """The same, behind the file that it is about."""
-    return reason(error) if error.filename is None else f"{error.filename}: {reason(error)}"
+    file = getattr(error, "filename", None)
+    return reason(error) if file is None else f"{file}: {reason(error)}"
 
 
 # What other trainers call a field.

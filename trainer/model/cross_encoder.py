@@ -242,8 +242,11 @@ def compile_layers(model: CrossEncoder) -> None:
 
 
 def num_rows(model: Any) -> int:
-    """The tokens that the model has, frozen rows included."""
-    table = model.get_input_embeddings()
+    """The tokens that the model has, frozen rows included. Raises UserError where it has no table of them."""
+    try:
+        table = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        raise UserError(f"{model.config.model_type} has no table of tokens, which crossrank needs") from None
     return len(table.place) if isinstance(table, UsedRows) else int(table.weight.shape[0])
 
 
