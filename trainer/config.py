@@ -4,13 +4,12 @@ Fields are flat and carry the names that transformers' TrainingArguments and run
 card's hyperparameter list can be pasted into a config file. Nothing here imports torch: a login node can check a run.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from trainer.base.errors import UserError, unknown
-from trainer.base.fields import Fields, option
+from trainer.base.errors import UserError
+from trainer.base.fields import Fields, checked, option
 from trainer.base.yaml_files import read_mapping
 
 Metric = Literal["accuracy", "f1_macro", "f1_micro", "f1_weighted", "loss"]
@@ -278,10 +277,5 @@ GROUPS: tuple[type, ...] = Config.__bases__[::-1]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The fields that a recipe or config file sets, names checked. Raises UserError naming the file."""
-    values = read_mapping(path)
-    fields = [own.name for own in dataclasses.fields(Config)]
-    for name in values:
-        if name not in fields:
-            raise UserError(f"{path}: {unknown('field', str(name), fields)}")
-    return values
+    """The fields that a recipe or config file sets. Raises UserError naming the file."""
+    return checked(read_mapping(path), Config, place=path)

@@ -98,8 +98,6 @@ def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, ou
     place = None if output.output_dir is None else new_folder(Path(output.output_dir))
     world = ranks.start(inference.ddp_timeout)
     predictor = Predictor(folder, inference, world)
-    if data.label_names and sorted(data.label_names) != sorted(predictor.label_names):
-        raise UserError(f"label_names {data.label_names} are not the model's classes {predictor.label_names}")
     metrics = {}
     for role in ("dev", "test"):
         pairs = load_pairs(data, role, predictor.label_names, of_model=True)

@@ -301,12 +301,13 @@ def test_a_terminal_is_told_what_is_read(monkeypatch, said):
     assert "reading pairs from the terminal" in said[0]
 
 
-@pytest.mark.parametrize("name", ["{}/../modle", "./model", "runs/modle", "a/b/c"])
+@pytest.mark.parametrize("name", ["{}/../modle", "./model", "runs/modle", "a/b/c", "trainr"])
 def test_a_misspelt_folder_is_named(name, model, tmp_path, monkeypatch):
     from trainer import api
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
+    for folder in ("runs", "trainer"):
+        (tmp_path / folder).mkdir()
     name = name.format(model)
     with pytest.raises(UserError, match="no such folder") as caught:
         api.predict(name, [("a", "b")])

@@ -65,6 +65,19 @@ def test_models_in_a_folder_that_can_only_be_read_are_found(tmp_path, monkeypatc
     assert "CROSSRANK_CACHE" not in os.environ
 
 
+def test_folders_are_looked_at_before_libraries_read_their_names(tmp_path):
+    """From Python too; and all follow XDG_CACHE_HOME."""
+    code = (
+        "import sys; from trainer.base import folders; looked = []\n"
+        "folders.provide = lambda: looked.append('huggingface_hub' in sys.modules)\n"
+        "import crossrank; crossrank.train; crossrank.predict; print(looked, folders.caches({'XDG_CACHE_HOME': '/x'}))"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    said = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True).stdout
+    assert said.startswith("[False] ")
+    assert "'CROSSRANK_CACHE': PosixPath('/x/crossrank')" in said
+
+
 def test_no_bars_in_a_log(tmp_path):
     """Neither ours, however long it takes, nor that of a library."""
     from trainer.data.builtin import pairs

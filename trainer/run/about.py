@@ -27,9 +27,14 @@ ENGLISH = ("all-nli", "snli", "multi_nli", "mnli", "builtin")
 
 
 def about(
-    config: Config, splits: dict[Role, Split], batch_size: int, model: CrossEncoder, world: World, backend: str
+    config: Config,
+    splits: dict[Role, Split],
+    batch_size: int,
+    model: CrossEncoder,
+    world: World,
+    wiring: dict[str, Any],
 ) -> dict[str, Any]:
-    """All of it; `batch_size` is the global one."""
+    """All of it; `batch_size` is the global one, `wiring` says the backend and the number of nodes."""
     return {
         "dataset": of_dataset(config),
         "data": {role: of_split(split) | of_file(config, role) for role, split in splits.items()},
@@ -37,7 +42,7 @@ def about(
         "model": of_model(config, model),
         "hardware": hardware(world),
         "world_size": world.size,
-        "backend": backend,
+        **wiring,
         "device": world.device.type,
         "global_batch_size": batch_size,
         "versions": versions(),
