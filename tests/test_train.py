@@ -365,3 +365,32 @@ def test_help_and_unknown_verbs():
     assert "--train_batch_size" in crossrank("train", "--help").stdout
     assert "MODEL_DIR" in crossrank("predict", "--help").stdout
     assert "did you mean 'train'" in crossrank("trian", check=False).stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--eval_strategy", "epoch", "--test_file", "TEST"]])
+def test_without_a_dev_split_nothing_is_evaluated_while_it_trains(options, tmp_path):
+    from trainer.data.builtin import pairs
+    from trainer.report.read import read_run
+
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs("train")[:60]))
+    options = [str(tmp_path / "train.jsonl") if option == "TEST" else option for option in options]
+    result = crossrank("train", "--model_name_or_path", "builtin", "--train_file", tmp_path / "train.jsonl",
+                       "--max_steps", "12", "--eval_steps", "5", "--train_batch_size", "8", *options,
+                       "--track_emissions", "false", "--output_dir", tmp_path / "run")  # fmt: skip
+    assert result.said.count("no dev split: nothing is evaluated while the run trains") == 1
+    assert [event["step"] for event in events(tmp_path / "run", "eval")] == ([12] if options else [])
+    assert list(read_run(tmp_path / "run").results["metrics"]) == (["train-test"] if options else [])
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert ("No final scores." in card) == ("metrics:" not in card) == (not options)
+    for needs in (["--load_best_model_at_end"], ["--eval_on_start"]):
+        result = crossrank("train", "--recipe", "demo", "--train_file", tmp_path / "train.jsonl", *needs, check=False)
+        assert "need a dev split" in result.stderr
+
+
+def test_a_batch_of_more_than_all_pairs_is_said(tmp_path):
+    (tmp_path / "train.csv").write_text("premise,hypothesis,label\na,b,0\na cat,a dog,1\n")
+    result = crossrank("train", "--model_name_or_path", "builtin", "--train_file", tmp_path / "train.csv",
+                       "--max_steps", "1", "--eval_strategy", "no", "--train_batch_size", "500", *SMALL[-4:],
+                       "--output_dir", tmp_path / "run")  # fmt: skip
+    assert "a step has 2 pairs, all that there are: fewer than its batch of 500" in result.stderr
+    assert "no dev split" not in result.stderr

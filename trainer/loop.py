@@ -191,10 +191,12 @@ class Trainer:
                 self.evaluate("dev", step=0)
 
     def evaluate_and_keep_best(self) -> None:
-        """While it lasts, a checkpoint says that it is still to be done."""
+        """While it lasts, a checkpoint says that it is still to be done. Without a dev split there is nothing to do."""
         state = self.state
+        state.pending_evaluation = "dev" in self.data
+        if not state.pending_evaluation:
+            return
         with state.window.pause():
-            state.pending_evaluation = True
             self.keep_if_best(self.evaluate("dev", state.step).scores)
             state.pending_evaluation = False
 

@@ -106,6 +106,8 @@ def read_pairs(config: Config) -> dict[Role, Pairs]:
     splits = load_splits(config)
     if "dev" not in splits and (config.eval_on_start or config.load_best_model_at_end):
         raise UserError("eval_on_start and load_best_model_at_end need a dev split: give --validation_file FILE")
+    if "dev" not in splits and config.eval_strategy != "no":
+        log.info("no dev split: nothing is evaluated while the run trains; --validation_file FILE gives one")
     return splits
 
 
@@ -147,6 +149,8 @@ def tokenize_splits(
 
 def make_sampler(config: Config, world: World, train_split: Split) -> GlobalBatchSampler:
     batch_size = global_batch_size(config, world.size)
+    if batch_size > len(train_split):
+        log.info(f"a step has {len(train_split):,} pairs, all that there are: fewer than its batch of {batch_size:,}")
     num_steps = total_steps(config, len(train_split), batch_size)
     return GlobalBatchSampler(
         len(train_split), batch_size, config.order_seed, num_steps, train_split.tokens.fingerprint

@@ -103,7 +103,7 @@ def metadata(run: Run) -> ModelCardData:
         "datasets": [data["hub_id"]] if data["hub_id"] else None,
         "pipeline_tag": "text-classification",
         "library_name": "sentence-transformers",
-        "metrics": list(SCORES),
+        "metrics": list(SCORES) if run.results.get("metrics", True) else None,
         "co2_eq_emissions": emissions,
         "model_name": title(run),
         "eval_results": eval_results(run) or None,
