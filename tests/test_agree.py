@@ -48,7 +48,7 @@ def test_ranks_of_different_runs(what, tmp_path, builtin_model):
     command = [[*common, tmp_path / str(rank) / "train.jsonl", *(options if rank else [])] for rank in range(2)]
     result = Ranks(command[0], 2, None, None, {}, others={1: command[1]}).wait()
     assert result.returncode == 2, result.said
-    assert result.said.count("the ranks would train different runs") == 1
+    assert result.said.count("the ranks do not agree") == 1
     assert expected in result.said
     assert "on rank 1" in result.said
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -91,3 +91,54 @@ def test_a_buffer_without_dimensions_has_a_fingerprint(tmp_path):
     model.scale += 1
     assert model_facts(model)["model"] != before
     World(0, 1, 0, torch.device("cpu")).agree(lambda: pytest.fail("one rank has nothing to compare"))
+
+
+def scoring() -> dict:
+    rows = pairs("train")[:80]
+    swapped = [*rows[:5], {**rows[5], "premise": "A cat."}, *rows[6:]]
+    return {
+        "predict, another file": ("predict", [], swapped, "the input from row 0 is "),
+        "predict, fewer rows": ("predict", [], rows[:64], "the input from row 64 is "),
+        "predict, another precision": ("predict", ["--bf16", "true"], rows, "bf16 is False on rank 0"),
+        "predict, another model": ("predict", ["OTHER"], rows, "config.json's id2label is "),
+        "evaluate, another file": ("evaluate", [], swapped, "test is "),
+        "evaluate, another batch": ("evaluate", ["--per_device_eval_batch_size", "8"], rows,
+                                    "per_device_eval_batch_size is 64 on rank 0"),
+        "evaluate, one file less": ("evaluate", ["NO FILE"], rows, "test is "),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def classifiers(tmp_path_factory, builtin_model):
+    """The same weights under other names of their classes."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("classifiers")
+    for name, classes in (("one", "entailment neutral contradiction"), ("other", "contradiction neutral entailment")):
+        shutil.copytree(builtin_model, folder / name)
+        config = json.loads((folder / name / "config.json").read_text())
+        config["id2label"] = dict(enumerate(classes.split()))
+        (folder / name / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("what", scoring())
+def test_ranks_that_score_different_things(what, tmp_path, classifiers):
+    verb, options, rows, expected = scoring()[what]
+    script = tmp_path / "parts.py"  # the input in parts of 64 rows
+    script.write_text("import sys\nfrom trainer.data import tables\ntables.ROWS = 64\n"
+                      "from trainer import __main__\nsys.exit(__main__.main(sys.argv[1:]))\n")  # fmt: skip
+    command = []
+    for rank, own in enumerate((pairs("train")[:80], rows)):
+        (tmp_path / str(rank)).mkdir()
+        write(tmp_path / str(rank) / "test.jsonl", own)
+        file = (
+            "--input" if verb == "predict" else "--validation_file" if rank and "NO FILE" in options else "--test_file"
+        )
+        model = classifiers / ("other" if rank and "OTHER" in options else "one")
+        words = [word for word in options if rank and word not in ("OTHER", "NO FILE")]
+        command.append([verb, model, file, tmp_path / str(rank) / "test.jsonl", *words])
+    result = Ranks(command[0], 2, None, script, {}, others={1: command[1]}).wait()
+    assert result.returncode == 2, result.said
+    assert result.said.count("the ranks do not agree") == 1
+    assert expected in result.said

@@ -69,7 +69,7 @@ def predict(model: str | Path, pairs: Iterable[tuple[str, str]], **options: Any)
         model: folder of a trained model.
         options: fields of `crossrank predict --help`'s group Inference, such as bf16.
     """
-    return predict_pairs(str(model), list(pairs), *grouped(options, InferenceConfig))
+    return predict_pairs(str(model), pairs, *grouped(options, InferenceConfig))
 
 
 def evaluate(model: str | Path, **fields: Any) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """A trained model at work: the scores of labelled pairs, the classes of new ones."""
 
+import dataclasses
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -15,16 +18,17 @@ from trainer.base.fields import Fields, option
 from trainer.base.files import write_json
 from trainer.base.log import log
 from trainer.config import METRICS, DataConfig, ModelConfig
-from trainer.data.sources import Pairs, load_pairs, split_name, unlabelled
+from trainer.data.sources import Pairs, Role, load_pairs, split_name, unlabelled
 from trainer.data.stream import WRITERS, id_column, ids_of, open_output, stream_stdin
 from trainer.data.tables import column_of, read_parts
 from trainer.data.tokens import Split, Tokens, cache_folder, tokenize
 from trainer.evaluate import evaluate, predict_logits, write_predictions
 from trainer.metrics import log_softmax
+from trainer.model.cross_encoder import model_facts
 from trainer.model.loading import check_folder, load_trained
 from trainer.model.precision import check_bf16
 from trainer.ranks import World
-from trainer.run.versions import versions
+from trainer.run.versions import code_hash, versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,7 @@ class InferenceConfig(Fields):
     """Longest pair in tokens; None = as in training."""
     trust_remote_code: bool = False
     """Run Python code that the model folder brings."""
-    ddp_timeout: int = option(1800, above=0)
+    ddp_timeout: int = option(1800, above=0, below=10**7)
     """Seconds until a collective that not every rank reached is an error."""
 
 
@@ -57,7 +61,8 @@ class PredictConfig(Fields):
 
     input: str = option("-", path=True)
     """File of pairs: jsonl, csv, tsv or parquet, each also .gz; - = stdin, as jsonl or as two tab-separated columns
-    without a header. Every row is answered, in order; an empty line, or a row without text, is an error."""
+    without a header. Every row is answered, in order; an empty line before the last row, or a row without text, is an
+    error."""
     output: str = option("-", path=True)
     """File of predictions, .jsonl, .csv, .tsv or .parquet by its name; - = jsonl on stdout. Each row begins with the
     pair's `id` (or `idx`, `index`, `pairID`, `guid`) if the input has that column, and else with its number from 0 as
@@ -79,6 +84,8 @@ class Predictor:
         origin = ModelConfig(model_name_or_path=folder, trust_remote_code=code, max_length=config.max_length)
         self.model = load_trained(origin).to(world.device)
         self.label_names = self.model.label_names
+        options = dataclasses.asdict(config) | {"device": world.device.type}
+        world.agree(lambda: options | versions() | {"code": code_hash()} | model_facts(self.model))
 
     def tokens(self, pairs: Pairs, cache: Path | None) -> Tokens:
         tokens = tokenize(pairs, self.model.tokenizer, self.model.max_length, cache, progress=self.world.is_main)
@@ -86,10 +93,15 @@ class Predictor:
         return tokens
 
     def logits(self, pairs: Pairs) -> np.ndarray | None:
-        """(n, classes) on rank 0, None elsewhere."""
+        """(n, classes) on rank 0, None elsewhere. Raises UserError where the ranks have other pairs."""
         tokens = self.tokens(pairs, cache=None)  # new pairs are seen once, so their tokens are not worth keeping
+        self.agree(int(pairs.row[0]), tokens.fingerprint)
         size, bf16 = self.config.per_device_eval_batch_size, self.config.bf16
         return predict_logits(self.model, pairs, tokens, self.world, size, bf16)
+
+    def agree(self, row: int, content: str) -> None:
+        """Every rank says what it has from this row on."""
+        self.world.agree(lambda: {f"the input from row {row}": content})
 
 
 def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, output: EvaluateConfig) -> dict[str, Any]:
@@ -98,20 +110,24 @@ def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, ou
     place = None if output.output_dir is None else new_folder(Path(output.output_dir))
     world = ranks.start(inference.ddp_timeout)
     predictor = Predictor(folder, inference, world)
-    metrics = {}
-    for role in ("dev", "test"):
+    splits: dict[Role, Split] = {}
+    roles: tuple[Role, ...] = ("dev", "test")
+    for role in roles:
         pairs = load_pairs(data, role, predictor.label_names, of_model=True)
-        if pairs is None:
-            continue
-        split = Split(split_name(data, role), pairs, predictor.tokens(pairs, cache_folder()))
+        if pairs is not None:
+            splits[role] = Split(split_name(data, role), pairs, predictor.tokens(pairs, cache_folder()))
+    world.agree(lambda: {role: split.tokens.fingerprint for role, split in splits.items()})
+    if not splits:
+        raise UserError("nothing to evaluate on: give --validation_file, --test_file or a --dataset_name")
+    metrics = {}
+    for split in splits.values():
+        pairs = split.pairs
         result = evaluate(predictor.model, split, world, inference.per_device_eval_batch_size, inference.bf16)
         log.info(f"{pairs.describe()}; classes {', '.join(pairs.label_names)}")
         metrics[split.name] = result.scores
         log.info(f"{split.name}: " + ", ".join(f"{m} {result.scores[m]:.4f}" for m in METRICS))
         if place is not None and result.logits is not None:
             write_predictions(place / "predictions" / f"{split.name}.parquet", pairs, result.logits)
-    if not metrics:
-        raise UserError("nothing to evaluate on: give --validation_file, --test_file or a --dataset_name")
     if place is not None and world.is_main:
         write_json(place / "results.json", {"metrics": metrics, "versions": versions()})
     return metrics
@@ -129,15 +145,22 @@ def new_folder(place: Path) -> Path:
     return place
 
 
-def predict_pairs(folder: str, pairs: list[tuple[str, str]], config: InferenceConfig) -> np.ndarray:
+def predict_pairs(folder: str, given: Iterable[tuple[str, str]], config: InferenceConfig) -> np.ndarray:
     """Probabilities (n, classes) of pairs, in order, on every rank. Raises UserError naming a pair without text."""
-    world = ranks.start(config.ddp_timeout)
-    predictor = Predictor(folder, config, world)
-    if not pairs:
-        return np.empty((0, len(predictor.label_names)))
+    if not isinstance(given, Iterable):
+        raise UserError(f"pairs must be a list of (premise, hypothesis), got {repr(given)[:80]}")
+    pairs = list(given)
     for row, pair in enumerate(pairs):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:  # a dict of two would be its keys
             raise UserError(f"pairs, row {row}: expected (premise, hypothesis), found {repr(pair)[:80]}")
+        for field, text in zip(("premise", "hypothesis"), pair, strict=True):
+            if not isinstance(text, (str, NoneType)):
+                raise UserError(f"pairs, row {row}: {field} must be text, found {repr(text)[:80]}")
+    world = ranks.start(config.ddp_timeout)
+    predictor = Predictor(folder, config, world)
+    if not pairs:
+        predictor.agree(0, "none")
+        return np.empty((0, len(predictor.label_names)))
     table = pa.table({name: column_of([pair[i] for pair in pairs]) for i, name in enumerate(("premise", "hypothesis"))})
     logits = predictor.logits(unlabelled(table, "pairs", None, None))
     return np.array(world.broadcast(None if logits is None else np.exp(log_softmax(logits)).tolist()))
@@ -167,6 +190,7 @@ def predict_file(folder: str, config: PredictConfig, inference: InferenceConfig)
                 write(ids_of(table, id_name, done), np.exp(log_softmax(logits)))
             done += len(pairs)
             bar.update(len(pairs))
+        predictor.agree(done, "none")
 
 
 def check_output(output: str) -> None:

@@ -92,7 +92,7 @@ class World:
         lines = [] if gathered is None else gathered.tobytes().splitlines()
         if differing := self.broadcast(_differences(list(map(json.loads, lines)))):
             fix = "start all with the same command, files and versions"
-            raise UserError(f"the ranks would train different runs: {differing}; {fix}")
+            raise UserError(f"the ranks do not agree: {differing}; {fix}")
 
     def all(self, condition: bool) -> bool:
         """Whether it holds on every rank."""
