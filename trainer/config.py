@@ -160,7 +160,7 @@ class ParallelConfig(Fields):
     """A config of DeepSpeed: zero0, zero1, zero2, zero3, zero2_offload, zero3_offload, or a JSON file of your own."""
     ddp_comm_hook: Literal["none", "bf16"] = "none"
     """ddp: what travels between ranks; bf16 = gradients rounded to bfloat16, half the bytes, no longer the same run."""
-    ddp_timeout: int = option(1800, above=0, kind="upkeep")
+    ddp_timeout: int = option(1800, above=0, below=10**7, kind="upkeep")
     """Seconds until a collective that not every rank reached is an error."""
 
 
@@ -253,8 +253,8 @@ class Config(
         super().__post_init__()
         if self.run_name is not None and Path(self.run_name).name != self.run_name:
             raise UserError(f"run_name {self.run_name!r} must be a plain name; a path goes into output_dir")
-        if self.max_steps == 0:
-            raise UserError("max_steps must be positive, or -1 for num_train_epochs")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise UserError(f"max_steps must be positive, or -1 for num_train_epochs, got {self.max_steps}")
         if self.train_batch_size is not None and self.gradient_accumulation_steps != 1:
             raise UserError("gradient_accumulation_steps follows from train_batch_size; set only one of them")
         if self.load_best_model_at_end and self.eval_strategy == "no":
@@ -279,3 +279,10 @@ GROUPS: tuple[type, ...] = Config.__bases__[::-1]
 def read_yaml(path: Path) -> dict[str, Any]:
     """The fields that a recipe or config file sets. Raises UserError naming the file."""
     return checked(read_mapping(path), Config, place=path)
+
+
+def read_run_config(path: Path) -> dict[str, Any]:
+    """The fields of a run's own config.yaml. Raises UserError where it holds none: no run has written such a file."""
+    if not (values := read_yaml(path)):
+        raise UserError(f"{path} is damaged: it holds no field; take it from a copy of the run")
+    return values

@@ -12,12 +12,13 @@ from filelock import FileLock, Timeout
 
 from trainer.base.errors import UserError, named, reason
 from trainer.base.fields import rule
-from trainer.base.files import obstacle, remove_remains, write_text
-from trainer.base.yaml_files import dump
-from trainer.config import Config, read_yaml
+from trainer.base.files import json_object, obstacle, remove_remains, write_text
+from trainer.base.yaml_files import dump, read_mapping
+from trainer.config import Config, read_run_config
 from trainer.ranks import World
 
-WRITTEN = ("about.json", "config.yaml", "emissions.csv", "metrics.jsonl", "model", "report.html", "results.json")
+WRITTEN = ("about.json", "checkpoints", "config.yaml", "emissions.csv", "metrics.jsonl", "model", "predictions",
+           "report.html", "results.json", "tensorboard", "wandb")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,19 +50,39 @@ def find_run(config: Config) -> RunFolder:
         raise UserError(f"cannot write the run folder {folder}: {why}")
     if config.output_dir is None:
         return RunFolder(folder, resuming=False)
-    if not (folder / "config.yaml").exists():
-        if (folder / "model").exists():
-            raise UserError(f"{folder} holds a model, which is never overwritten; choose another --output_dir")
+    if not holds_run(folder):
+        if stranger := next((name for name in WRITTEN if os.path.lexists(folder / name)), None):
+            raise UserError(f"{folder} holds {stranger}, which is of no run of crossrank that lies there, and is never "
+                            "overwritten; move it, or choose another --output_dir")  # fmt: skip
         return RunFolder(folder, resuming=False)
     if (folder / "results.json").exists():
         raise UserError(f"{folder} holds a finished run, which is never overwritten; choose another --output_dir")
     if config.resume_from_checkpoint == "none":
         raise UserError(f"{folder} holds an unfinished run; choose another --output_dir, or leave out "
                         "--resume_from_checkpoint none to resume it")  # fmt: skip
-    if differing := differences(read_yaml(folder / "config.yaml"), config):
+    if differing := differences(read_run_config(folder / "config.yaml"), config):
         raise UserError(f"{folder} holds an unfinished run of another config ({'; '.join(differing)}); use its config "
                         "to resume it, or choose another --output_dir")  # fmt: skip
     return RunFolder(folder, resuming=True)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether config.yaml is a run's own: about.json is beside it, or it has what only write_config writes.
+
+    A user's own config file may have the same name. It names some fields, or has comments, or another order.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return False
+    try:
+        about = json_object((folder / "about.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        about = {}
+    if about.keys() >= {"padding", "hardware", "global_batch_size"}:
+        return True
+    values = read_mapping(path)
+    every = len(values) > len(dataclasses.fields(Config)) / 2  # an older version had fewer
+    return every and path.read_text(encoding="utf-8") == dump(values)
 
 
 def claim(opened: RunFolder, config: Config, world: World) -> tuple[RunFolder, FileLock | None]:
