@@ -239,6 +239,46 @@ def test_damaged_metrics_are_left_out_and_counted(demo, tmp_path, said):
     assert "6 damaged lines of metrics.jsonl are left out" in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
+DAMAGED = {
+    "about.json": ["{}", "[]", "null", '{"data": []}', "[" * 100_000],
+    "results.json": ['{"metrics":', "{}", "[]", '{"metrics": {}}'],
+    "config.yaml": ["", "{}", "[]", "seed: ["],
+}
+
+
+@pytest.mark.parametrize("file", DAMAGED)
+def test_a_damaged_file_is_named(file, demo, tmp_path):
+    shutil.copytree(demo, tmp_path / "run")
+    for text in DAMAGED[file]:
+        (tmp_path / "run" / file).write_text(text)
+        with pytest.raises(UserError, match=rf"/{file}"):
+            report([str(tmp_path / "run")], None)
+
+
+def test_what_people_have_written_is_kept(demo, tmp_path, said):
+    run, target = tmp_path / "run", tmp_path / "compared"
+    shutil.copytree(demo, run)
+    card = run / "model" / "README.md"
+    before = card.read_text()
+    assert write_report(run) == card
+    assert card.read_text() == before
+    card.write_text(before.replace("**Model Type:**", "**Kind:**"))
+    for _ in range(2):
+        assert write_report(run) == run / "model" / "README-2.md"
+    assert "**Kind:**" in card.read_text()
+    assert (run / "model" / "README-2.md").read_text() == before
+    assert f"{card} is not as crossrank has written it, and is kept" in said[0]
+    for _ in range(2):
+        report([str(demo), str(run)], str(target))
+    for name in ("README.md", "report.html"):
+        shutil.rmtree(target)
+        target.mkdir()
+        (target / name).write_text("mine")
+        with pytest.raises(UserError, match=f"holds {name}, .*is kept"):
+            report([str(demo), str(run)], str(target))
+        assert (target / name).read_text() == "mine"
+
+
 @pytest.mark.parametrize("damage", ["no run", "model folder", "no about", "bad results", "bad predictions"])
 def test_what_cannot_be_reported(damage, demo, tmp_path):
     folder = tmp_path / "run"

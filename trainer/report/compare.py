@@ -13,6 +13,7 @@ from trainer.base.files import write_text
 from trainer.config import Config
 from trainer.report import markdown
 from trainer.report.card import hyperparameters, rounded
+from trainer.report.kept import is_ours, write_card
 from trainer.report.markdown import escape, table
 from trainer.report.plots import draw_training, figure, save, short
 from trainer.report.read import SCORES, Run
@@ -25,12 +26,16 @@ OF_A_GROUP = {"seed", "data_seed", "train_batch_size", "per_device_train_batch_s
 def write_comparison(runs: list[Run], folder: Path) -> Path:
     """Writes report.html, README.md and their pictures into `folder`. Raises UserError where it can't be written."""
     groups = grouped(runs)
+    made = [name for name in ("README.md", "report.html", "plots") if (folder / name).exists()]
+    if made and not is_ours(folder / "README.md"):
+        raise UserError(f"{folder} holds {made[0]}, which is not as crossrank has written it, and is kept; move it, or "
+                        "choose another --output_dir")  # fmt: skip
     try:
         with figure(12, 6.4) as drawn:
             draw_training(drawn, groups)
             save(drawn, folder / "plots" / "training")
         text = markdown.render("compare.md.j2", groups=groups, scores=score_table(groups), runs=run_table(groups))
-        write_text(folder / "README.md", text)
+        write_card(folder, text)
         write_text(folder / "report.html", markdown.to_html("Runs compared", text, folder))
     except OSError as error:
         raise UserError(f"cannot write the report into {folder}: {named(error)}") from None

@@ -1,7 +1,7 @@
 """A run folder, read: finished or not, with damaged lines counted. Needs no torch."""
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,25 @@ from typing import Any
 from trainer.base.errors import UserError, first_line
 from trainer.base.fields import default
 from trainer.base.files import json_object
-from trainer.config import Config, read_yaml
+from trainer.config import Config, read_run_config
 
 SCORES = {"f1_macro": "F1 Macro", "f1_micro": "F1 Micro", "f1_weighted": "F1 Weighted"}
+
+
+# What a report takes from about.json and results.json, of any version.
+ABOUT: dict[str, tuple[str, ...] | None] = {
+    "dataset": ("name", "hub_id", "from_files", "revision", "language"),
+    "data": ("train",),
+    "padding": ("tokens", "padding"),
+    "model": ("base", "hub_id", "revision", "max_length", "label_names", "num_parameters"),
+    "hardware": ("cpu", "gpu", "gpus", "ram_gb", "on_cloud"),
+    "versions": (),
+    **dict.fromkeys(("world_size", "backend", "global_batch_size", "git")),
+}
+RESULTS: dict[str, tuple[str, ...] | None] = {
+    "metrics": (),
+    "train": ("samples_per_second", "tokens_per_second", "seconds", "steps", "interruptions"),
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +50,7 @@ def read_run(folder: Path) -> Run:
     if not (folder / "config.yaml").is_file():
         hint = "; give the run folder, one above" if (folder / "model.safetensors").is_file() else ""
         raise UserError(f"{folder} is not a run folder: it has no config.yaml{hint}")
-    about = _read_json(folder / "about.json")
+    about = _read_json(folder / "about.json", ABOUT)
     if about is None:
         raise UserError(f"{folder} has no about.json; the run has not got as far as its first step, or is of an older "
                         "version of crossrank")  # fmt: skip
@@ -42,21 +58,30 @@ def read_run(folder: Path) -> Run:
     config = {own.name: default(own) for own in dataclasses.fields(Config)}
     return Run(
         folder=folder,
-        config=config | read_yaml(folder / "config.yaml"),
+        config=config | read_run_config(folder / "config.yaml"),
         about=about,
-        results=_read_json(folder / "results.json") or {},
+        results=_read_json(folder / "results.json", RESULTS) or {},
         events=events,
         damaged=damaged,
     )
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path, needed: Mapping[str, tuple[str, ...] | None]) -> dict[str, Any] | None:
+    """An object with the `needed` entries: each anything (None), or an object that has these."""
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {first_line(error)}; take it from a copy of the run") from None
+        value = json_object(path.read_bytes())
+        for name, inner in needed.items():
+            own = value[name]
+            if inner is not None and not (isinstance(own, dict) and own.keys() >= {*inner}):
+                raise ValueError(f"{name} lacks {', '.join(inner) or 'its entries'}")
+        return value
+    except KeyError as error:
+        why = f"it lacks {error.args[0]}"
+    except (ValueError, TypeError, RecursionError) as error:
+        why = first_line(error)
+    raise UserError(f"{path} is damaged: {why}; take it from a copy of the run")
 
 
 def _read_events(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -14,6 +14,7 @@ from trainer.base.log import log
 from trainer.report import markdown
 from trainer.report.card import card, title
 from trainer.report.compare import write_comparison
+from trainer.report.kept import write_card
 from trainer.report.plots import draw
 from trainer.report.read import read_run
 
@@ -28,12 +29,12 @@ def write_report(folder: Path) -> Path:
     try:
         plots = draw(run, place / "plots")
         text = card(run, plots)
-        write_text(place / "README.md", text, durable=False)
+        path = write_card(place, text)
         body = ModelCard(text, ignore_metadata_errors=True).text
         write_text(folder / "report.html", markdown.to_html(title(run), body, place))
     except OSError as error:
         raise UserError(f"cannot write the report into {place}: {named(error)}") from None
-    return place / "README.md"
+    return path
 
 
 def report(folders: list[str], output_dir: str) -> None:
