@@ -84,7 +84,7 @@ def test_what_can_be_no_class(tmp_path, name, labels, expected):
     [
         ([0, "entailment"], "row 0: label 0 is a number, and 'entailment' in row 1 is a name"),
         ([0, 1, [1]], r"row 2: label must be a class name or number, found \[1\]"),
-        ([[0], [1]], "row 0: label must be a class name or number, found list"),
+        ([[0], [1]], r"row 0: label must be a class name or number, found \[0\]"),
         ([{"a": 1}, {"a": 2}], "row 0: label must be"),
         ([True, 1], "row 1: label 1 is a number, and 'True' in row 0 is a name"),
         (["a", "b\ud800", "a", "a"], "nothing"),

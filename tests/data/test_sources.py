@@ -151,11 +151,17 @@ def test_long_rows(tmp_path):
     [
         (b'[{"premise": "a"}]', "one object a line"),
         ("premise,hypothesis,label\na,b,0\n".encode("utf-16"), "UTF-16"),
+        ("premise,hypothesis,label\na,b,0\n".encode("utf-16-le"), "UTF-16"),
+        (gzip.compress("premise,hypothesis,label\na,b,0\n".encode("utf-16-be")), "UTF-16"),
+        (b'premise,hypothesis,label\na,b,0\n\n"say \\"hi\\" to me",b,1\n', 'row 1: text follows a closing quote.*""'),
+        (b'premise,hypothesis,label\n"Hello," he said,b,0\n', "row 0: text follows a closing quote"),
+        (b'"premise"\t"hypothesis"\t"label"\n"a"\t"b\\"c"\t"0"\n', "row 0: text follows a closing quote"),
         (b"premise,hypothesis,label\na,b,--1\n", "unknown label|nothing to learn"),
     ],
 )
 def test_odd_files(tmp_path, content, expected):
-    path = tmp_path / ("a.json" if content.startswith(b"[") else "a.csv")
+    endings = {b"[": "json", b"\x1f": "csv.gz", b'"': "tsv"}
+    path = tmp_path / f"a.{endings.get(content[:1], 'csv')}"
     path.write_bytes(content)
     with pytest.raises(UserError, match=expected):
         load_splits(DataConfig(train_file=str(path)))
@@ -302,3 +308,50 @@ def test_dev_with_a_class_that_train_lacks(tmp_path):
 def test_hub_without_network():
     with pytest.raises(UserError, match=r"could not be loaded from the hub.*--train_file"):
         load_splits(DataConfig(dataset_name="sentence-transformers/all-nli", dataset_config_name="pair-class"))
+
+
+TEXTS = ['He said "hi" to me', '"Hello" she said', "plain", 'a 5" pipe', '"lone', '"whole"', '""x""', '"', "a\\b", "\\"]
+
+
+@pytest.mark.parametrize("quoting", ["minimal", "all", "none"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "tsv.gz"])
+def test_quotes_mean_what_the_writer_means(tmp_path, kind, quoting, monkeypatch):
+    """Python's csv module and pandas quote a text with a quote in it; NLI corpora do not. Blocks end anywhere."""
+    import csv
+    import io
+
+    from trainer.data import quotes
+    from trainer.data.tables import read_table
+
+    if kind == "csv" and quoting == "none":
+        pytest.skip("a csv file has no such form")
+    rows = [["premise", "hypothesis", "label"], *([text, f"{text} b", "0"] for text in TEXTS)]
+    text, separator = io.StringIO(), "," if kind == "csv" else "\t"
+    if quoting == "none":
+        text.write("".join("\t".join(row) + "\n" for row in rows))
+    else:
+        csv.writer(text, delimiter=separator, quoting=getattr(csv, f"QUOTE_{quoting.upper()}")).writerows(rows)
+    data = text.getvalue().encode()
+    (tmp_path / f"a.{kind}").write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
+    assert read_table(tmp_path / f"a.{kind}").to_pylist() == [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+    if quoting != "none":
+        blocks = io.BytesIO(data)
+        blocks.read = lambda size: io.BytesIO.read(blocks, 3)
+        assert not quotes._doubtful(blocks, separator)
+
+
+def test_a_column_of_objects_is_no_text(tmp_path):
+    """Also where an object looks like what crossrank itself keeps in one."""
+    kind = pa.struct([("json", pa.large_string())])
+    column = pa.array([{"json": "no JSON"}] * 2, kind)
+    texts = {"premise": ["a", "b"], "hypothesis": ["c", "d"], "label": [0, 1]}
+    for name in texts:
+        pq.write_table(pa.table(texts | {name: column}), tmp_path / "a.parquet")
+        with pytest.raises(UserError, match=rf"row 0: {name} must be .*found struct<json"):
+            load(tmp_path / "a.parquet")
+
+
+def test_an_accent_is_a_part_of_its_letter(tmp_path):
+    rows = [ROWS[0] | {"label": label} for label in ("caf\u00e9", "cafe\u0301", "no")]
+    assert load(write(tmp_path / "a.csv", rows)).label.tolist() == [0, 0, 1]
+    assert load(write(tmp_path / "a.csv", rows), label_names=["no", "cafe\u0301"]).label.tolist() == [1, 1, 0]

@@ -124,7 +124,11 @@ BAD = {
         '{"premise": "a", "hypothesis": "b"}\n' * 100 + "\n" + '{"premise": "a", "hypothesis": "b"}\n',
         "row 100: an empty line",
     ),
-    "last line": ('{"premise": "a", "hypothesis": "b"}\n \n', "row 1: an empty line"),
+    "lines at the end": ('{"premise": "a", "hypothesis": "b"}\n \n\n{}\n', "row 1: an empty line"),
+    "a key twice": (
+        '{"premise": "a", "hypothesis": "b", "premise": "c"}\n',
+        "row 0: not a JSON object (the key 'premise'",
+    ),
     "half a character": (
         '{"premise": "a", "hypothesis": "b"}\n{"premise": "\\ud800", "hypothesis": "b"}\n',
         "row 1: premise holds half of a surrogate pair",
@@ -193,7 +197,6 @@ def test_an_empty_pair_on_standard_input_is_no_empty_line(model):
         ("a\tb\nc\td\n\t\n", "row 2: premise is empty"),
         ("a\tb\n\nc\td\n", "row 1: an empty line"),
         ("\na\tb\n", "row 0: an empty line"),
-        ("a\tb\n\n", "row 1: an empty line"),
     ):
         result = crossrank("predict", model, text=text, check=False)
         assert result.returncode == 2
@@ -236,6 +239,9 @@ def test_rows_are_known_by_their_ids(kind, model, tmp_path, monkeypatch):
     assert ids(["x", "y", "z"], "pairID") == ["x", "y", "z"]
     assert ids(["x", None, 3])[::2] == ["x", 3 if kind == "jsonl" else "3"]
     assert [int(i) for i in ids([2**64 - 1, 1, 2])] == [2**64 - 1, 1, 2]
+    shown = (lambda value: value) if kind == "jsonl" else json.dumps
+    for values in ([2.5, 1, True, False], [{"a": 1}, {"b": [1]}]):
+        assert [repr(i) for i in ids(values)] == [repr(shown(value)) for value in values]
     if kind == "parquet":
         with pytest.raises(UserError, match="id is a number in the first rows"):
             ids([1, 2, "x"])
@@ -324,6 +330,10 @@ def test_pairs_from_python_that_are_none(model):
         (["ab"], "row 0: expected"),
         ([("a", "b"), ("a", 1)], "row 1: hypothesis must be text, found 1"),
         ([("a", None)], "row 0: hypothesis is null"),
+        ([("a", "b"), (object(), "b")], "row 1: premise must be text, found <object"),
+        ([("a", b"b")], "row 0: hypothesis must be text"),
+        (None, "must be a list of"),
+        (5, "must be a list of .*, got 5"),
         ([("a", "b"), ("\ud800", "b")], "row 1: premise holds half of a surrogate pair"),
     ):
         with pytest.raises(UserError, match=expected):
@@ -338,3 +348,39 @@ def test_numbers_of_other_classes_are_no_score(model, tmp_path):
         api.evaluate(model, test_file=str(tmp_path / "test.csv"))
     names = ["entailment", "neutral", "contradiction"]
     assert api.evaluate(model, test_file=str(tmp_path / "test.csv"), label_names=names)
+
+
+def test_a_number_that_json_lacks_is_no_id(model, tmp_path):
+    rows = "".join(f'{{"id": {value}, "premise": "a", "hypothesis": "b"}}\n' for value in ("NaN", "1.5", "-Infinity"))
+    (tmp_path / "in.jsonl").write_text(rows)
+    assert [row["id"] for row in predicted(model, tmp_path / "in.jsonl", tmp_path / "out.jsonl")] == [None, 1.5, "-inf"]
+
+
+def test_empty_lines_at_the_end_are_no_pairs(tmp_path, monkeypatch):
+    """Of any number, and where a part ends before them: nothing that was answered before is taken back."""
+    monkeypatch.setattr(tables, "ROWS", 2)
+    (tmp_path / "a.jsonl").write_text('{"premise": "a", "hypothesis": "b"}\n' * 4 + " \n\n")
+    assert [part.num_rows for part in read_parts(tmp_path / "a.jsonl", every_line=True)] == [2, 2]
+
+
+def test_streams_that_are_closed_or_full(monkeypatch):
+    import io
+    import sys
+
+    from trainer.__main__ import main
+    from trainer.data.stream import open_output, stream_stdin
+
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    with pytest.raises(UserError, match="stdin is closed"):
+        next(stream_stdin())
+    with pytest.raises(UserError, match="stdout is closed"), open_output("-", ["a", "b"], "index"):
+        pass
+    full = io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True)  # noqa: SIM115
+    monkeypatch.setattr(sys, "stdout", full)
+    with open_output("-", ["a", "b"], "index") as write, pytest.raises(OSError, match="No space") as caught:
+        write(pa.chunked_array([[0]]), np.array([[0.5, 0.5]]))
+    assert caught.value.filename == "stdout"
+    monkeypatch.setattr(sys, "stdout", sys.__stdout__)
+    assert main(["--version"]) == 0
+    assert sys.stderr.name == "/dev/null"  # what is said there does not come among the results

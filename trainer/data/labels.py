@@ -8,6 +8,7 @@ import difflib
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 
 from trainer.base.errors import UserError, unknown
 from trainer.base.log import log
-from trainer.data.tables import MIXED
+from trainer.data.tables import MIXED, values_of
 
 NLI = ("entailment", "neutral", "contradiction")
 NO_CONSENSUS = ("-", "-1")
@@ -70,7 +71,7 @@ def read_labels(column: pa.ChunkedArray, place: str) -> Labels:
 
 
 def _scalars(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
-    values = [None if v is None else json.loads(v["json"]) for v in column.to_pylist()]
+    values = values_of(column)
     for row, value in enumerate(values):
         if isinstance(value, (list, dict)):
             raise UserError(f"{place}, row {row}: label must be a class name or number, found {json.dumps(value)}")
@@ -96,9 +97,9 @@ def _number(text: str) -> float | int | None:
 
 
 def _plain(text: str) -> str:
-    """1.0, 01 and +1 are 1."""
+    """1.0, 01 and +1 are 1; an accent is a part of its letter, however the file writes it."""
     number = _number(text)
-    return str(number) if isinstance(number, int) else text
+    return str(number) if isinstance(number, int) else unicodedata.normalize("NFC", text)
 
 
 def class_numbers(

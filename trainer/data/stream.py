@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -14,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.base.errors import UserError, reason
-from trainer.base.files import replacing
+from trainer.base.files import naming, replacing
 from trainer.base.log import log
-from trainer.data.tables import jsonl, lines, values_of
+from trainer.data.tables import check_encoding, jsonl, lines, values_of
 
 # The columns by which a row may be known, the best one first.
 IDS = ("id", "idx", "index", "pairid", "guid")
@@ -24,11 +25,14 @@ Write = Callable[[pa.ChunkedArray, np.ndarray], None]  # takes ids (n,) and prob
 
 
 def stream_stdin() -> Iterator[pa.Table]:
-    """jsonl, or premise and hypothesis separated by a tab. An empty line is an error."""
+    """jsonl, or premise and hypothesis separated by a tab. An empty line between others is an error."""
+    if sys.stdin is None:
+        raise UserError("stdin is closed; give the pairs there, or a file as --input")
     if sys.stdin.isatty():
         log.info("reading pairs from the terminal: premise, tab, hypothesis on each line; Ctrl-D ends them")
     source: Any = sys.stdin.buffer
     beginning = source.peek(16)[:16].removeprefix(b"\xef\xbb\xbf")
+    check_encoding(beginning[:2], "stdin")
     return jsonl(source, "stdin", True) if beginning.lstrip().startswith(b"{") else _tabs(source)
 
 
@@ -66,9 +70,16 @@ def open_output(output: str | None, label_names: list[str], id_name: str) -> Ite
         yield lambda ids, probabilities: None
         return
     if output == "-":
+        if sys.stdout is None:
+            raise UserError("stdout is closed; give --output FILE")
         with _jsonl_writer(sys.stdout, label_names, id_name) as write:
-            yield write
-        sys.stdout.flush()
+
+            def named(ids: pa.ChunkedArray, probabilities: np.ndarray) -> None:
+                with naming(Path("stdout")):
+                    write(ids, probabilities)
+                    sys.stdout.flush()
+
+            yield named
         return
     path = Path(output)
     try:
@@ -87,6 +98,8 @@ def _jsonl_writer(file: Any, label_names: list[str], id_name: str) -> Iterator[W
     def write(ids: pa.ChunkedArray, probabilities: np.ndarray) -> None:
         for own, row in zip(values_of(ids), probabilities, strict=True):
             scores = {name: round(float(p), 6) for name, p in zip(label_names, row, strict=True)}
+            if isinstance(own, float) and not math.isfinite(own):
+                own = None if math.isnan(own) else str(own)  # JSON has no such numbers
             shown = {id_name: own, "label": label_names[int(row.argmax())], "scores": scores}
             file.write(_printable(json.dumps(shown, ensure_ascii=False, default=str)) + "\n")
 

@@ -13,18 +13,19 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
 from trainer.base.errors import UserError
-from trainer.base.files import json_object
+from trainer.data.quotes import check_quotes, plain_tabs
 
 LONGEST_ROW = 1 << 26  # bytes
 ROWS = 1 << 14  # a part: enough to sort by length and to deal to ranks
 SUFFIXES = (".parquet", ".csv", ".tsv", ".txt", ".jsonl", ".json", ".ndjson", ".gz")
 # What no type of a table holds, as JSON: values of several kinds, numbers beyond 64 bits, halves of surrogate pairs.
-MIXED = pa.struct([("json", pa.large_string())])
+# No file has such a column of its own.
+MIXED = pa.struct([("crossrank's own: any value, as JSON", pa.large_string())])
 CSV, JSONL = (".csv", ".tsv", ".txt"), (".jsonl", ".json", ".ndjson")
 
 
@@ -48,22 +49,32 @@ def read_parts(path: Path, every_line: bool = False) -> Iterator[pa.Table]:
         elif kind in CSV:
             yield from _csv(path, kind != ".csv", every_line)
         else:
-            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-                yield from jsonl(file, str(path), every_line)  # type: ignore[arg-type]
+            with _binary(path) as file:
+                yield from jsonl(file, str(path), every_line)
 
 
 def kind_of(path: Path) -> str:
     """The file's ending, without .gz. Raises UserError where nothing can be read from such a file."""
     if not path.is_file():
         raise UserError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
-    with path.open("rb") as file:
-        beginning = file.read(2)
-    if beginning in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"{path}: text in UTF-16; save it as UTF-8")
     kind = next((s for s in reversed(path.suffixes) if s != ".gz"), "")
     if kind not in (".parquet", *CSV, *JSONL):
         raise UserError(f"{path}: unknown kind of file; use .parquet, .csv, .tsv, .txt or .jsonl, each also with .gz")
+    if kind != ".parquet":
+        with readable(path, kind), _binary(path) as file:
+            check_encoding(file.read(2), str(path))
     return kind
+
+
+def check_encoding(beginning: bytes, place: str) -> None:
+    """By the first two bytes: a mark, or the empty half of a plain letter."""
+    if beginning in (b"\xff\xfe", b"\xfe\xff") or b"\0" in beginning:
+        raise UserError(f"{place}: text in UTF-16; save it as UTF-8")
+
+
+def _binary(path: Path) -> BinaryIO:
+    """The file, unpacked."""
+    return cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else path.open("rb"))
 
 
 @contextmanager
@@ -84,9 +95,10 @@ def _csv(path: Path, tabs: bool, every_line: bool) -> Iterator[pa.Table]:
     """All columns text."""
     done = 0
     try:
-        with _open_csv(path, tabs, every_line) as reader:
+        quoted = check_quotes(lambda: _binary(path), str(path), "\t" if tabs else ",", LONGEST_ROW)
+        with _open_csv(path, tabs, quoted, every_line) as reader:
             for batch in reader:
-                yield from _cut(batch)
+                yield from _cut(batch if quoted else plain_tabs(batch))
                 done += batch.num_rows
     except pa.ArrowInvalid as error:
         if "straddling" in str(error):
@@ -95,14 +107,13 @@ def _csv(path: Path, tabs: bool, every_line: bool) -> Iterator[pa.Table]:
         raise
 
 
-def _open_csv(path: Path, tabs: bool, every_line: bool) -> Any:
+def _open_csv(path: Path, tabs: bool, quoted: bool, every_line: bool) -> Any:
     from pyarrow import csv
 
-    # Tab-separated NLI files have stray quotes, which mean nothing there.
     parsing = csv.ParseOptions(
         delimiter="\t" if tabs else ",",
-        quote_char=False if tabs else '"',
-        newlines_in_values=not tabs,
+        quote_char='"' if quoted else False,
+        newlines_in_values=quoted,
         ignore_empty_lines=not every_line,
     )
     # Several threads do not know the row's number.
@@ -138,10 +149,11 @@ def _cut(batch: pa.RecordBatch) -> Iterator[pa.Table]:
 def lines(file: BinaryIO, place: str, every_line: bool = False) -> Iterator[list[tuple[int, str]]]:
     """Lists of (row, line), of ROWS and about LONGEST_ROW bytes at most, without empty lines; these are no rows.
 
-    `every_line`: an empty line is an error.
+    `every_line`: an empty line between others is an error.
     """
     part: list[tuple[int, str]] = []
     row = size = 0
+    blank = False
     while raw := file.readline(LONGEST_ROW + 1):
         if len(raw) > LONGEST_ROW:
             raise too_long(f"{place}, row {row}")
@@ -149,11 +161,13 @@ def lines(file: BinaryIO, place: str, every_line: bool = False) -> Iterator[list
             line = raw.decode("utf-8").removeprefix("\ufeff" if row == 0 else "")
         except UnicodeDecodeError:
             raise UserError(f"{place}, row {row}: not UTF-8 text") from None
-        if line.strip(" \r\n"):  # a tab stands between two texts, empty ones as well
+        full = bool(line.strip(" \r\n"))  # a tab stands between two texts, empty ones as well
+        if full and blank and every_line:
+            raise UserError(f"{place}, row {row}: an empty line; each line is a pair, so remove it or fill it in")
+        blank = not full
+        if full:
             part.append((row, line.rstrip("\r\n")))
             row, size = row + 1, size + len(raw)
-        elif every_line:
-            raise UserError(f"{place}, row {row}: an empty line; each line is a pair, so remove it or fill it in")
         if len(part) == ROWS or size > LONGEST_ROW:
             yield part
             part, size = [], 0
@@ -172,29 +186,52 @@ def jsonl(file: BinaryIO, place: str, every_line: bool = False) -> Iterator[pa.T
             raise UserError(f"{place}, rows {part[0][0]} to {part[-1][0]}: a key that is no text") from None
 
 
+class _Doubled(dict[str, Any]):
+    """An object with `key` twice; of an object inside a column that nothing reads, that does no harm."""
+
+    key: str
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        made, names = _Doubled(made), [name for name, _ in pairs]
+        made.key = next(name for name in names if names.count(name) > 1)
+    return made
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
 def _object(line: str, place: str) -> dict[str, Any]:
     try:
-        return json_object(line)
+        value = DECODER.decode(line)
+        if type(value) is not dict:
+            twice = isinstance(value, _Doubled)
+            raise ValueError(f"the key {value.key!r} twice" if twice else f"a {type(value).__name__}")
+        return value
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not a JSON object ({error}); write one object a line") from None
 
 
 def column_of(values: list[Any]) -> pa.Array:
-    """Text, or whatever the values are; MIXED where they are no one kind, or none that a table can hold."""
+    """Text, or numbers of one kind; MIXED for all else, and for what a table cannot hold: values stay as they came."""
+    kinds = {type(value) for value in values if value is not None}
     try:
-        if all(value is None or isinstance(value, str) for value in values):
-            return pa.array(values, pa.string())
-        return pa.array(values)
-    except (pa.ArrowException, OverflowError, UnicodeEncodeError, TypeError):
-        return pa.array(
-            [None if value is None else {"json": json.dumps(value, default=str)} for value in values], MIXED
-        )
+        if not kinds:
+            return pa.nulls(len(values), pa.string())
+        if len(kinds) == 1 and kinds <= {str, int, float, bool}:
+            return pa.array(values)
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
+        pass
+    name = MIXED[0].name
+    return pa.array([None if value is None else {name: json.dumps(value)} for value in values], MIXED)
 
 
 def values_of(column: pa.ChunkedArray) -> list[Any]:
     """What column_of was given."""
     values = column.to_pylist()
-    return [v and json.loads(v["json"]) for v in values] if column.type == MIXED else values
+    return [v and json.loads(v[MIXED[0].name]) for v in values] if column.type == MIXED else values
 
 
 def _joined(parts: list[pa.Table]) -> pa.Table:
