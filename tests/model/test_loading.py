@@ -162,6 +162,60 @@ def test_classes_that_are_unclear(copied, case):
             use()
 
 
+# What config.json says and the weights do not, or what no model can be made of. {} is the folder.
+FAULTS = {
+    "a layer less": ({"num_hidden_layers": 1}, "{}: its weights hold 16 tensors of the encoder that its config.json"),
+    "a layer more": ({"num_hidden_layers": 3}, "{}: its weights lack 16 tensors of the encoder, .* by its config.json"),
+    "no layer": ({"num_hidden_layers": 0}, "{}: num_hidden_layers in its config.json must be above 0"),
+    "another width": (
+        {"intermediate_size": 40},
+        r"{}: .*has the shape \[48\] in its weights, and \[40\] by its config.json",
+    ),
+    "heads": ({"num_attention_heads": 5}, "{}: .*config.json .*multiple of the number of attention heads"),
+    "activation": ({"hidden_act": "foo"}, "{}: .*config.json .*KeyError: 'foo'"),
+    "dropout": ({"hidden_dropout_prob": 1.5}, "{}: hidden_dropout_prob in its config.json must be at least 0"),
+    "text": ({"hidden_size": "32"}, "{} has no config.json that can be loaded .*expected int, got str"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_fault_of_the_config_is_not_blamed_on_the_weights(copied, case):
+    changes, expected = FAULTS[case]
+    change_config(copied, **changes)
+    for use in (lambda: predict(copied, PAIRS), lambda: start(copied)):
+        with pytest.raises(UserError, match=expected.format(copied)):
+            use()
+
+
+def test_a_head_of_other_classes_is_named(copied):
+    change_config(copied, id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})
+    with pytest.raises(UserError, match=r"config\.json names 2 classes, its weights are of 3"):
+        predict(copied, PAIRS)
+
+
+@pytest.mark.parametrize("family", ["roberta", "bart", "gpt2", "xlnet", "esm"])
+def test_layers_that_the_config_leaves_out_are_not_lost_in_silence(family, tmp_path):
+    """An encoder's file names its tensors otherwise than a classifier's. Heads of pretraining may go, and poolers."""
+    from transformers import AutoConfig
+
+    folder = save_encoder(tmp_path / "encoder", family)
+    weights = load_file(folder / "model.safetensors")
+    more = {name: torch.ones(3) for name in ("lm_head.weight", "cls.predictions.bias", "pooler.dense.weight")}
+    save_file({**more, **weights}, folder / "model.safetensors", metadata={"format": "pt"})
+    start(folder)
+    layers = AutoConfig.for_model(family).attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    change_config(folder, **{layers: 1})
+    with pytest.raises(UserError, match="tensors of the encoder that its config"):
+        start(folder)
+
+
+@pytest.mark.parametrize("length", ["128", [3], True])
+def test_a_length_that_is_no_number(copied, length):
+    change_config(copied, "tokenizer_config.json", model_max_length=length)
+    with pytest.raises(UserError, match=r"model_max_length in tokenizer_config\.json must be a number"):
+        predict(copied, PAIRS)
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("return_dict", False), ("chunk_size_feed_forward", 7), ("output_hidden_states", True)]
 )

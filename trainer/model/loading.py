@@ -1,6 +1,7 @@
 """Models and tokenizers from a folder or the hub, checked: what comes back can be trained, or has been."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,7 @@ def load_for_training(config: Config, label_names: Sequence[str]) -> CrossEncode
         settings._attn_implementation = config.attn_implementation
     model = _new_model(config, settings)
     if model is None:
-        model, new = _load_weights(config, settings)
-        if strange := [weight for weight in new if not _is_head(weight, model)]:
-            raise UserError(f"{name}: its weights lack {len(strange)} tensors of the encoder, such as {strange[0]}")
+        model, _ = _load_weights(config, settings)
         if sorted(old_names) == sorted(label_names) and old_names != list(label_names):
             _reorder_classes(model, [old_names.index(label) for label in label_names])
     settle_padding(model, tokenizer, name)
@@ -67,18 +66,30 @@ def load_for_training(config: Config, label_names: Sequence[str]) -> CrossEncode
 
 def _new_model(config: Config, settings: Any) -> Any | None:
     """A model of this shape with random weights; None where they come from a folder or the hub."""
+    name = config.model_name_or_path
+    if name == "builtin":
+        with _blaming_config(name):
+            return builtin.make_model(settings, config.seed)
+    torch.manual_seed(config.seed)  # also for the new head of an encoder that is loaded
+    return _from_config(config, settings).float() if config.init == "random" else None
+
+
+def _from_config(config: ModelConfig, settings: Any) -> Any:
     from transformers import AutoModelForSequenceClassification
 
-    name, code = config.model_name_or_path, config.trust_remote_code
+    with _blaming_config(config.model_name_or_path):
+        return AutoModelForSequenceClassification.from_config(settings, trust_remote_code=config.trust_remote_code)
+
+
+@contextmanager
+def _blaming_config(name: str) -> Iterator[None]:
     try:
-        if name == "builtin":
-            return builtin.make_model(settings, config.seed)
-        torch.manual_seed(config.seed)  # also for the new head of an encoder that is loaded
-        if config.init == "random":
-            return AutoModelForSequenceClassification.from_config(settings, trust_remote_code=code).float()
-    except (ValueError, ImportError, AssertionError) as error:  # the last by torch, of a padding token out of range
-        raise UserError(f"{name}: transformers cannot make this model ({first_line(error)})") from None
-    return None
+        yield
+    except Exception as error:  # of any kind, from the module that is given the value
+        raise UserError(
+            f"{name}: transformers cannot make this model of its config.json and the fields that were given "
+            f"({first_line(error)})"
+        ) from None
 
 
 def load_trained(config: ModelConfig) -> CrossEncoder:
@@ -87,10 +98,14 @@ def load_trained(config: ModelConfig) -> CrossEncoder:
     check_folder(config.model_name_or_path)
     settings, tokenizer = _load_settings(config), load_tokenizer(config)
     model, new = _load_weights(config, settings)
+    rows = {shape[0] for shape in new.values() if shape}
+    if rows and settings.num_labels not in rows:
+        raise UserError(f"{path}: its config.json names {settings.num_labels} classes, its weights are of "
+                        f"{rows.pop()}; name each class once in id2label and label2id")  # fmt: skip
     if settings.num_labels < 2:
         raise UserError(f"{path} has one output, a score; crossrank needs a classifier of two classes or more")
     if new:
-        raise UserError(f"{path} is not a trained classifier: its weights lack {', '.join(new[:3])}; train it first")
+        raise UserError(f"{path} is not a trained classifier: its weights lack {', '.join([*new][:3])}; train it first")
     settle_padding(model, tokenizer, config.model_name_or_path)
     max_length = longest_input(model, tokenizer, config.max_length)
     return CrossEncoder(model, tokenizer=tokenizer, max_length=max_length)
@@ -121,23 +136,31 @@ def _load_settings(config: ModelConfig) -> Any:
     settings = _explained(
         lambda: AutoConfig.from_pretrained(config.model_name_or_path, **_hub_options(config)),
         config.model_name_or_path,
-        "model",
-        "a model folder holds a config.json",
+        "config.json",
+        "take it from where the model comes from",
     )
     settle(settings, config.model_name_or_path)
     return settings
 
 
-def _load_weights(config: ModelConfig, settings: Any) -> tuple[Any, list[str]]:
-    """The classifier in fp32, and the names of its weights that were not in the folder in this shape."""
+def _load_weights(config: ModelConfig, settings: Any) -> tuple[Any, dict[str, Any]]:
+    """The classifier in fp32, and its weights that were not in the folder in this shape, with that which they had."""
     from transformers import AutoModelForSequenceClassification
 
     name = config.model_name_or_path
     options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
+
+    def load() -> Any:
+        try:
+            return AutoModelForSequenceClassification.from_pretrained(
+                name, config=settings, **options, **_hub_options(config)
+            )
+        except Exception:
+            _from_config(config, settings)  # where that fails, it is not for the weights
+            raise
+
     model, info = _explained(
-        lambda: AutoModelForSequenceClassification.from_pretrained(
-            name, config=settings, **options, **_hub_options(config)
-        ),
+        load,
         name,
         "weights",
         "for a model of this shape with new weights say --init random"
@@ -149,8 +172,31 @@ def _load_weights(config: ModelConfig, settings: Any) -> tuple[Any, list[str]]:
             raise UserError(
                 f"{name}: its weight {weight} holds numbers that are not finite; get a new copy of the file"
             )
-    mismatched = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
-    return model, sorted({*info["missing_keys"], *mismatched})
+    if surplus := sorted(weight for weight in info["unexpected_keys"] if _is_of_encoder(weight, model)):
+        raise UserError(
+            f"{name}: its weights hold {len(surplus)} tensors of the encoder that its config.json leaves out, such "
+            f"as {surplus[0]}; give the config.json with which they were saved"
+        )
+    new = dict.fromkeys(info["missing_keys"]) | {weight: shape for weight, shape, _ in info["mismatched_keys"]}
+    new = {weight: new[weight] for weight in sorted(new)}
+    if strange := [weight for weight in new if not _is_head(weight, model)]:
+        what, saved = strange[0], new[strange[0]]
+        wrong = f"its weights lack {len(strange)} tensors of the encoder, such as {what}, which it has"
+        if saved:
+            wrong = f"{what} has the shape {[*saved]} in its weights, and {[*model.state_dict()[what].shape]}"
+        raise UserError(f"{name}: {wrong} by its config.json; give both as they were saved together")
+    return model, new
+
+
+# Numbers that are counted, not trained: older versions of transformers have saved them.
+COUNTED = ("position_ids", "token_type_ids", "inv_freq", "masked_bias")
+
+
+def _is_of_encoder(weight: str, model: Any) -> bool:
+    """Whether a tensor of a file would be in this model's encoder, which need not be named there."""
+    parts = weight.removeprefix(f"{model.base_model_prefix}.").split(".")
+    inside = isinstance(getattr(model.base_model, parts[0], None), (nn.Module, nn.Parameter))
+    return inside and model.base_model is not model and "pooler" not in parts and parts[-1] not in COUNTED
 
 
 def _hub_options(config: ModelConfig) -> dict[str, Any]:
@@ -171,6 +217,8 @@ def _explained(load: Callable[[], Any], name: str, what: str, fix: str) -> Any:
         raise UserError(lost)
     try:
         return load()
+    except UserError:
+        raise
     except Exception as error:  # damaged files surface as any kind of error in four libraries
         reason, told = first_line(error), str(error)
     if "trust_remote_code" in told:

@@ -25,9 +25,14 @@ def settle(settings: Any, place: str) -> None:
         settings.attention_type = "original_full"
         log.info(f"{place}: attention_type block_sparse is set to original_full: its scores would depend on the batch")
     for part, name, probability in _probabilities(settings):
+        if probability is not None and not 0 <= probability <= 1:
+            raise UserError(f"{place}: {name} in its config.json must be at least 0 and at most 1, found {probability}")
         if name.endswith("layerdrop") and probability:
             setattr(part, name, 0.0)
             log.info(f"{place}: {name} {probability} is set to 0: which layers it leaves out would depend on the rank")
+    for name in ("num_hidden_layers", "num_attention_heads"):
+        if isinstance(number := getattr(settings, name, None), int) and number < 1:
+            raise UserError(f"{place}: {name} in its config.json must be above 0, found {number}")
     names = settings.id2label or {}
     if sorted(names) != list(range(len(names))):
         raise UserError(f"{place}: id2label in its config.json numbers the classes {', '.join(map(str, sorted(names)))}"
@@ -61,6 +66,9 @@ def longest_input(model: Any, tokenizer: Any, max_length: int | None) -> int:
     limit = int(1e9) if limit is None or limit <= 0 else limit - first_position(model)
     if max_length is not None and max_length > limit:
         raise UserError(f"max_length {max_length} is more than the {limit} positions that the model has")
+    if isinstance(tokenizer.model_max_length, bool) or not isinstance(tokenizer.model_max_length, (int, float)):
+        raise UserError(f"model_max_length in tokenizer_config.json must be a number, found "
+                        f"{tokenizer.model_max_length!r}")  # fmt: skip
     length = max_length or min(limit, tokenizer.model_max_length)
     if length < 5:
         where = "max_length" if max_length else "model_max_length in tokenizer_config.json,"
