@@ -143,6 +143,9 @@ BAD = {
     "--config /nowhere.yaml": "/nowhere.yaml",
     "--load_best_model_at_end --eval_strategy no": "needs eval_strategy",
     "--max_steps 0": "max_steps must be positive",
+    "--max_steps -20": "max_steps must be positive, or -1 for num_train_epochs, got -20",
+    "--ddp_timeout 100000000000": "ddp_timeout must be above 0 and below",
+    "--xyzzy 1": "unknown option '--xyzzy'; the nearest of",
     "--gradient_accumulation_steps 2": "follows from train_batch_size",
     "--seed 99999999999999999999": "below 9.22337e+18",
     "--output_dir=": "output_dir is empty",
@@ -183,15 +186,26 @@ def test_bad_command_line(arguments):
         ("- learning_rate", "`field: value`"),
         ("- 1", "`field: value`"),
         ("a: [", "cannot read"),
+        ("[]", "`field: value`"),
+        ("false", "`field: value`"),
+        ("0", "`field: value`"),
+        ("max_steps: 1\nmax_steps: 2", 'line 2: found duplicate key "max_steps"'),
+        ("\nseed: 'x", "line 2: found unexpected end of stream"),
+        ("[" * 5000, "nested too deep"),
+        ("seed: 1\n".encode("utf-16"), "no text in UTF-8"),
+        ("max_train_samples: 0", "max_train_samples must be above 0"),
+        ("output_dir: ''", "output_dir is empty"),
     ],
 )
 def test_bad_config_file_is_named(tmp_path, text, expected):
     file = tmp_path / "mine.yaml"
-    file.write_text(text)
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as caught:
         parse_train(["--recipe", "demo", "--config", str(file)])
     assert expected in str(caught.value)
     assert str(file) in str(caught.value)
+    assert "unicode string" not in str(caught.value)
+    assert len(str(caught.value)) < 300
 
 
 FILE_VALUES = {
@@ -335,3 +349,8 @@ def test_help_names_groups_and_defaults():
 def test_parsing_needs_no_torch():
     code = "import sys, trainer.cli as c; c.parse_train(['--recipe', 'demo']); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_a_config_file_of_comments_sets_nothing(tmp_path):
+    (tmp_path / "mine.yaml").write_text("# seed: 1\n")
+    assert parse_train(["--recipe", "demo", "--config", str(tmp_path / "mine.yaml")]).seed == 42

@@ -4,8 +4,8 @@ from conftest import crossrank
 
 
 def test_doctor(tmp_path):
-    lines = crossrank("doctor", "--json", "--ranks", "2", "--output_dir", tmp_path).stdout.splitlines()
-    checks = {check["name"]: check for check in map(json.loads, lines)}
+    found = json.loads(crossrank("doctor", "--json", "--ranks", "2", "--output_dir", tmp_path).stdout)
+    checks = {check["name"]: check for check in found}
     assert {"Python", "torch", "GPU", "bf16", "transformers", "deepspeed", "Slurm", f"disk at {tmp_path}"} <= set(
         checks
     )

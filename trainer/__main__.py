@@ -145,6 +145,8 @@ def set_libraries() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if sys.stderr is None:  # it was closed; what is said there must not come among the results
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     set_libraries()
     # DeepSpeed's launcher puts the rank before the verb; it is in the environment, too.
     verb, *rest = [arg for arg in argv if not arg.startswith("--local_rank=")] or ["--help"]

@@ -33,7 +33,7 @@ class DoctorConfig(Fields):
     """Doctor"""
 
     json: bool = False
-    """Print one JSON object a check."""
+    """Print a list of checks as JSON."""
     ranks: int = option(1, above=0)
     """Start this many processes, and run one real collective."""
     output_dir: str = option("runs", path=True)
@@ -52,15 +52,15 @@ class Check:
 
 def diagnose(config: DoctorConfig) -> bool:
     """Prints every check. Returns whether all that is needed is there."""
-    fine = True
+    made = []
     for check in _checks(config):
-        fine &= check.ok is not False
-        if config.json:
-            print(json.dumps(dataclasses.asdict(check)), flush=True)
-        else:
+        made.append(check)
+        if not config.json:
             mark = {True: "ok", False: "WRONG", None: "-"}[check.ok]
             print(f"{mark:>5}  {check.name}: {check.value}" + (f"  ({check.fix})" if check.fix else ""), flush=True)
-    return fine
+    if config.json:
+        print(json.dumps([dataclasses.asdict(check) for check in made], indent=1))
+    return all(check.ok is not False for check in made)
 
 
 def _checks(config: DoctorConfig) -> Iterator[Check]:

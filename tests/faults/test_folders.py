@@ -41,8 +41,8 @@ def test_caches_that_cannot_be_written(tmp_path, variable):
     model = tmp_path / "run" / "model"
     scores = command("evaluate", model, "--dataset_name", "builtin", "--max_test_samples", "9", cwd=tmp_path, **env)
     assert "f1_macro" in scores.stderr
-    checks = command("doctor", "--json", cwd=tmp_path, code=1, **env).stdout.splitlines()
-    wrong = {check["name"]: check for check in map(json.loads, checks) if check["ok"] is False}
+    checks = json.loads(command("doctor", "--json", cwd=tmp_path, code=1, **env).stdout)
+    wrong = {check["name"]: check for check in checks if check["ok"] is False}
     assert "HF_METRICS_CACHE" in wrong
     assert ("CROSSRANK_CACHE" in wrong) == (variable == "HOME")
     assert "set HF_METRICS_CACHE to a folder" in wrong["HF_METRICS_CACHE"]["fix"]

@@ -20,7 +20,8 @@ class Preempted(Exception):
 
 def first_line(error: Exception) -> str:
     """A library's error, cut to what fits into a line of ours."""
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+    first, *others = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first}" + (f" {others[0].strip()}" if first.endswith(":") and others else "")
 
 
 def reason(error: Exception) -> str:
@@ -83,6 +84,9 @@ INSTEAD = {
 }
 
 
+FEW = 12  # names that a line of text holds
+
+
 def unknown(kind: str, name: str, valid: Iterable[str]) -> str:
     """Error text for a name that does not exist: with the nearest valid one, or all of them."""
     names = list(valid)
@@ -90,6 +94,9 @@ def unknown(kind: str, name: str, valid: Iterable[str]) -> str:
     alias = ALIASES.get(bare, bare)
     near = [dashes + alias] if dashes + alias in names else difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(sorted(names))}"
+    if not near and len(names) > FEW:
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0)
+        hint = f"the nearest of {len(names)} are {', '.join(near)}; --help shows all"
     if alias in INSTEAD and dashes + alias not in names:
         hint = INSTEAD[alias]
     return f"unknown {kind} {name!r}; {hint}"

@@ -148,7 +148,11 @@ def checked(values: Mapping[str, Any], *groups: Any, place: object = "") -> dict
     try:
         if strange := [name for name in values if name not in types]:
             raise UserError(unknown("field", str(strange[0]), types))
-        return {name: typed(name, value, types[name]) for name, value in values.items()}
+        fields = {own.name: own for group in groups for own in dataclasses.fields(group)}
+        made = {name: typed(name, value, types[name]) for name, value in values.items()}
+        for name, value in made.items():
+            rule(fields[name]).check(name, value)
+        return made
     except UserError as error:
         raise UserError(f"{place}: {error}" if place else str(error)) from None
 
