@@ -152,7 +152,7 @@ def test_long_rows(tmp_path):
         (b'[{"premise": "a"}]', "one object a line"),
         ("premise,hypothesis,label\na,b,0\n".encode("utf-16"), "UTF-16"),
         ("premise,hypothesis,label\na,b,0\n".encode("utf-16-le"), "UTF-16"),
-        (gzip.compress("premise,hypothesis,label\na,b,0\n".encode("utf-16-be")), "UTF-16"),
+        (gzip.compress("premise,hypothesis,label\na,b,0\n".encode("utf-16-be"), mtime=0), "UTF-16"),
         (b'premise,hypothesis,label\na,b,0\n\n"say \\"hi\\" to me",b,1\n', 'row 1: text follows a closing quote.*""'),
         (b'premise,hypothesis,label\n"Hello," he said,b,0\n', "row 0: text follows a closing quote"),
         (b'"premise"\t"hypothesis"\t"label"\n"a"\t"b\\"c"\t"0"\n', "row 0: text follows a closing quote"),
