@@ -60,10 +60,13 @@ def make(case: str, dropout: float = 0.0):
     return model
 
 
-def make_tokens(lengths) -> Tokens:
+def make_tokens(lengths, eos: int | None = None) -> Tokens:
+    """Pairs of random tokens; each ends with `eos`, which is nowhere else."""
     rng = np.random.default_rng(sum(lengths))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    ids = rng.integers(2, VOCABULARY, offsets[-1]).astype(np.uint16)
+    ids = rng.integers(2 if eos is None else eos + 1, VOCABULARY, offsets[-1]).astype(np.uint16)
+    if eos is not None:
+        ids[offsets[1:] - 1] = eos
     types = np.concatenate([np.arange(n) >= rng.integers(1, n) for n in lengths])
     return Tokens(ids, offsets, types, np.zeros(len(lengths), bool), "f")
 

@@ -53,6 +53,7 @@ def key_dropout(model: CrossEncoder, tokens: Tokens, attention_is_given: bool) -
     elif draws():
         advice = "; leave --attn_implementation out" if attention_is_given else ""
         log.warning(f"{name} draws random numbers in another way than by dropout, {OTHER_RUN}{advice}")
+    model.one_length |= model.calls.one_length
 
 
 def _random_state() -> list[Any]:
