@@ -74,7 +74,8 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
     meter = Meter(config, world)  # from here on it is work, not looking for mistakes
     data = tokenize_splits(config, world, pairs, model, preemption)
     sampler = make_sampler(config, world, data["train"])
-    identity = freeze(config, model, data, sampler)
+    with failures(config, world, opened.path):
+        identity = freeze(config, model, data, sampler)
     world.agree(identity.data | {"model": weights_fingerprint(model), "device": world.device.type})
     opened, lock = claim(opened, config, world)
     checkpoints = Checkpoints(opened.path / "checkpoints", config.save_total_limit)
