@@ -236,7 +236,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     """SHA-256 of all weights, frozen rows included."""
     digest = hashlib.sha256()
     for name, value in sorted([*model.named_parameters(), *model.named_buffers()]):
-        digest.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -82,7 +82,7 @@ class Lora:
         for name, value in model.named_parameters():
             if not value.requires_grad:
                 digest.update(name.encode())
-                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+                digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
