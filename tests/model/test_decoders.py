@@ -18,11 +18,15 @@ RUN = ["--recipe", "demo", "--max_train_samples", "60", "--train_batch_size", "1
 PAIRS = [(row["premise"], row["hypothesis"]) for row in pairs("test")[:40]]
 PAIRS.append((" ".join(premise for premise, _ in PAIRS), "Cats sleep."))  # cut to 64 tokens
 
+JOINING = ("gpt2", "qwen2", "qwen3")  # their tokenizers add no token to a pair
+
 
 def save_decoder(folder, family):
     """As its makers publish it."""
     save_encoder(folder, family)
     change_config(folder, "tokenizer_config.json", pad_token=None, padding_side="left")
+    if family in JOINING:
+        change_config(folder, "tokenizer.json", post_processor=None)
     assert json.loads((folder / "config.json").read_text()).get("pad_token_id") is None
     return folder
 
@@ -46,6 +50,7 @@ def test_from_its_folder_to_scores(family, tmp_path):
     run = [*RUN, "--model_name_or_path", save_decoder(tmp_path / family, family)]
     said = crossrank("train", *run, "--output_dir", tmp_path / "run").stderr
     assert "its tokenizer has no padding token of the model's; '[SEP]' is taken" in said
+    assert ("puts nothing between the two texts" in said) == (family in JOINING)
     model = tmp_path / "run" / "model"
     files = {name: json.loads((model / f"{name}.json").read_text()) for name in ("config", "tokenizer_config")}
     assert (files["config"]["pad_token_id"], files["tokenizer_config"]["padding_side"]) == (3, "right")

@@ -14,7 +14,7 @@ from trainer.config import Config, ModelConfig
 from trainer.data import builtin
 from trainer.model.cross_encoder import CrossEncoder
 from trainer.model.lora import add_lora, is_head, refuse_adapter
-from trainer.model.settings import longest_input, set_dropout, settle, settle_padding
+from trainer.model.settings import longest_input, set_dropout, settle, settle_padding, warn_of_joined_texts
 
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
@@ -58,6 +58,7 @@ def load_for_training(config: Config, label_names: Sequence[str]) -> CrossEncode
         if sorted(old_names) == sorted(label_names) and old_names != list(label_names):
             _reorder_classes(model, [old_names.index(label) for label in label_names])
     settle_padding(model, tokenizer, name)
+    warn_of_joined_texts(tokenizer, name)
     max_length = longest_input(model, tokenizer, config.max_length)
     lora = add_lora(model, config)
     return CrossEncoder(model, config.attn_implementation, config.unpad, tokenizer, max_length, lora)
