@@ -47,6 +47,9 @@ FIELDS = [
     "warmup_ratio",
     "warmup_steps",
     "label_smoothing_factor",
+    "lora_r",
+    "lora_alpha",
+    "lora_target_modules",
     "output_dir",
     "run_name",
     "seed",
@@ -155,6 +158,10 @@ BAD = {
     "--num_train_epochs inf": "num_train_epochs must be a finite number",
     "--save_total_limit none_": "save_total_limit must be a whole number",
     "--seed": "--seed",
+    "--lora_r -1": "lora_r must be at least 0",
+    "--lora_alpha 16": "lora_alpha does nothing while lora_r is 0; give --lora_r",
+    "--lora_target_modules q_proj": "lora_target_modules does nothing while lora_r is 0",
+    "--lora_r 8 --lora_alpha 0": "lora_alpha must be above 0",
 }
 
 

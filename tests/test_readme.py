@@ -28,14 +28,16 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, builtin_model) -> Path:
-    """What a user has: an encoder, and pairs in files of several kinds."""
+    """What a user has: an encoder, a decoder, and pairs in files of several kinds."""
     import pyarrow as pa
+    from families import save_encoder
     from pyarrow import csv, parquet
 
     from trainer.data.builtin import LABEL_NAMES, pairs
 
     place = tmp_path_factory.mktemp("readme")
     shutil.copytree(builtin_model, place / "my-encoder")
+    save_encoder(place / "my-decoder", "qwen3")
     rows = [{**row, "label": LABEL_NAMES[row["label"]]} for row in pairs("train")[:240]]
     parquet.write_table(pa.Table.from_pylist(rows[:192]), place / "train.parquet")
     csv.write_csv(pa.Table.from_pylist(rows[192:216]), place / "dev.csv")
@@ -63,7 +65,7 @@ def test_every_command(folder):
         else:
             assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
         done.append(command)
-    assert len(done) == 10
+    assert len(done) == 11
     for snippet in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         result = subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True, text=True,
                                 env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip

@@ -13,7 +13,8 @@ from trainer.base.files import lost_folder
 from trainer.config import Config, ModelConfig
 from trainer.data import builtin
 from trainer.model.cross_encoder import CrossEncoder
-from trainer.model.settings import longest_input, set_dropout, settle, settle_padding
+from trainer.model.lora import add_lora, is_head, refuse_adapter
+from trainer.model.settings import longest_input, set_dropout, settle, settle_padding, warn_of_joined_texts
 
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
@@ -52,13 +53,15 @@ def load_for_training(config: Config, label_names: Sequence[str]) -> CrossEncode
     model = _new_model(config, settings)
     if model is None:
         model, new = _load_weights(config, settings)
-        if strange := [weight for weight in new if not _is_head(weight, model)]:
+        if strange := [weight for weight in new if not is_head(weight, model)]:
             raise UserError(f"{name}: its weights lack {len(strange)} tensors of the encoder, such as {strange[0]}")
         if sorted(old_names) == sorted(label_names) and old_names != list(label_names):
             _reorder_classes(model, [old_names.index(label) for label in label_names])
     settle_padding(model, tokenizer, name)
+    warn_of_joined_texts(tokenizer, name)
     max_length = longest_input(model, tokenizer, config.max_length)
-    return CrossEncoder(model, config.attn_implementation, config.unpad, tokenizer, max_length)
+    lora = add_lora(model, config)
+    return CrossEncoder(model, config.attn_implementation, config.unpad, tokenizer, max_length, lora)
 
 
 def _new_model(config: Config, settings: Any) -> Any | None:
@@ -93,16 +96,11 @@ def load_trained(config: ModelConfig) -> CrossEncoder:
     return CrossEncoder(model, tokenizer=tokenizer, max_length=max_length)
 
 
-def _is_head(weight: str, model: Any) -> bool:
-    """Whether a classifier has it beyond its encoder; where only an encoder is given it is drawn from the seed."""
-    inside = model.base_model is not model and weight.startswith(f"{model.base_model_prefix}.")
-    return not inside or ".pooler." in weight
-
-
 def check_folder(name: str) -> None:
     """Before anything is read or loaded. Raises UserError where this can be no trained model's folder."""
     if lost := lost_folder(name, hub=False):
         raise UserError(lost)
+    refuse_adapter(name)
     path = Path(name)
     if path.exists() and not (path / "config.json").is_file():
         hint = f"; {path / 'model'} is one" if (path / "model" / "config.json").is_file() else ""
@@ -115,6 +113,7 @@ def _load_settings(config: ModelConfig) -> Any:
 
     logging.set_verbosity_error()  # its table of new weights is the classifier's head, which is what training is for
     logging.disable_progress_bar()
+    refuse_adapter(config.model_name_or_path)
     settings = _explained(
         lambda: AutoConfig.from_pretrained(config.model_name_or_path, **_hub_options(config)),
         config.model_name_or_path,

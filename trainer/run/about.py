@@ -130,6 +130,7 @@ def of_model(config: Config, model: CrossEncoder) -> dict[str, Any]:
         "num_parameters": model.num_parameters,
         "max_length": model.max_length,
         "label_names": model.label_names,
+        "lora": model.lora.describe(model.model) if model.lora else None,
     }
 
 

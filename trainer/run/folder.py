@@ -16,7 +16,8 @@ from trainer.base.yaml_files import dump
 from trainer.config import Config, read_yaml
 from trainer.ranks import World
 
-WRITTEN = ("about.json", "config.yaml", "emissions.csv", "metrics.jsonl", "model", "report.html", "results.json")
+WRITTEN = ("about.json", "adapter", "config.yaml", "emissions.csv", "metrics.jsonl", "model", "report.html",
+           "results.json")  # fmt: skip
 
 
 @dataclass(frozen=True)
