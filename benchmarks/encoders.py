@@ -139,6 +139,21 @@ def compare(model_type: str, folder: Path) -> dict[str, Any]:
     return row
 
 
+def table() -> list[str]:
+    """docs/models.md's table of model types, as Markdown."""
+    from trainer.model.families import FAMILIES
+
+    def row(*cells: str) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    lines = [row("type", "same run", "unpadded", "last layer for first tokens only", "tested in")]
+    lines.append(row(*["---"] * 5))
+    for name, family in FAMILIES.items():
+        lines.append(row(name, "yes", "yes", "yes" if family.trims else "no", "`test_attention.py`"))
+    others = sorted(set(ASKED) - set(FAMILIES))
+    return [*lines, *(row(name, "yes", "no", "no", "`test_calls.py`") for name in others)]
+
+
 def main() -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as ALL
 
@@ -147,7 +162,10 @@ def main() -> None:
     options.add_argument("--sample", type=int, default=0, help="so many more of transformers' types, drawn by --seed")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--results", type=Path, default=None, help="file for the table as JSON")
+    options.add_argument("--table", action="store_true", help="print docs/models.md's table of types, and end")
     given = options.parse_args()
+    if given.table:
+        return print("\n".join(table()))
     os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     multiprocessing.set_forkserver_preload(["trainer.train", "evaluate", "sklearn.metrics"])
     drawn = random.Random(given.seed).sample(sorted(set(ALL) - set(given.types)), given.sample)

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_attention import VOCABULARY, make_tokens
 from test_dropout import look_independent
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.encoders import ASKED, make_tiny, tiny_config
+from benchmarks.encoders import ASKED, make_tiny, table, tiny_config
 from trainer.model.calls import SHARED, UNCLEAR, DropoutCalls, _counted
 from trainer.model.cross_encoder import CrossEncoder, checkpoint_activations
 from trainer.model.dropout import token_keys
@@ -125,3 +126,7 @@ def test_what_cannot_be_keyed_is_said(said):
     )
     examine(mixed, tokens, attention_is_given=False)
     assert said[-1].startswith("gpt2: which of its dropouts belong to which pair cannot be told; so another number")
+
+
+def test_the_docs_name_the_families():
+    assert "\n".join(table()) in (ROOT / "docs" / "models.md").read_text(), "python -m benchmarks.encoders --table"
