@@ -165,7 +165,8 @@ def main() -> None:
     options.add_argument("--table", action="store_true", help="print docs/models.md's table of types, and end")
     given = options.parse_args()
     if given.table:
-        return print("\n".join(table()))
+        print("\n".join(table()))
+        return
     os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     multiprocessing.set_forkserver_preload(["trainer.train", "evaluate", "sklearn.metrics"])
     drawn = random.Random(given.seed).sample(sorted(set(ALL) - set(given.types)), given.sample)
