@@ -168,7 +168,9 @@ def main() -> None:
         print("\n".join(table()))
         return
     os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    multiprocessing.set_forkserver_preload(["trainer.train", "evaluate", "sklearn.metrics"])
+    multiprocessing.set_forkserver_preload(
+        ["trainer.train", "evaluate", "sklearn.metrics", "transformers.modeling_utils", "trainer.backends.fsdp"]
+    )
     drawn = random.Random(given.seed).sample(sorted(set(ALL) - set(given.types)), given.sample)
     rows = []
     for model_type in [*given.types, *drawn]:
