@@ -14,7 +14,7 @@ from trainer.base.yaml_files import read_mapping
 
 Metric = Literal["accuracy", "f1_macro", "f1_micro", "f1_weighted", "loss"]
 METRICS = get_args(Metric)
-Signal = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"]
+Signal = Literal["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,9 +193,9 @@ class CheckpointConfig(Fields):
     resume_from_checkpoint: str = option("auto", kind="local")
     """auto = resume the unfinished run in output_dir; none = never; or a checkpoint's or a run's folder."""
     preemption_signals: list[Signal] = option(
-        factory=lambda: ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"], kind="upkeep"
+        factory=lambda: ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"], kind="upkeep"
     )
-    """Signals at which the run saves and stops, with exit code 85."""
+    """Signals at which the run saves and stops, with exit code 85; SIGHUP, as of a closed terminal, not under nohup."""
     skip_nonfinite: int = option(0, at_least=0, kind="method")
     """Steps with a non-finite gradient that may be skipped; then each step waits for the device. Not for deepspeed."""
 

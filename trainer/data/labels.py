@@ -139,9 +139,9 @@ def class_numbers(
         known = known or _names(labels, texts)
         meaning = {name: number for number, name in enumerate(known)}
     elif len(numbers) < len(texts):
-        number, name = next(iter(numbers)), next(text for text in texts if text not in numbers)
+        first, name = next(iter(numbers)), next(text for text in texts if text not in numbers)
         row = labels.at(name).split(", ")[-1]
-        raise UserError(f"{labels.at(number)}: label {number} is a number, and {name!r} in {row} is a name; write all "
+        raise UserError(f"{labels.at(first)}: label {first} is a number, and {name!r} in {row} is a name; write all "
                         "labels as names, or all as numbers")  # fmt: skip
     else:
         meaning, known = _from_numbers(labels, numbers, own_names or label_names, known, of_model)

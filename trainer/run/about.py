@@ -36,6 +36,7 @@ def about(
 ) -> dict[str, Any]:
     """All of it; `batch_size` is the global one, `wiring` says the backend and the number of nodes."""
     return {
+        "working_folder": os.getcwd(),
         "dataset": of_dataset(config),
         "data": {role: of_split(split) | of_file(config, role) for role, split in splits.items()},
         "padding": padding(splits["train"].tokens.lengths, batch_size, config.order_seed),
