@@ -116,7 +116,7 @@ def class_numbers(
         own_names: what the column itself says that its numbers mean.
     """
     known = tuple(classes or label_names or own_names or ())
-    place = {_plain(name): number for number, name in enumerate(known)}
+    place = {_plain(name): number for number, name in enumerate(known) if own_names is None}
     for names in (label_names, own_names):
         if strange := [name for name in names or () if name not in known]:
             raise UserError(f"{labels.place}: its classes ({_shown(names or ())}) include {strange[0]!r}, which is not "
