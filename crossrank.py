@@ -10,28 +10,32 @@
 are those of trainer/api.py, which is imported when one of them is first asked for.
 """
 
-import importlib.machinery
-import importlib.util
+import os
 import sys
-from pathlib import Path
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+# `python -m` puts the working folder first: a user's evaluate.py or torch.py there would be imported for the package.
+if __name__ == "__main__" and os.path.realpath(sys.path[0]) == os.getcwd() != HERE:
+    del sys.path[0]
 
 __version__ = "0.2.0.dev0"
 VERBS, ERRORS = ("evaluate", "predict", "train"), ("Preempted", "TrainingFailed", "UserError")
 __all__ = ["Preempted", "TrainingFailed", "UserError", "evaluate", "predict", "train"]  # noqa: F822 - see __getattr__
 
-HERE = Path(__file__).resolve().parent
-
 
 def _own(name: str) -> None:
     """Makes `import NAME` mean the package beside this file, also where the working folder has a NAME.py."""
+    import importlib.machinery
+    import importlib.util
+
     loaded = sys.modules.get(name)
     if loaded is None:
-        spec = importlib.machinery.PathFinder.find_spec(name, [str(HERE)])
+        spec = importlib.machinery.PathFinder.find_spec(name, [HERE])
         assert spec
         assert spec.loader
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
-    elif HERE / name not in [Path(place).resolve() for place in getattr(loaded, "__path__", [])]:
+    elif os.path.join(HERE, name) not in map(os.path.realpath, getattr(loaded, "__path__", [])):
         raise ImportError(
             f"crossrank's package {name} is hidden by {loaded.__file__}, which was imported before; rename that "
             "file, or import crossrank first"
@@ -44,9 +48,13 @@ for _name in ("trainer", "launcher"):
 
 def __getattr__(name: str) -> object:
     if name in VERBS:
+        from trainer.base import folders
+
+        folders.provide()
         from trainer import api
 
-        return getattr(api, name)
+        globals().update({verb: getattr(api, verb) for verb in VERBS})
+        return globals()[name]
     if name in ERRORS:
         from trainer.base import errors
 

@@ -12,10 +12,12 @@ from typing import Any
 
 from launcher.devices import num_present, num_visible
 from launcher.sbatch import SlurmConfig, render, submit
+from trainer.base.environment import heard
 from trainer.base.errors import UserError, unknown
 from trainer.base.fields import Fields, option
 from trainer.cli import asks_for_help, grouped, make_parser, parse, parse_train
 from trainer.config import Config
+from trainer.run.versions import ROOT
 
 USAGE = """usage: crossrank launch HOW [options] -- train [--recipe NAME] [--field value ...]
 
@@ -26,8 +28,10 @@ USAGE = """usage: crossrank launch HOW [options] -- train [--recipe NAME] [--fie
 `crossrank launch HOW --help` shows the options. --dry_run shows what would be started.
 """
 TORCHRUN = "torch.distributed.run"
+# By its path: `python -m crossrank` would start a crossrank.py of the working folder.
+FRONT_DOOR = str(ROOT / "crossrank.py")
 # Slurm warns with USR1 or USR2; without a handler torchrun would die of them, and leave its ranks behind.
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +95,12 @@ def split(argv: list[str]) -> tuple[list[str], list[str]]:
 def launch_local(options: LocalConfig, config: Config, arguments: list[str]) -> None:
     nproc = num_processes(options.nproc, num_visible(os.environ, num_present()))
     command = [sys.executable] if nproc == 1 else torchrun(TorchrunConfig(), nproc)
-    run([*command, "-m", "crossrank", "train", *arguments], options.dry_run)
+    run([*command, FRONT_DOOR, "train", *arguments], options.dry_run)
 
 
 def launch_torchrun(options: TorchrunConfig, config: Config, arguments: list[str]) -> None:
     nproc = num_processes(options.nproc, num_visible(os.environ, num_present()))
-    run([*torchrun(options, nproc), "-m", "crossrank", "train", *arguments], options.dry_run)
+    run([*torchrun(options, nproc), FRONT_DOOR, "train", *arguments], options.dry_run)
 
 
 def launch_slurm(options: SlurmConfig, config: Config, arguments: list[str]) -> None:
@@ -129,7 +133,7 @@ def torchrun(options: TorchrunConfig, nproc: int) -> list[str]:
         meeting = [f"--nnodes={options.nnodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={options.rdzv_endpoint}",
                    f"--rdzv-id={options.rdzv_id}"]  # fmt: skip
     start = [sys.executable, "-m", TORCHRUN]
-    return [*start, *meeting, f"--nproc-per-node={nproc}", f"--signals-to-handle={SIGNALS}"]
+    return [*start, *meeting, f"--nproc-per-node={nproc}", f"--signals-to-handle={','.join(filter(heard, SIGNALS))}"]
 
 
 def run(command: list[str], dry_run: bool) -> None:
@@ -138,8 +142,8 @@ def run(command: list[str], dry_run: bool) -> None:
     if not dry_run:
         if TORCHRUN in command and "--nproc-per-node=1" not in command:
             os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with a banner
-        # The same torchrun, with an exit code and an end that are the ranks' own.
-        command = [own for word in command for own in (["crossrank", "agent"] if word == TORCHRUN else [word])]
+        if command[1:3] == ["-m", TORCHRUN]:  # the same torchrun, with an exit code and an end that are the ranks' own
+            command[1:3] = [FRONT_DOOR, "agent"]
         os.execv(command[0], command)  # noqa: S606
 
 

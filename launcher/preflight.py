@@ -6,7 +6,6 @@ The nodes meet in the run folder itself: each leaves a report there and reads th
 shared, or a node with another copy of the code, is found before hours are computed. Exit code 2: something is wrong.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -21,11 +20,9 @@ from trainer.base.environment import check_host
 from trainer.base.errors import UserError
 from trainer.base.files import write_json
 from trainer.cli import parse_train
-from trainer.run.versions import git_state, versions
+from trainer.run.versions import ROOT, code_hash, git_state, versions
 
 PATIENCE = 60.0  # seconds; network file systems show new files some seconds late
-ROOT = Path(__file__).parent.parent
-PACKAGES = ("trainer", "launcher", "ds_configs")
 Report = dict[str, Any]
 
 
@@ -71,16 +68,6 @@ def check_gpus() -> int:
         raise UserError(f"Slurm gave {given} GPU(s), but nvidia-smi shows {present}; have the node repaired, and keep "
                         f"away from it with --exclude={socket.gethostname()}")  # fmt: skip
     return given
-
-
-def code_hash() -> str:
-    """SHA-256 of this copy of the project."""
-    result = hashlib.sha256()
-    files = [ROOT / "crossrank.py", *(path for package in PACKAGES for path in sorted((ROOT / package).rglob("*")))]
-    for path in files:
-        if path.suffix in (".py", ".yaml", ".json"):
-            result.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
-    return result.hexdigest()
 
 
 def installed() -> dict[str, str]:

@@ -3,9 +3,17 @@
 import json
 
 import pytest
+import torch
 from conftest import Ranks
+from families import save_encoder
 
+from trainer.config import Config
 from trainer.data.builtin import pairs
+from trainer.model.cross_encoder import model_facts
+from trainer.model.loading import load_for_training
+from trainer.ranks import World, _differences
+from trainer.run import versions
+from trainer.train import prepare
 
 RUN = ["train", "--model_name_or_path", "builtin", "--max_steps", "3", "--train_batch_size", "16",
        "--logging_steps", "1", "--track_emissions", "false", "--write_report", "false"]  # fmt: skip
@@ -44,3 +52,42 @@ def test_ranks_of_different_runs(what, tmp_path, builtin_model):
     assert expected in result.said
     assert "on rank 1" in result.said
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def told(monkeypatch, tmp_path, name, config=None, **changes) -> dict:
+    """What a rank tells the others before its first step, its model being a folder of its own host."""
+    folder = save_encoder(tmp_path / name, "bert", **changes)
+    write(tmp_path / "train.jsonl", pairs("train")[:8])
+    facts = {}
+    monkeypatch.setattr(World, "agree", lambda self, own: facts.update(own()))
+    config = Config(model_name_or_path=str(folder), train_file=str(tmp_path / "train.jsonl"), max_length=60,
+                    output_dir=str(tmp_path / f"run-{name}"), track_emissions=False, **config or {})  # fmt: skip
+    prepare(config, World(0, 1, 0, torch.device("cpu"))).output.close()
+    return facts
+
+
+def test_what_ranks_compare(monkeypatch, tmp_path):
+    """Also what no weight shows: config.json, the classes' names, and crossrank's own code."""
+    ours = told(monkeypatch, tmp_path, "a")
+    theirs = told(monkeypatch, tmp_path, "b", {"label_names": ["yes", "no", "maybe"]}, hidden_dropout_prob=0.3)
+    assert ours["model"] == theirs["model"]
+    monkeypatch.setattr(versions, "CODE", ("launcher",))
+    assert versions.code_hash() != ours["code"]
+    del theirs["code"]  # an older version tells nothing of it
+    said = _differences([{"host": "x", "facts": ours}, {"host": "y", "facts": theirs}])
+    for expected in (
+        "config.json's hidden_dropout_prob is 0.0 on rank 0 (x) and 0.3 on rank 1 (y)",
+        "config.json's id2label is {'0': 'entailment'",
+        f"code is {ours['code']} on rank 0 (x) and nothing on rank 1 (y)",
+    ):
+        assert expected in said
+
+
+def test_a_buffer_without_dimensions_has_a_fingerprint(tmp_path):
+    config = Config(model_name_or_path=str(save_encoder(tmp_path, "bert")), train_file="x.csv", max_length=60)
+    model = load_for_training(config, ["a", "b"])
+    model.register_buffer("scale", torch.tensor(2.0))
+    before = model_facts(model)["model"]
+    model.scale += 1
+    assert model_facts(model)["model"] != before
+    World(0, 1, 0, torch.device("cpu")).agree(lambda: pytest.fail("one rank has nothing to compare"))

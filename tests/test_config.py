@@ -2,9 +2,14 @@ import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 
+from trainer.api import train
 from trainer.base.errors import UserError
 from trainer.base.yaml_files import dump
 from trainer.cli import RECIPES, parse_train, train_parser
@@ -162,6 +167,9 @@ BAD = {
     "--lora_alpha 16": "lora_alpha does nothing while lora_r is 0; give --lora_r",
     "--lora_target_modules q_proj": "lora_target_modules does nothing while lora_r is 0",
     "--lora_r 8 --lora_alpha 0": "lora_alpha must be above 0",
+    "--gpus 2": "crossrank launch local --nproc N -- train",
+    "--nproc_per_node 2": "crossrank launch local --nproc N -- train",
+    "--config ~no_such_user/x.yaml": "cannot read config file ~no_such_user/x.yaml",
 }
 
 
@@ -177,6 +185,7 @@ def test_bad_command_line(arguments):
     ("text", "expected"),
     [
         ("lerning_rate: 1", "did you mean 'learning_rate'"),
+        ("recipe: demo", "unknown field 'recipe'; a recipe is no field: say --recipe NAME"),
         ("seed: x", "seed must be a whole number, got 'x'"),
         ("- learning_rate", "`field: value`"),
         ("- 1", "`field: value`"),
@@ -199,6 +208,8 @@ FILE_VALUES = {
     "run_name: off": ("run_name", "off"),
     "run_name: '1e-5'": ("run_name", "1e-5"),
     "report_to: [tensorboard]": ("report_to", ["tensorboard"]),
+    "report_to: none": ("report_to", []),
+    "report_to: [none]": ("report_to", []),
     "label_names: a,b": ("label_names", ["a", "b"]),
     "warmup_steps: 1e2": ("warmup_steps", 100),
     "bf16: yes": ("bf16", True),
@@ -225,13 +236,16 @@ BAD_FROM_PYTHON = {
     "lr_scheduler_type": "polynomial", "backend": "dpp", "eval_strategy": "epochs", "learning_rate": "fast",
     "seed": 1.5, "bf16": "maybe", "train_file": 3, "label_names": [1, 2], "max_steps": True, "init": None,
     "num_train_epochs": float("inf"), "weight_decay": float("nan"), "output_dir": ["a"], "label_names ": "a",
+    "save_steps": np.array([1, 2]), "train_batch_size": pd.DataFrame({"a": [1, 2]}), "run_name": np.array(["a", "b"]),
+    "save_strategy": pd.DataFrame({"a": [1, 2]}), "report_to": np.array([1, 2]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD_FROM_PYTHON)
 def test_python_is_checked_as_the_command_line_is(name):
-    with pytest.raises(UserError, match=name.strip()):
+    with pytest.raises(UserError, match=name.strip()) as caught:
         parse_train(["--recipe", "demo"], {name: BAD_FROM_PYTHON[name]})
+    assert "\n" not in str(caught.value)
     with pytest.raises((UserError, TypeError), match=name.strip()):
         Config(**{"dataset_name": "builtin", name: BAD_FROM_PYTHON[name]})
 
@@ -242,6 +256,28 @@ def test_python_s_own_types(tmp_path):
     )
     assert (config.train_file, config.label_names) == (str(tmp_path / "a.csv"), ["no", "yes"])
     assert (config.learning_rate, config.seed) == (1.0, 7)
+    fields = {"train_file": "a.csv", "label_names": pd.Series(["a", "b", "a"]).unique(), "max_steps": np.int64(5),
+              "learning_rate": np.float32(0.5), "bf16": np.bool_(True), "seed": torch.tensor(7)}  # fmt: skip
+    config = parse_train([], fields)
+    assert (config.label_names, config.max_steps, config.seed) == (["a", "b"], 5, 7)
+    assert (config.learning_rate, config.bf16, type(config.seed)) == (0.5, True, int)
+
+
+@pytest.mark.parametrize(
+    ("given", "fields"),
+    [
+        ([Config(dataset_name="builtin")], {"learning_rate": 1e-3}),
+        ([Config(dataset_name="builtin")], {"recipe": "demo"}),
+        (["demo"], {}),
+        ([{"recipe": "demo"}], {}),
+        ([], {"recipe": 3}),
+        ([], {"recipe": "--help"}),
+        ([], {"recipe": Path("dmo")}),
+    ],
+)
+def test_train_takes_a_config_or_fields(given, fields):
+    with pytest.raises(UserError, match=r"a Config and nothing else|recipe must be text|unknown recipe"):
+        train(*given, **fields)
 
 
 def test_own_data_drops_what_the_recipe_says_of_its_own(tmp_path):
@@ -260,6 +296,24 @@ def test_own_data_drops_what_the_recipe_says_of_its_own(tmp_path):
     assert parse_train(["--recipe", "allnli-100k", "--max_train_samples", "50"]).dataset_name is not None
     limited = parse_train(["--recipe", "allnli-100k", "--train_file", "mine.csv", "--max_eval_samples", "9"])
     assert (limited.max_eval_samples, limited.max_train_samples) == (9, None)
+
+
+def test_own_data_drops_what_a_config_file_says_of_its_own(tmp_path, capsys):
+    """Such as the config.yaml of an earlier run; it is said what is dropped."""
+    earlier = parse_train(["--recipe", "allnli-100k", "--premise_column", "p", "--seed", "7"])
+    (tmp_path / "a.yaml").write_text(dump(dataclasses.asdict(earlier)))
+    for arguments, fields in ((["--train_file", "mine.csv"], {}), ([], {"train_file": tmp_path / "mine.csv"})):
+        config = parse_train(["--config", str(tmp_path / "a.yaml"), *arguments], fields)
+        assert (config.dataset_name, config.max_train_samples, config.label_names) == (None, None, None)
+        assert (config.premise_column, config.seed, config.bf16) == (None, 7, True)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"since config file {tmp_path / 'a.yaml'} is of other data: dataset_name, " in line
+        assert "premise_column, label_names, max_train_samples" in line
+    # These name no other data.
+    for fields in ({"validation_file": None}, {"dataset_name": earlier.dataset_name}, {"train_file": None}):
+        assert parse_train(["--config", str(tmp_path / "a.yaml")], fields) == earlier
+        assert parse_train(["--recipe", "allnli-100k"], fields).max_train_samples == 100_000
+    assert not capsys.readouterr().err
 
 
 def test_null_is_a_value_for_some_fields_only(tmp_path):

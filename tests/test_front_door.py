@@ -13,8 +13,8 @@ THEIRS = "raise SystemExit('the user\\'s own file was run')\n"
 
 @pytest.fixture
 def folder(tmp_path):
-    """Where a user has files by the names of our packages."""
-    for name in ("trainer", "launcher", "base"):
+    """Where a user has files by the names of our packages, and of those that we import."""
+    for name in ("trainer", "launcher", "base", "evaluate", "datasets", "torch", "numpy", "tqdm", "pathlib"):
         (tmp_path / f"{name}.py").write_text(THEIRS)
     return tmp_path
 
@@ -29,16 +29,32 @@ def run(folder, *command, **more):
     [
         ["-m", "crossrank", "--version"],
         ["-m", "crossrank", "launch", "local", "--nproc", "2", "--dry_run", "--", "train", "--recipe", "demo"],
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m", "crossrank", "--version"],
+        [f"{sys.prefix}/bin/torchrun", "--standalone", "--nproc-per-node", "1", "-m", "crossrank", "--version"],
         ["-m", "crossrank", "agent", "--standalone", "--nproc-per-node", "1", "-m", "crossrank", "--version"],
-        ["-c", "import crossrank; print(crossrank.__version__, crossrank.train)"],
     ],
-    ids=["module", "launch", "torchrun", "agent", "import"],
+    ids=["module", "launch", "torchrun", "agent"],
 )
 def test_a_file_in_the_working_folder_hides_nothing(folder, command):
     result = run(folder, *command)
     assert result.returncode == 0, result.stderr
     assert "own file" not in result.stdout + result.stderr
+
+
+def test_our_packages_are_our_own_in_a_program(tmp_path):
+    for name in ("trainer", "launcher", "base"):
+        (tmp_path / f"{name}.py").write_text(THEIRS)
+    result = run(tmp_path, "-c", "import crossrank; print(crossrank.__version__, crossrank.train)")
+    assert result.returncode == 0, result.stderr
+
+
+def test_what_is_launched_is_our_own_file(folder):
+    """`python -m crossrank` would start the user's."""
+    (folder / "crossrank.py").write_text(THEIRS)
+    command = [str(ROOT / "crossrank.py"), "launch", "local", "--nproc", "2", "--", "train", "--recipe", "demo",
+               "--max_train_samples", "64", "--max_steps", "1", "--track_emissions=0", "--output_dir=run"]  # fmt: skip
+    result = run(folder, *command)
+    assert result.returncode == 0, result.stderr
+    assert (folder / "run" / "results.json").exists()
 
 
 def test_a_package_that_was_there_first_is_one_clear_error(tmp_path):
@@ -67,7 +83,13 @@ def test_a_source_distribution_has_its_tests(tmp_path):
     (root,) = (tmp_path / "unpacked").iterdir()
     for name in (
         "Makefile",
+        "README.md",
+        "LICENSE",
+        ".ci/run",
         "constraints.txt",
+        "ds_configs/zero1.json",
+        "slurm/train.sbatch",
+        "launcher/py.typed",
         "tests/launcher/golden/torchrun.sbatch",
         "trainer/py.typed",
         "docs/exactness.md",

@@ -1,12 +1,13 @@
 """crossrank from Python: predict, evaluate, train. The command line's verbs are these functions.
 
-    from trainer.api import evaluate, predict, train
+    import crossrank
 
-    results = train(recipe="demo", output_dir="runs/mine")
-    scores = predict("runs/mine/model", [("A man sleeps.", "A person rests.")])
-    metrics = evaluate("runs/mine/model", test_file="test.parquet")
+    results = crossrank.train(recipe="demo", output_dir="runs/mine")
+    scores = crossrank.predict("runs/mine/model", [("A man sleeps.", "A person rests.")])
+    metrics = crossrank.evaluate("runs/mine/model", test_file="test.parquet")
 
-Fields are those of the command line, by the same names. Mistakes in the input raise trainer.base.errors.UserError.
+Fields are those of the command line, by the same names. Mistakes in the input raise crossrank.UserError. crossrank.py
+looks at the folders of caches before it imports this, as libraries read their names when they are imported.
 """
 
 from collections.abc import Iterable
@@ -17,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from trainer import train as training
-from trainer.base import folders
-from trainer.base.errors import first_line
+from trainer.base.errors import UserError, first_line
+from trainer.base.fields import typed
 from trainer.base.log import log
 from trainer.cli import grouped, parse_train
 from trainer.config import Config, DataConfig
@@ -37,9 +38,12 @@ def train(config: Config | None = None, *, recipe: str | None = None, **fields: 
     Returns:
         What results.json holds.
     """
-    folders.provide()
+    if config is not None and (not isinstance(config, Config) or recipe is not None or fields):
+        raise UserError("train takes fields by name, as in train(recipe='demo', seed=1), or a Config and nothing else; "
+                        "dataclasses.replace(config, seed=1) changes one")  # fmt: skip
     if config is None:
-        config = parse_train(["--recipe", recipe] if recipe else [], fields)
+        recipe = typed("recipe", recipe, str | None)
+        config = parse_train([] if recipe is None else [f"--recipe={recipe}"], fields)
     if config.push_to_hub:  # a name that is not allowed is no reason to train first
         hub.repository(config, Path(config.output_dir or f"{config.run_name or 'run'}-0"))
     return training.train(config, partial(hand_over, config))
@@ -65,12 +69,10 @@ def predict(model: str | Path, pairs: Iterable[tuple[str, str]], **options: Any)
         model: folder of a trained model.
         options: fields of `crossrank predict --help`'s group Inference, such as bf16.
     """
-    folders.provide()
     return predict_pairs(str(model), list(pairs), *grouped(options, InferenceConfig))
 
 
 def evaluate(model: str | Path, **fields: Any) -> dict[str, Any]:
     """Scores of a trained model on the splits of labelled pairs that `fields` name, by split; see metrics.py."""
     groups = grouped(fields, DataConfig, InferenceConfig, EvaluateConfig)
-    folders.provide()
     return evaluate_model(str(model), *groups)

@@ -6,12 +6,15 @@ them (base/fields.py), as those of YAML files and of Python do: one way in.
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
+from trainer.base.environment import read_place
 from trainer.base.errors import UserError, unknown
-from trainer.base.fields import TRUTH, default, kinds, typed
+from trainer.base.fields import TRUTH, checked, default, kinds
+from trainer.base.log import log, start_log
 from trainer.config import GROUPS, Config, DataConfig, read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -113,29 +116,29 @@ def parse_train(argv: list[str], fields: dict[str, Any] | None = None) -> Config
     """The Config of `crossrank train ARGV`, over which `fields` go. Raises UserError; SystemExit(0) after --help."""
     given = parse(train_parser(asks_for_help(argv)), argv)
     recipe, config = given.pop("recipe", None), given.pop("config", None)
-    own = _checked(read_yaml(Path(config).expanduser()), config) if config is not None else {}
-    own |= _checked(given | (fields or {}))
     values: dict[str, Any] = {}
     if recipe is not None:
-        values = {"run_name": recipe} | _checked(read_yaml(recipe_path(recipe)), recipe)
-        if own.keys() & DATA:  # what a recipe says of its data is not true of other data
-            of_data = {own_field.name for own_field in dataclasses.fields(DataConfig)}
-            values = {name: value for name, value in values.items() if name not in of_data}
-    return Config(**values | own)
+        values = {"run_name": recipe} | read_yaml(recipe_path(recipe))
+    if config is not None:
+        values = _over(values, read_yaml(Path(os.path.expanduser(config))), f"recipe {recipe}")
+    place = f"config file {config}" if config is not None else f"recipe {recipe}"
+    return Config(**_over(values, checked(given | (fields or {}), Config), place))
 
 
-# Fields that name another data set than the recipe's.
-DATA = {"dataset_name", "train_file", "validation_file", "test_file"}
+# Fields that name a data set.
+DATA = ("dataset_name", "train_file", "validation_file", "test_file")
 
 
-def _checked(values: dict[str, Any], place: str = "") -> dict[str, Any]:
-    """`values` of the right types. Raises UserError naming the field, and its file where it came from one."""
-    try:
-        if unknown_names := [name for name in values if name not in kinds(Config)]:
-            raise UserError(unknown("field", unknown_names[0], kinds(Config)))
-        return {name: typed(name, value, kinds(Config)[name]) for name, value in values.items()}
-    except UserError as error:
-        raise UserError(f"{place}: {error}" if place else str(error)) from None
+def _over(values: dict[str, Any], own: dict[str, Any], place: str) -> dict[str, Any]:
+    """`own` over `values` of `place`. What those say of their data is not true of other data, so it is left out."""
+    if not any(own.get(name) is not None and own[name] != values.get(name) for name in DATA):
+        return values | own
+    of_data = [name for name in kinds(DataConfig) if name in values]
+    left_out = [name for name in of_data if values[name] is not None and name not in own]
+    if left_out:
+        start_log(is_main=read_place(os.environ).rank == 0)
+        log.info(f"left out, since {place} is of other data: {', '.join(left_out)}")
+    return {name: value for name, value in values.items() if name not in of_data} | own
 
 
 def recipe_path(name: str) -> Path:
@@ -148,8 +151,5 @@ def recipe_path(name: str) -> Path:
 
 def grouped(values: dict[str, Any], *groups: Any) -> list[Any]:
     """Each of `groups` with those `values` that are its fields. Raises UserError for a field of none of them."""
-    names = [name for group in groups for name in kinds(group)]
-    for name in values:
-        if name not in names:
-            raise UserError(unknown("field", name, names))
+    values = checked(values, *groups)
     return [group(**{name: value for name, value in values.items() if name in kinds(group)}) for group in groups]

@@ -4,18 +4,17 @@ Fields are flat and carry the names that transformers' TrainingArguments and run
 card's hyperparameter list can be pasted into a config file. Nothing here imports torch: a login node can check a run.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from trainer.base.errors import UserError, unknown
-from trainer.base.fields import Fields, option
+from trainer.base.errors import UserError
+from trainer.base.fields import Fields, checked, option
 from trainer.base.yaml_files import read_mapping
 
 Metric = Literal["accuracy", "f1_macro", "f1_micro", "f1_weighted", "loss"]
 METRICS = get_args(Metric)
-Signal = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"]
+Signal = Literal["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,9 +199,9 @@ class CheckpointConfig(Fields):
     resume_from_checkpoint: str = option("auto", kind="local")
     """auto = resume the unfinished run in output_dir; none = never; or a checkpoint's or a run's folder."""
     preemption_signals: list[Signal] = option(
-        factory=lambda: ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"], kind="upkeep"
+        factory=lambda: ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"], kind="upkeep"
     )
-    """Signals at which the run saves and stops, with exit code 85."""
+    """Signals at which the run saves and stops, with exit code 85; SIGHUP, as of a closed terminal, not under nohup."""
     skip_nonfinite: int = option(0, at_least=0, kind="method")
     """Steps with a non-finite gradient that may be skipped; then each step waits for the device. Not for deepspeed."""
 
@@ -287,10 +286,5 @@ GROUPS: tuple[type, ...] = Config.__bases__[::-1]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The fields that a recipe or config file sets, names checked. Raises UserError naming the file."""
-    values = read_mapping(path)
-    fields = [own.name for own in dataclasses.fields(Config)]
-    for name in values:
-        if name not in fields:
-            raise UserError(f"{path}: {unknown('field', str(name), fields)}")
-    return values
+    """The fields that a recipe or config file sets. Raises UserError naming the file."""
+    return checked(read_mapping(path), Config, place=path)

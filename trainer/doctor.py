@@ -21,6 +21,7 @@ from trainer.base.errors import UserError
 from trainer.base.fields import Fields, option
 from trainer.base.files import obstacle
 from trainer.base.folders import caches, only_read, temporary_folder, unwritable
+from trainer.run.versions import ROOT
 
 NEEDED = ("transformers", "tokenizers", "datasets", "evaluate", "safetensors", "pyarrow")
 OPTIONAL = {"deepspeed": 'pip install "crossrank[deepspeed]" for --backend deepspeed', "codecarbon": ""}
@@ -164,12 +165,14 @@ def _slurm() -> Check:
 
 
 def _meeting(ranks: int) -> Check:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    result = subprocess.run([*command, "-m", "crossrank", "meet"], capture_output=True, text=True)
+    front_door = str(ROOT / "crossrank.py")  # by its path, so that nothing of the working folder is imported
+    command = [sys.executable, front_door, "agent", "--standalone", f"--nproc-per-node={ranks}", front_door, "meet"]
+    result = subprocess.run(command, capture_output=True, text=True)
     said = result.stdout.strip().splitlines()
     if result.returncode == 0 and said:
         return Check(f"{ranks} ranks", said[-1])
-    reason = next((line for line in result.stderr.splitlines() if "Error" in line), "no answer")
+    lines = result.stderr.splitlines()
+    reason = next((line for line in lines if "Error" in line or line.startswith("crossrank:")), "no answer")
     return Check(f"{ranks} ranks", reason.strip(), False, "check MASTER_ADDR, the network interface and the firewall")
 
 

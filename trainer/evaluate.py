@@ -90,20 +90,13 @@ def predict_logits(
     gathered = world.gather(np.concatenate([*results, np.empty((0, num_classes), np.float32)]))
     rows = world.gather(np.concatenate([*order, np.empty(0, np.int64)]))
     logits = None if gathered is None or rows is None else in_order(rows, gathered, len(labels))
-    refuse_nonfinite(world.broadcast(None if logits is None else wrong_rows(pairs, logits)), pairs)
-    return logits
-
-
-def wrong_rows(pairs: Pairs, logits: np.ndarray) -> list[int]:
-    return pairs.row[~np.isfinite(logits).all(1)].tolist()
-
-
-def refuse_nonfinite(rows: list[int], pairs: Pairs) -> None:
-    """Raises TrainingFailed where `rows` of `pairs` have scores that are no numbers, which would pass for a class."""
-    if rows:
-        shown = ", ".join(map(str, rows[:3])) + (", ..." if len(rows) > 3 else "")
-        raise TrainingFailed(f"{pairs.name}, row {shown}: the model's scores are not finite ({len(rows):,} of "
+    # Scores that are no numbers would pass for a class.
+    wrong = world.broadcast(None if logits is None else pairs.row[~np.isfinite(logits).all(1)].tolist())
+    if wrong:
+        shown = ", ".join(map(str, wrong[:3])) + (", ..." if len(wrong) > 3 else "")
+        raise TrainingFailed(f"{pairs.name}, row {shown}: the model's scores are not finite ({len(wrong):,} of "
                              f"{len(pairs):,} pairs); its weights are too large")  # fmt: skip
+    return logits
 
 
 def in_order(rows: np.ndarray, values: np.ndarray, num_samples: int) -> np.ndarray:

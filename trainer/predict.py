@@ -14,10 +14,10 @@ from trainer.base.errors import UserError, named
 from trainer.base.fields import Fields, option
 from trainer.base.files import write_json
 from trainer.base.log import log
-from trainer.config import METRICS, DataConfig, ModelConfig
+from trainer.config import DataConfig, ModelConfig
 from trainer.data.sources import Pairs, load_pairs, split_name, unlabelled
 from trainer.data.stream import WRITERS, id_column, ids_of, open_output, stream_stdin
-from trainer.data.tables import column_of, read_parts
+from trainer.data.tables import column_of, nothing_in, read_parts
 from trainer.data.tokens import Split, Tokens, cache_folder, tokenize
 from trainer.evaluate import evaluate, predict_logits, write_predictions
 from trainer.metrics import log_softmax
@@ -98,8 +98,6 @@ def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, ou
     place = None if output.output_dir is None else new_folder(Path(output.output_dir))
     world = ranks.start(inference.ddp_timeout)
     predictor = Predictor(folder, inference, world)
-    if data.label_names and sorted(data.label_names) != sorted(predictor.label_names):
-        raise UserError(f"label_names {data.label_names} are not the model's classes {predictor.label_names}")
     metrics = {}
     for role in ("dev", "test"):
         pairs = load_pairs(data, role, predictor.label_names, of_model=True)
@@ -109,7 +107,6 @@ def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, ou
         result = evaluate(predictor.model, split, world, inference.per_device_eval_batch_size, inference.bf16)
         log.info(f"{pairs.describe()}; classes {', '.join(pairs.label_names)}")
         metrics[split.name] = result.scores
-        log.info(f"{split.name}: " + ", ".join(f"{m} {result.scores[m]:.4f}" for m in METRICS))
         if place is not None and result.logits is not None:
             write_predictions(place / "predictions" / f"{split.name}.parquet", pairs, result.logits)
     if not metrics:
@@ -156,7 +153,7 @@ def predict_file(folder: str, config: PredictConfig, inference: InferenceConfig)
     tables = stream_stdin() if config.input == "-" else read_parts(Path(config.input), every_line=True)
     first = next(tables, None)
     if first is None:
-        raise UserError(f"{place}: no pairs")
+        raise nothing_in(Path(place))
     parts = itertools.chain([first], tables)
     predictor, done, id_name = Predictor(folder, inference, world), 0, id_column(first)
     bar = tqdm(unit="pair", desc="predicting", disable=None if world.is_main else True)

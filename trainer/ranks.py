@@ -12,7 +12,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -80,11 +80,14 @@ class World:
         if self.size > 1:
             dist.broadcast(tensor, 0)
 
-    def agree(self, facts: dict[str, Any]) -> None:
-        """Raises UserError, on every rank, where a JSON-serialisable fact is not the same on all of them."""
+    def agree(self, facts: Callable[[], dict[str, Any]]) -> None:
+        """Raises UserError, on every rank, where a JSON-serialisable fact is not the same on all of them.
+
+        One rank agrees with itself, and computes none.
+        """
         if self.size == 1:
             return
-        line = json.dumps({"host": socket.gethostname(), "facts": facts}).encode() + b"\n"
+        line = json.dumps({"host": socket.gethostname(), "facts": facts()}).encode() + b"\n"
         gathered = self.gather(np.frombuffer(line, np.uint8))
         lines = [] if gathered is None else gathered.tobytes().splitlines()
         if differing := self.broadcast(_differences(list(map(json.loads, lines)))):
@@ -95,6 +98,10 @@ class World:
         """Whether it holds on every rank."""
         return int(self.sum(torch.tensor([int(condition)]))) == self.size
 
+    def num_nodes(self) -> int:
+        """Every rank takes part."""
+        return int(self.sum(torch.tensor([int(self.local_rank == 0)])))
+
     def barrier(self) -> None:
         self.sum(torch.zeros(1))
 
@@ -103,9 +110,11 @@ def _differences(ranks: list[dict[str, Any]]) -> str:
     """The first rank of each host whose facts are not rank 0's, with both values."""
     found: dict[tuple[str, str, str], str] = {}
     for rank, own in enumerate(ranks):
-        for name, value in own["facts"].items():
-            theirs, place = ranks[0]["facts"][name], f"rank {rank} ({own['host']})"
+        for name in ranks[0]["facts"] | own["facts"]:  # ranks of other versions have other facts
+            theirs, value = (facts.get(name, "nothing") for facts in (ranks[0]["facts"], own["facts"]))
+            place = f"rank {rank} ({own['host']})"
             if value != theirs:
+                theirs, value = (str(v)[:80] for v in (theirs, value))
                 text = f"{name} is {theirs} on rank 0 ({ranks[0]['host']}) and {value} on {place}"
                 found.setdefault((name, own["host"], str(value)), text)
     return ", ".join(found.values())

@@ -15,14 +15,15 @@ from trainer.base.errors import Preempted, TrainingFailed, UserError
 from trainer.base.fields import rule
 from trainer.base.files import write_json
 from trainer.base.log import log
-from trainer.config import METRICS, Config
+from trainer.config import Config
 from trainer.data.sampler import GlobalBatchSampler, global_batch_size, total_steps
 from trainer.data.sources import Pairs, Role, load_splits, split_name
 from trainer.data.tokens import Split, cache_folder, tokenize
 from trainer.finish import finish
 from trainer.loop import Trainer
 from trainer.memory import fit_micro_batches
-from trainer.model.cross_encoder import CrossEncoder, checkpoint_activations, compile_layers, weights_fingerprint
+from trainer.metrics import listed
+from trainer.model.cross_encoder import CrossEncoder, checkpoint_activations, compile_layers, model_facts
 from trainer.model.loading import load_for_training
 from trainer.model.precision import allow_tf32, check_bf16
 from trainer.model.probe import examine
@@ -37,7 +38,7 @@ from trainer.run.preempt import Preemption
 from trainer.run.resume import Start, resume
 from trainer.run.state import Identity, State
 from trainer.run.trackers import start_trackers
-from trainer.run.versions import versions
+from trainer.run.versions import code_hash, versions
 
 
 def train(config: Config, report: Callable[[Path], None] | None = None) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def train(config: Config, report: Callable[[Path], None] | None = None) -> dict[
         results = complete(trainer)
         if world.is_main:
             for split, scores in results["metrics"].items():
-                log.info(f"{split}: " + ", ".join(f"{name} {scores[name]:.4f}" for name in METRICS))
+                log.info(f"{split}: {listed(scores)}")
             if report:
                 report(trainer.output.folder)
             log.info(f"model: {trainer.output.model}")
@@ -66,7 +67,7 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
     """Reads and checks everything that the run needs, before its first step. Raises UserError."""
     preemption = preemption or Preemption(world, [])
     shared = (own for own in dataclasses.fields(config) if rule(own).kind in ("run", "method", "upkeep"))
-    world.agree({own.name: getattr(config, own.name) for own in shared} | versions())
+    world.agree(lambda: {own.name: getattr(config, own.name) for own in shared} | versions() | {"code": code_hash()})
     backend = make_backend(config, world)
     opened = open_run(config, world)
     pairs = read_pairs(config)
@@ -76,7 +77,7 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
     sampler = make_sampler(config, world, data["train"])
     with failures(config, world, opened.path):
         identity = freeze(config, model, data, sampler)
-    world.agree(identity.data | {"model": weights_fingerprint(model), "device": world.device.type})
+    world.agree(lambda: identity.data | model_facts(model) | {"device": world.device.type})
     opened, lock = claim(opened, config, world)
     checkpoints = Checkpoints(opened.path / "checkpoints", config.save_total_limit)
     with failures(config, world, opened.path):
@@ -84,7 +85,8 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
         forward = backend.prepare(model)
         if start.tensors is not None:
             backend.load_state(start.tensors, start.state.num_updates)
-        described = about(config, data, sampler.batch_size, model, world, backend.name) if world.is_main else None
+        wiring = {"backend": backend.name, "num_nodes": world.num_nodes()}
+        described = about(config, data, sampler.batch_size, model, world, wiring) if world.is_main else None
         journal = open_journal(config, opened.path, sampler.num_steps, start, described)
     return Trainer(
         config=config,

@@ -31,7 +31,7 @@ def test_numbers_however_they_are_written(tmp_path, name, labels):
 @pytest.mark.parametrize("none", ["-1", "-", "-1.0"])
 def test_no_consensus_among_names(tmp_path, name, none):
     pairs = load(labelled(tmp_path / name, ["neutral", none, "entailment"]))
-    assert (pairs.label.tolist(), pairs.label_names, pairs.num_dropped) == ([1, 0], NLI, 1)
+    assert (pairs.label.tolist(), pairs.label_names, pairs.num_dropped) == ([1, 0], NLI[:2], 1)
 
 
 LARGE = 2**64 - 1
@@ -52,6 +52,10 @@ BAD = [
     (["yes", "no", "maybe"] * 333 + ["x"], "row 999: label 'x' is in 1 of 1,000 rows; mend it"),
     ([0, 1, 2] * 333 + [3], "row 999: label '3' is in 1 of 1,000 rows; mend it"),
     (["supports"] * 30 + ["refutes"] * 30 + ["suports"], "did you mean 'supports'"),
+    *((["yes", "no", "maybe", none] * 9, "row 3: label is (missing|null|empty).*--label_names")
+      for none in ("None", "NA", "n/a", "#N/A", "?", "NaN")),
+    ([*NLI, "unrelated"] * 9, "row 3: label 'unrelated' stands beside entailment, neutral, contradiction"),
+    ([1, 2, 3, 4, 5], "row 4: .* from 0 without gaps, found 1, 2, 3, 4, 5; .*--label_names 1,2,3,4,5"),
     ([], "no rows"),
 ]  # fmt: skip
 
@@ -99,7 +103,7 @@ def test_values_that_only_json_holds(tmp_path, labels, expected):
     "labels",
     [
         ["entailment", "not_entailment"],
-        ["entailment", "neutral", "contradiction", "unrelated"],
+        ["entailment", "neutral", "unrelated"],
         ["class_11"] * 20 + ["class_12"],
         ["A"] * 20 + ["A-"],
         ["yes"] * 1000 + ["no"],
@@ -125,17 +129,74 @@ def test_categories(tmp_path):
     assert load(tmp_path / "a.parquet").label.tolist() == [0, 2, 1]
 
 
-def numbers(values, names, of_model=True):
+def numbers(values, classes=None, label_names=None, own_names=None, of_model=False):
     labels = read_labels(pa.chunked_array([pa.array(values)]), "data")
-    return class_numbers(labels, names, None, of_model)[0].tolist()
+    return class_numbers(labels, classes, label_names, own_names, of_model)[0].tolist()
 
 
-def test_fewer_numbers_than_the_model_has_classes():
-    with pytest.raises(UserError, match=r"data: its labels are the numbers 0, 1, the model has 3 .*--label_names"):
-        numbers([0, 1, 1], NLI)
-    with pytest.raises(UserError, match="--label_names"):
-        numbers(["0", "-", "1.0"], NLI)
-    assert numbers([0, 2, -1], NLI) == [0, 2, -1]
-    assert numbers([0, 1, 1], NLI, of_model=False) == [0, 1, 1]  # the dev split of the same data
-    assert numbers(["neutral", "entailment"], NLI) == [1, 0]
-    assert numbers([3, 1], ("1", "2", "3")) == [2, 0]  # a model's classes may be called by numbers
+FIVE = ["1", "2", "3", "4", "5"]
+MEANT = [
+    # --label_names that are numbers are names; others count from 0.
+    ([1, 5, 4], {"label_names": FIVE}, [0, 4, 3]),
+    (["2.0", "01", "-1"], {"label_names": FIVE}, [1, 0, -1]),
+    ([-1, 0, 1], {"label_names": ["-1", "0", "1"]}, [0, 1, 2]),
+    ([0, 1], {"label_names": ["1", "0"]}, [1, 0]),
+    ([0, 2], {"label_names": ["a", "b", "c"]}, [0, 2]),
+    (["none", "a"], {"label_names": ["a", "none"]}, [1, 0]),
+    # A column's own names are of its numbers, even where they look like these.
+    ([0, 2], {"own_names": ["1", "2", "3"]}, [0, 2]),
+    ([-1, 0], {"own_names": ["-1", "0"]}, [-1, 0]),
+    ([0, 2], {"own_names": list(NLI), "label_names": ["contradiction", "neutral", "entailment"]}, [2, 0]),
+    # The dev split of a run.
+    ([3, 1], {"classes": FIVE, "label_names": FIVE}, [2, 0]),
+    ([0, 1, 1], {"classes": NLI}, [0, 1, 1]),
+    ([0, 1], {"classes": ("LABEL_0", "LABEL_1")}, [0, 1]),
+    ([0, 1], {"classes": ("yes", "no"), "label_names": ["yes", "no"]}, [0, 1]),
+    # A model's classes.
+    ([0, 1, 1], {"classes": NLI, "label_names": ["entailment", "contradiction"], "of_model": True}, [0, 2, 2]),
+    ([0, 2, -1], {"classes": NLI, "of_model": True}, [0, 2, -1]),
+    ([3, 1], {"classes": ("1", "2", "3"), "of_model": True}, [2, 0]),
+    ([0, 1], {"classes": ("no", "yes"), "of_model": True}, [0, 1]),
+    (["neutral", "entailment"], {"classes": NLI, "of_model": True}, [1, 0]),
+]
+REFUSED = [
+    (
+        [1, 2, 3],
+        {"label_names": ["a", "b", "c"]},
+        r"label 3 is outside the classes 0\.\.2 \(a, b, c\); names count from 0",
+    ),
+    ([0, 1, 4], {"label_names": FIVE}, "row 0: unknown label '0'; .*1, 2, 3, 4, 5"),
+    (["None", "a"], {"label_names": ["a", "b"]}, "row 0: label is missing"),
+    ([0, 1], {"classes": ("no", "yes")}, r"the training pairs are names \(no, yes\)"),
+    ([0, 1], {"classes": ("entailment", "contradiction")}, "say what the numbers mean, from 0, with --label_names"),
+    (
+        [0, 1, 1],
+        {"classes": NLI, "of_model": True},
+        "data: its labels are the numbers 0, 1, the model has 3 .*--label_names",
+    ),
+    (["0", "-", "1.0"], {"classes": NLI, "of_model": True}, "--label_names"),
+    ([1, 2], {"classes": NLI, "of_model": True}, "data: its labels are the numbers 1, 2, the model has 3"),
+    (
+        [0, 1],
+        {"classes": NLI, "label_names": ["entailment", "not"], "of_model": True},
+        "include 'not', which is not among",
+    ),
+    (["a"], {"classes": NLI, "label_names": ["a", "b"], "of_model": True}, "include 'a', which is not among"),
+    ([0, 1], {"own_names": ["x", "y"], "label_names": ["a", "b"]}, "include 'x', which is not among a, b"),
+]
+
+
+@pytest.mark.parametrize(("values", "context", "expected"), MEANT)
+def test_what_labels_mean(values, context, expected):
+    assert numbers(values, **context) == expected
+
+
+@pytest.mark.parametrize(("values", "context", "expected"), REFUSED)
+def test_labels_that_may_mean_something_else(values, context, expected):
+    with pytest.raises(UserError, match=expected):
+        numbers(values, **context)
+
+
+def test_a_models_own_numbering_is_said(said):
+    assert numbers([0, 1], ("no", "yes"), of_model=True) == [0, 1]
+    assert said == ["data: its labels are taken as the model numbers its classes: 0 = no, 1 = yes"]

@@ -43,8 +43,8 @@ def write(path, rows):
     return path
 
 
-def load(path, role="train", label_names=None, **fields):
-    return load_pairs(DataConfig(train_file=str(path), **fields), role, label_names)
+def load(path, classes=None, of_model=False, **fields):
+    return load_pairs(DataConfig(train_file=str(path), **fields), "train", classes, of_model)
 
 
 @pytest.mark.parametrize(
@@ -129,9 +129,9 @@ def test_real_files(allnli):
 )
 def test_numbers_mean_the_usual_nli_classes(tmp_path, names):
     """A model may have the classes in its own order: a file's 0 is still entailment."""
-    pairs = load(write(tmp_path / "a.parquet", ROWS), label_names=names)
+    pairs = load(write(tmp_path / "a.parquet", ROWS), names)
     assert [pairs.label_names[i].lower() for i in pairs.label] == [NLI[row["label"]] for row in ROWS]
-    swapped = load(write(tmp_path / "a.parquet", ROWS), label_names=("a", "b", "c"))
+    swapped = load(write(tmp_path / "a.parquet", ROWS), ("a", "b", "c"), of_model=True)
     assert swapped.label.tolist() == [row["label"] for row in ROWS]
 
 
@@ -192,7 +192,7 @@ BAD = [
 def test_bad_rows(tmp_path, rows, fields, expected):
     path = write(tmp_path / "bad.parquet", rows)
     with pytest.raises(UserError) as caught:
-        load(path, label_names=fields.get("label_names"))
+        load(path, **fields)
     for part in [str(path), *expected]:
         assert part in str(caught.value)
 
@@ -251,9 +251,28 @@ def test_two_columns_of_one_name(tmp_path):
         load(tmp_path / "a.csv")
 
 
-def test_one_class_is_nothing_to_learn(tmp_path):
-    with pytest.raises(UserError, match="nothing to learn"):
-        load_splits(DataConfig(train_file=str(write(tmp_path / "a.parquet", ROWS[:1]))))
+@pytest.mark.parametrize(
+    ("labels", "fields", "expected"),
+    [
+        ([0, 0], {}, "2 pairs, all with label 'LABEL_0'"),
+        (["entailment"] * 4, {}, "4 pairs, all with label 'entailment'"),
+        (["entailment"] * 4, {"label_names": list(NLI)}, "4 pairs, all with label 'entailment'"),
+        ([0, 0, 1, 2], {"max_train_samples": 2}, "the first 2 of 4 pairs, all with label 'entailment'.*shuffle them"),
+    ],
+)
+def test_one_class_is_nothing_to_learn(tmp_path, labels, fields, expected):
+    path = write(tmp_path / "a.csv", [ROWS[0] | {"label": label} for label in labels])
+    with pytest.raises(UserError, match=f"{expected}.*"):
+        load_splits(DataConfig(train_file=str(path), **fields))
+
+
+def test_classes_are_those_that_occur(tmp_path, said):
+    """No head for a class that no pair has; one that is asked for is mentioned."""
+    path = write(tmp_path / "a.csv", [ROWS[0] | {"label": label} for label in ("entailment", "contradiction")])
+    assert load(path).label_names == ("entailment", "contradiction")
+    assert not said
+    assert load(path, label_names=list(NLI)).label_names == NLI
+    assert said == [f"{path}: no pair has the label neutral"]
 
 
 def test_dictionary_encoded_text(tmp_path):

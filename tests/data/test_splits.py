@@ -28,8 +28,8 @@ def saved(tmp_path, **labels):
 def test_usual_names(tmp_path, said, dev, test):
     if "-" in test:
         test = test.replace("-", "_")  # a folder's name is no other
-    splits = load_splits(saved(tmp_path, train=[0, 1, 2], **{dev: [1, 2, 0], test: [2, 2, 0]}))
-    assert (splits["dev"].label.tolist(), splits["test"].label.tolist()) == ([1, 2, 0], [2, 2, 0])
+    splits = load_splits(saved(tmp_path, train=[0, 1, 2], **{dev: [1, 2, 0], test: [2, 1, 0]}))
+    assert (splits["dev"].label.tolist(), splits["test"].label.tolist()) == ([1, 2, 0], [2, 1, 0])
     assert not said
 
 

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -5,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
 from trainer.data.builtin import pairs as builtin_pairs
@@ -59,6 +61,20 @@ def test_types_of_any_kind(pairs, tokenizer, tmp_path):
     rows = np.array([5, 1])
     batch = assemble(tokens, pairs.label, rows, torch.device("cpu"))
     assert batch.types.tolist() == [number for row in batch.rows for number in expected[row]]
+
+
+@pytest.mark.parametrize("processor", [None, processors.ByteLevel(), processors.Sequence([processors.ByteLevel()])])
+def test_types_that_no_post_processor_sets(pairs, tokenizer, tmp_path, processor):
+    """The library's fast way leaves them out, and is then not taken."""
+    other = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    parts = json.loads(other.backend_tokenizer.to_str()) | {"post_processor": None}
+    other._tokenizer = Tokenizer.from_str(json.dumps(parts))
+    if processor:
+        other._tokenizer.post_processor = processor
+    tokens = tokenize(pairs, other, 12, tmp_path)
+    expected = other(pairs.premise, pairs.hypothesis, truncation="longest_first", max_length=12)
+    assert tokens.types.tolist() == [number for types in expected["token_type_ids"] for number in types]
+    assert tokens.types.any()
 
 
 def test_real_tokenizer(allnli, roberta_tokenizer, tmp_path):

@@ -40,7 +40,8 @@ def test_caches_that_cannot_be_written(tmp_path, variable):
     assert (tmp_path / "run" / "model" / "plots" / "training.png").exists()
     model = tmp_path / "run" / "model"
     scores = command("evaluate", model, "--dataset_name", "builtin", "--max_test_samples", "9", cwd=tmp_path, **env)
-    assert "f1_macro" in scores.stderr
+    assert scores.stdout.startswith("builtin-dev: accuracy ")
+    assert "f1_macro" not in scores.stderr
     checks = command("doctor", "--json", cwd=tmp_path, code=1, **env).stdout.splitlines()
     wrong = {check["name"]: check for check in map(json.loads, checks) if check["ok"] is False}
     assert "HF_METRICS_CACHE" in wrong
@@ -63,6 +64,19 @@ def test_models_in_a_folder_that_can_only_be_read_are_found(tmp_path, monkeypatc
     assert "HF_HUB_CACHE" not in os.environ
     assert "crossrank-" in os.environ["HF_DATASETS_CACHE"]
     assert "CROSSRANK_CACHE" not in os.environ
+
+
+def test_folders_are_looked_at_before_libraries_read_their_names(tmp_path):
+    """From Python too; and all follow XDG_CACHE_HOME."""
+    code = (
+        "import sys; from trainer.base import folders; looked = []\n"
+        "folders.provide = lambda: looked.append('huggingface_hub' in sys.modules)\n"
+        "import crossrank; crossrank.train; crossrank.predict; print(looked, folders.caches({'XDG_CACHE_HOME': '/x'}))"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    said = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True).stdout
+    assert said.startswith("[False] ")
+    assert "'CROSSRANK_CACHE': PosixPath('/x/crossrank')" in said
 
 
 def test_no_bars_in_a_log(tmp_path):

@@ -246,6 +246,29 @@ def labelled(texts):
     return Pairs("test", premises, hypotheses, np.zeros(len(texts), int), np.arange(len(texts)), None, LABEL_NAMES)
 
 
+@pytest.mark.parametrize(("family", "tokenizer", "expected"), [
+    ("canine", "CanineTokenizer", "CanineTokenizer has no Rust tokenizer"),
+    ("perceiver", "PerceiverTokenizer", "PerceiverTokenizer has no Rust tokenizer"),
+    ("canine", None, "canine has no table of tokens"),
+])  # fmt: skip
+def test_models_that_read_no_tokens(family, tokenizer, expected, tmp_path):
+    import transformers
+
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    transformers.AutoConfig.for_model(family, **small if family == "canine" else {}).save_pretrained(tmp_path)
+    (getattr(transformers, tokenizer)() if tokenizer else make_tokenizer()).save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").touch()
+    with pytest.raises(UserError, match=expected):
+        start(tmp_path, init="random")
+
+
+def test_a_padding_token_that_is_out_of_range(tmp_path):
+    folder = save_encoder(tmp_path, "bert")
+    change_config(folder, pad_token_id=10**6)
+    with pytest.raises(UserError, match="transformers cannot make this model"):
+        start(folder, init="random")
+
+
 def test_special_tokens_as_text(tmp_path):
     """A tokenizer can be told to read them as any other text."""
     folder = save_encoder(tmp_path, "bert")

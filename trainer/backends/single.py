@@ -81,11 +81,12 @@ class Single:
         shapes = {name: list(self._shape(parameter)) for name, parameter in self.module.named_parameters()}
         saved = {key.removeprefix("weight/"): list(v.shape) for key, v in state.items() if key.startswith("weight/")}
         # What is frozen is as it was at the start; only checkpoints of an older version hold it.
-        same = saved == {name: shapes[name] for name in shapes if name in saved or name in dict(self._trained())}
+        trained = dict(self._trained())
+        same = saved == {name: shapes[name] for name in shapes if name in saved or name in trained}
         if not self.world.broadcast(not self.world.is_main or same):
             raise UserError("the checkpoint is of another model: its weights have other names or shapes")
         self._make_moments(num_updates)
-        for name, parameter in self._trained():
+        for name, parameter in trained.items():
             for kind in KINDS:
                 full = state[f"{kind}/{name}"] if self.world.is_main else torch.empty(self._shape(parameter))
                 full = full.to(self.world.device)

@@ -23,14 +23,15 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
-def reason(error: OSError) -> str:
-    """What the operating system says, without number and file name."""
-    return error.strerror or str(error)
+def reason(error: Exception) -> str:
+    """What the operating system says, without number and file name; of another error, its text."""
+    return getattr(error, "strerror", None) or str(error)
 
 
-def named(error: OSError) -> str:
+def named(error: Exception) -> str:
     """The same, behind the file that it is about."""
-    return reason(error) if error.filename is None else f"{error.filename}: {reason(error)}"
+    file = getattr(error, "filename", None)
+    return reason(error) if file is None else f"{file}: {reason(error)}"
 
 
 # What other trainers call a field.
@@ -71,15 +72,24 @@ ALIASES = {
     "world_size": "nproc",
     "label_smoothing": "label_smoothing_factor",
 }
+# What is no field, and how it is said instead.
+RANKS = "ranks are for the launcher: crossrank launch local --nproc N -- train ..."
+INSTEAD = {
+    "optim": "the optimizer is always AdamW",
+    "optimizer": "the optimizer is always AdamW",
+    "nproc": RANKS,
+    "recipe": "a recipe is no field: say --recipe NAME on the command line of train, or train(recipe=NAME)",
+    "config": "a config file is no field: say --config FILE.yaml on the command line of train",
+}
 
 
 def unknown(kind: str, name: str, valid: Iterable[str]) -> str:
     """Error text for a name that does not exist: with the nearest valid one, or all of them."""
     names = list(valid)
-    dashes = "--" * name.startswith("--")
-    alias = dashes + ALIASES.get(name.removeprefix("--"), "")
-    near = [alias] if alias in names else difflib.get_close_matches(name, names, n=1)
+    dashes, bare = "--" * name.startswith("--"), name.removeprefix("--")
+    alias = ALIASES.get(bare, bare)
+    near = [dashes + alias] if dashes + alias in names else difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(sorted(names))}"
-    if name.removeprefix("--") in ("optim", "optimizer"):
-        hint = "the optimizer is always AdamW"
+    if alias in INSTEAD and dashes + alias not in names:
+        hint = INSTEAD[alias]
     return f"unknown {kind} {name!r}; {hint}"

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import NoneType, UnionType
@@ -80,26 +80,37 @@ def typed(name: str, value: Any, kind: Any) -> Any:
 
     Text stays text, whatever it would mean to YAML. Raises UserError saying what would be right.
     """
+    if hasattr(value, "tolist"):  # of numpy, pandas or torch
+        value = value.tolist()
     if isinstance(kind, UnionType):
         (inner,) = (part for part in get_args(kind) if part is not NoneType)
-        if value is None or (inner is not str and value in ("null", "none", "None")):
+        if value is None or (inner is not str and isinstance(value, str) and value.lower() in ("null", "none")):
             return None
         return typed(name, value, inner)
     if value is None:
         raise UserError(f"{name} must have a value")
     if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise UserError(unknown(name, str(value), get_args(kind)))
+        if not isinstance(value, str) or value not in get_args(kind):
+            raise UserError(unknown(name, value if isinstance(value, str) else _shown(value), get_args(kind)))
         return value
     if get_origin(kind) is list:
+        (inner,) = get_args(kind)
         items = _items(value) if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) and item for item in items):
-            raise UserError(f"{name} must be a list of texts such as a,b, none of them empty, got {value!r}")
-        return [typed(name, item, *get_args(kind)) for item in items]
+            raise UserError(f"{name} must be a list of texts such as a,b, none of them empty, got {_shown(value)}")
+        if items == ["none"] and get_origin(inner) is Literal:
+            return []  # so TrainingArguments writes report_to
+        return [typed(name, item, inner) for item in items]
     converted = _scalar(value, kind)
     if converted is None:
-        raise UserError(f"{name} must be {WORDS[kind]}, got {value!r}")
+        raise UserError(f"{name} must be {WORDS[kind]}, got {_shown(value)}")
     return converted
+
+
+def _shown(value: Any) -> str:
+    """In a line, whatever it is."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _items(text: str) -> Any:
@@ -129,6 +140,17 @@ def _scalar(value: Any, kind: type) -> Any:
 def kinds(group: Any) -> dict[str, Any]:
     """The types of a group's fields."""
     return get_type_hints(group)
+
+
+def checked(values: Mapping[str, Any], *groups: Any, place: object = "") -> dict[str, Any]:
+    """`values` as fields of `groups`, of the right types. Raises UserError naming the field, and the file `place`."""
+    types = {name: kind for group in groups for name, kind in kinds(group).items()}
+    try:
+        if strange := [name for name in values if name not in types]:
+            raise UserError(unknown("field", str(strange[0]), types))
+        return {name: typed(name, value, types[name]) for name, value in values.items()}
+    except UserError as error:
+        raise UserError(f"{place}: {error}" if place else str(error)) from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,14 +135,14 @@ def json_object(line: str | bytes) -> dict[str, Any]:
 def lost_folder(name: str, hub: bool = True) -> str | None:
     """What to say of a name that can only be a folder, and is none; None where it exists, or the hub may have it.
 
-    `hub`: it is as likely to be OWNER/NAME on the hub as a folder in one that exists.
+    `hub`: it is as likely to be on the hub as a folder in one that exists.
     """
     path = Path(os.path.expanduser(name))
     if os.path.exists(path):  # False also for what can be no path
         return None
     near = difflib.get_close_matches(path.name, _folders(path.parent), 1)
     outside = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
-    inside = "/" in name and path.parent.is_dir() and (near or not hub)
+    inside = path.parent.is_dir() and bool(near) + ("/" in name) + (not hub) > 1  # two things speak for a folder
     if not (outside or inside):
         return None
     return f"{name}: no such folder; " + (f"did you mean {path.parent / near[0]}?" if near else "check its name")

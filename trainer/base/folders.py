@@ -27,7 +27,7 @@ def caches(env: Mapping[str, str]) -> dict[str, Path]:
         "HF_MODULES_CACHE": hub / "modules",
         "HF_EVALUATE_CACHE": hub / "evaluate",
         "HF_METRICS_CACHE": hub / "metrics",
-        "CROSSRANK_CACHE": Path("~/.cache/crossrank"),
+        "CROSSRANK_CACHE": cache / "crossrank",
         "MPLCONFIGDIR": Path(env.get("XDG_CONFIG_HOME") or "~/.config") / "matplotlib",
         "TORCH_EXTENSIONS_DIR": cache / "torch_extensions",
         "TRITON_CACHE_DIR": Path(env.get("TRITON_HOME") or "~") / ".triton" / "cache",

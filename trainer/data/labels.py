@@ -17,12 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainer.base.errors import UserError, unknown
+from trainer.base.log import log
 from trainer.data.tables import MIXED
 
 NLI = ("entailment", "neutral", "contradiction")
 NO_CONSENSUS = ("-", "-1")
 MANY = 100  # classes: of so many, some may well be in one row only
-MISSING = {"": "empty", "nan": "missing (nan)", "<na>": "missing (<NA>)", "null": "null"}
+MISSING = ("", "nan", "<na>", "null", "none", "na", "n/a", "#n/a", "?")
 
 
 @dataclass(frozen=True)
@@ -101,53 +102,66 @@ def _plain(text: str) -> str:
 
 
 def class_numbers(
-    labels: Labels, label_names: Sequence[str] | None, own_names: list[str] | None, of_model: bool = False
+    labels: Labels,
+    classes: Sequence[str] | None = None,
+    label_names: list[str] | None = None,
+    own_names: list[str] | None = None,
+    of_model: bool = False,
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Class number of each row, -1 where there is no consensus; and the classes' names.
 
     Args:
-        label_names: the classes to use; None = what the column holds.
-        own_names: what the column's own numbers mean.
-        of_model: `label_names` are a model's, so that numbers may be those of other classes.
+        classes: those of the training split or, with `of_model`, of a model; None = what the column holds.
+        label_names: as the user gives them: the classes, or what the column's numbers mean, counted from 0.
+        own_names: what the column itself says that its numbers mean.
     """
-    seen = [value for value in labels.values if value not in NO_CONSENSUS]
-    known = label_names or ()
-    for value in seen:
-        if value not in known and (value is None or value.lower() in MISSING):
-            what = "null" if value is None else MISSING[value.lower()]
-            raise UserError(f"{labels.at(value)}: label is {what}; write -1 where a pair has none, and it is left out")
+    known = tuple(classes or label_names or own_names or ())
+    place = {_plain(name): number for number, name in enumerate(known) if own_names is None}
+    for names in (label_names, own_names):
+        if strange := [name for name in names or () if name not in known]:
+            raise UserError(f"{labels.place}: its classes ({_shown(names or ())}) include {strange[0]!r}, which is not "
+                            f"among {_shown(known)}")  # fmt: skip
+    # What is named is a class, whatever it is called.
+    seen = [value for value in labels.values if value in place or value not in NO_CONSENSUS]
     texts = [value for value in seen if value is not None]
+    if lacking := [value for value in seen if value is None or (value not in place and value.lower() in MISSING)]:
+        what = "null" if lacking[0] is None else f"missing ({lacking[0]})" if lacking[0] else "empty"
+        raise UserError(f"{labels.at(lacking[0])}: label is {what}; write -1 where a pair has none, and it is left "
+                        "out; a class of that name must be among --label_names")  # fmt: skip
     numbers = {text: number for text in texts if (number := _number(text)) is not None}
-    if texts and set(texts) <= set(known) and own_names is None:
-        meaning, names = {text: known.index(text) for text in texts}, tuple(known)
-    elif numbers and len(numbers) < len(texts):
-        name = next(text for text in texts if text not in numbers)
-        first = next(iter(numbers))
-        raise UserError(
-            f"{labels.at(first)}: label {first} is a number, and {name!r} in {labels.at(name).split(', ')[-1]} is a "
-            "name; write all labels as names, or all as numbers"
-        )
-    elif numbers or not texts:
-        meaning, names = _from_numbers(labels, numbers, label_names, own_names, of_model)
-    else:
-        names = tuple(known) or _names(labels, texts)
+    # Classes that are called by numbers are meant by these, not by their places: 1 to 5 are 1 to 5.
+    if known and own_names is None and (not numbers or any(_number(name) is not None for name in known)):
         for text in texts:
-            if text not in names:
-                raise UserError(f"{labels.at(text)}: {unknown('label', text, names)}")
-        meaning = {text: names.index(text) for text in texts}
+            if text not in place:
+                raise UserError(f"{labels.at(text)}: {unknown('label', text, known)}")
+        meaning = place
+    elif not numbers:
+        known = known or _names(labels, texts)
+        meaning = {name: number for number, name in enumerate(known)}
+    elif len(numbers) < len(texts):
+        first, name = next(iter(numbers)), next(text for text in texts if text not in numbers)
+        row = labels.at(name).split(", ")[-1]
+        raise UserError(f"{labels.at(first)}: label {first} is a number, and {name!r} in {row} is a name; write all "
+                        "labels as names, or all as numbers")  # fmt: skip
+    else:
+        meaning, known = _from_numbers(labels, numbers, own_names or label_names, known, of_model)
     table = np.array([-1 if value is None else meaning.get(value, -1) for value in labels.values], np.int64)
-    return table[labels.codes], names
+    return table[labels.codes], known
 
 
 def _names(labels: Labels, texts: list[str]) -> tuple[str, ...]:
     """The classes that names without a list of classes make. Raises UserError where one seems to be a slip."""
-    if {text.lower() for text in texts} <= {"true", "false"}:
+    if texts and {text.lower() for text in texts} <= {"true", "false"}:
         raise UserError(
             f"{labels.at(texts[0])}: label is {texts[0]}, which says nothing of the classes; write names, or give "
             "--label_names False,True"
         )
     _check_strays(labels, texts)
-    return NLI if set(texts) <= set(NLI) else tuple(_nli_order(sorted(texts)))
+    strange = [text for text in texts if text.lower() not in NLI]
+    if strange and set(NLI) <= {text.lower() for text in texts}:
+        raise UserError(f"{labels.at(strange[0])}: label {strange[0]!r} stands beside {_shown(NLI)}; mend it, or name "
+                        "all classes with --label_names")  # fmt: skip
+    return tuple(name for name in NLI if name in texts) if set(texts) <= set(NLI) else tuple(_nli_order(sorted(texts)))
 
 
 def _check_strays(labels: Labels, texts: list[str]) -> None:
@@ -184,48 +198,50 @@ def _nli_order(names: list[str]) -> list[str]:
 def _from_numbers(
     labels: Labels,
     numbers: dict[str, int | float],
-    label_names: Sequence[str] | None,
-    own_names: list[str] | None,
+    named: Sequence[str] | None,
+    known: tuple[str, ...],
     of_model: bool,
 ) -> tuple[dict[str, int], tuple[str, ...]]:
-    for text, number in numbers.items():
-        if not isinstance(number, int):
-            raise UserError(
-                f"{labels.at(text)}: labels such as {text} are scores, not classes; crossrank trains classifiers: "
-                "make classes of them, numbered from 0"
-            )
-    found = sorted(int(number) for number in numbers.values() if number >= 0)
-    named = own_names or label_names
-    if not named and found and len(found) <= found[-1]:
-        shown = ", ".join(map(str, found[:5])) + (" ..." if len(found) > 5 else "")
-        raise UserError(
-            f"{labels.at(str(found[-1]))}: class numbers must run from 0 without gaps, found {shown}; "
-            f"name all classes with --label_names"
-        )
-    if of_model and label_names and not own_names and 0 < len(found) == found[-1] + 1 < len(label_names):
-        raise UserError(
-            f"{labels.place}: its labels are the numbers {', '.join(map(str, found[:5]))}, the model has "
-            f"{len(label_names)} classes ({_shown(label_names)}); say what the numbers mean with --label_names"
-        )
-    if not own_names and label_names:
-        own_names = _nli_order(list(label_names))
-    names = tuple(own_names or (NLI if len(found) == 3 else [f"LABEL_{i}" for i in range(len(found))]))
-    for text, number in numbers.items():
-        if not 0 <= number < len(names):
-            raise UserError(
-                f"{labels.at(text)}: label {text} is outside the classes 0..{len(names) - 1} ({_shown(names)}); "
-                "-1 is a pair without label"
-            )
-    if not named:
+    """Place of each number among the classes, and these; `named` is what the numbers mean, where somebody says it."""
+    whole = {text: number for text, number in numbers.items() if isinstance(number, int)}
+    if scores := [text for text in numbers if text not in whole]:
+        raise UserError(f"{labels.at(scores[0])}: labels such as {scores[0]} are scores, not classes; crossrank trains "
+                        "classifiers: make classes of them, numbered from 0")  # fmt: skip
+    named = named or _numbered(labels, whole, known, of_model)
+    for text, number in whole.items():
+        if not 0 <= number < len(named):
+            raise UserError(f"{labels.at(text)}: label {text} is outside the classes 0..{len(named) - 1} "
+                            f"({_shown(named)}); names count from 0, and -1 is a pair without label")  # fmt: skip
+    known = known or tuple(named)
+    return {text: known.index(named[number]) for text, number in whole.items()}, known
+
+
+def _numbered(labels: Labels, numbers: dict[str, int], known: tuple[str, ...], of_model: bool) -> Sequence[str]:
+    """What numbers mean where nobody says it: the usual order of NLI, or their places among the `known` classes.
+
+    Raises UserError where they may as well mean something else.
+    """
+    found = sorted(number for number in numbers.values() if number >= 0)
+    shown = ", ".join(map(str, found[:5])) + (" ..." if len(found) > 5 else "")
+    if not known:
+        if found and len(found) <= found[-1]:
+            names = shown.replace(", ", ",")
+            raise UserError(f"{labels.at(str(found[-1]))}: class numbers must run from 0 without gaps, found {shown}; "
+                            f"write names, or call the classes so: --label_names {names}")  # fmt: skip
         _check_strays(labels, list(numbers))
-    meaning = {text: int(number) for text, number in numbers.items()}
-    if not own_names or not label_names or list(label_names) == own_names:
-        return meaning, names
-    if missing := [name for name in own_names if name not in label_names]:
-        raise UserError(
-            f"{labels.place}: its classes {own_names} include {missing}, which are not among {list(label_names)}"
-        )
-    return {text: label_names.index(own_names[number]) for text, number in meaning.items()}, tuple(label_names)
+        return NLI if len(found) == 3 else [f"LABEL_{i}" for i in range(len(found))]
+    if {name.lower() for name in known} != set(NLI) and known != tuple(f"LABEL_{i}" for i in range(len(known))):
+        if not of_model:
+            raise UserError(f"{labels.at(next(iter(numbers)))}: the labels here are numbers, and those of the training "
+                            f"pairs are names ({_shown(known)}); write names here too, or say what the numbers mean, "
+                            "from 0, with --label_names")  # fmt: skip
+        meaning = ", ".join(f"{number} = {known[number]}" for number in found[:5] if number < len(known))
+        log.info(f"{labels.place}: its labels are taken as the model numbers its classes: {meaning}")
+    # They may be those of fewer classes, or count from 1. 0 and 2 can only lack a class, as a small file may by chance.
+    if of_model and found and (found[0] > 0 or found[-1] + 1 == len(found) < len(known)):
+        raise UserError(f"{labels.place}: its labels are the numbers {shown}, the model has {len(known)} classes "
+                        f"({_shown(known)}); say what the numbers mean, from 0, with --label_names")  # fmt: skip
+    return _nli_order(list(known))
 
 
 def _shown(names: Sequence[str]) -> str:

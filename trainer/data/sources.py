@@ -58,11 +58,13 @@ class Pairs:
 
 def load_splits(config: DataConfig) -> dict[Role, Pairs]:
     """The train split and what there is of dev and test, with one set of classes. Raises UserError."""
-    train = load_pairs(config, "train", config.label_names)
+    train = load_pairs(config, "train")
     if train is None:
         raise UserError("no training data: give --train_file FILE, or a --dataset_name that has a train split")
-    if len(train.label_names) < 2:
-        raise UserError(f"{train.name}: all pairs have one label, {train.label_names[0]!r}; there is nothing to learn")
+    if len(np.unique(train.label)) < 2:
+        cut = "; shuffle them, or raise max_train_samples" if train.num_available > len(train) else ""
+        raise UserError(f"{train.describe()}, all with label {train.label_names[train.label[0]]!r}: there is nothing "
+                        f"to learn{cut}")  # fmt: skip
     splits: dict[Role, Pairs] = {"train": train}
     for role in ("dev", "test"):
         pairs = load_pairs(config, role, train.label_names)
@@ -72,22 +74,22 @@ def load_splits(config: DataConfig) -> dict[Role, Pairs]:
 
 
 def load_pairs(
-    config: DataConfig, role: Role, label_names: Sequence[str] | None, of_model: bool = False
+    config: DataConfig, role: Role, classes: Sequence[str] | None = None, of_model: bool = False
 ) -> Pairs | None:
     """One split, or None where the data set has none, or none with labels, which is said.
 
-    `label_names` fixes the classes; None = from this split. `of_model`: they are a model's.
+    `classes` are those of the training split or, with `of_model`, of a model; None = from this split.
     """
     limit = {"train": config.max_train_samples, "dev": config.max_eval_samples, "test": config.max_test_samples}[role]
     if config.has_files:
         loaded = _load_file(config, role)
-        return loaded and _check(*loaded, config, label_names, limit, of_model)
+        return loaded and _check(*loaded, config, classes, limit, of_model)
     for place, table, names in _splits(config, role):
         # Many test splits on the hub come without their labels.
         if role != "train" and (lack := _lack(table, config.label_column, place)):
             log.info(f"{place} is left out: {lack}")
             continue
-        return _check(place, table, names, config, label_names, limit, of_model)
+        return _check(place, table, names, config, classes, limit, of_model)
     return None
 
 
@@ -133,7 +135,7 @@ def _check(
     table: pa.Table,
     class_names: dict[str, list[str]],
     config: DataConfig,
-    label_names: Sequence[str] | None,
+    classes: Sequence[str] | None,
     limit: int | None,
     of_model: bool,
 ) -> Pairs:
@@ -142,12 +144,15 @@ def _check(
     texts = _text_columns(table, place, config.premise_column, config.hypothesis_column)
     premise, hypothesis = (table[name] for name in texts)
     label = _column(table, place, "label_column", config.label_column, LABEL)
-    own_names = class_names.get(label, config.label_names)
-    numbers, names = class_numbers(read_labels(table[label], place), label_names, own_names, of_model)
+    found = read_labels(table[label], place)
+    numbers, names = class_numbers(found, classes, config.label_names, class_names.get(label), of_model)
     available = np.flatnonzero(numbers >= 0)
     kept = available[:limit]
     if len(kept) == 0:
         raise UserError(f"{place}: no pair with a label ({table.num_rows} rows)")
+    if len(absent := np.flatnonzero(np.bincount(numbers[kept], minlength=len(names)) == 0)):
+        shown = " or ".join(names[number] for number in absent[:5]) + (" ..." if len(absent) > 5 else "")
+        log.info(f"{place}: no pair has the label {shown}")
     column = next((table[name] for name in ("source", "genre") if name in table.column_names), None)
     source = None if column is None else [str(s) for s in only(column, kept).to_pylist()]
     if source is None and (border := ALLNLI.get(table.num_rows)) and Path(config.dataset_name or "").name == "all-nli":

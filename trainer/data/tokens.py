@@ -85,7 +85,7 @@ class Split:
 
 
 def cache_folder() -> Path:
-    """$CROSSRANK_CACHE, or ~/.cache/crossrank."""
+    """In $CROSSRANK_CACHE, or crossrank/ in $XDG_CACHE_HOME or ~/.cache."""
     return caches(os.environ)["CROSSRANK_CACHE"] / "tokens"
 
 
@@ -119,17 +119,12 @@ def tokenize(
                 tokens = _encode(pairs, encoder, fingerprint, progress, check)
                 _write(tokens, path)
     except (OSError, SafetensorError) as error:
-        what = named(error) if isinstance(error, OSError) else error
-        log.warning(f"no token cache, tokenising at every start: {what}")
+        log.warning(f"no token cache, tokenising at every start: {named(error)}")
     return tokens or _encode(pairs, encoder, fingerprint, progress, check)
 
 
 def _backend(tokenizer: Any, max_length: int) -> Any:
-    """A copy of the Rust tokenizer that cuts the longest text first. Raises UserError where there is none."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError(
-            f"{type(tokenizer).__name__} has no Rust tokenizer; save the model's folder with tokenizer.json"
-        )
+    """A copy of the Rust tokenizer that cuts the longest text first."""
     rust = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
     rust.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
     rust.no_padding()
@@ -141,10 +136,18 @@ def _fingerprint(pairs: Pairs, rust: Any, has_types: bool) -> str:
     digest = hashlib.sha256(f"{FORMAT}\n{has_types}\n{rust.to_str()}\n".encode())
     if rust.encode_special_tokens:
         digest.update(b"special tokens as text\n")
+    if has_types and _forgets(rust):
+        digest.update(b"types of its slow way\n")
     for texts in (pairs.premise, pairs.hypothesis):
         digest.update("\x1e".join(texts).encode("utf-8", "surrogatepass") + b"\x1d")
     digest.update(pairs.label.tobytes())
     return digest.hexdigest()
+
+
+def _forgets(rust: Any) -> bool:
+    """Whether encode_batch_fast leaves out the types, as it does where no post-processor sets them."""
+    pair = [("a b", "a b")]
+    return rust.encode_batch_fast(pair)[0].type_ids != rust.encode_batch(pair)[0].type_ids
 
 
 class Encoder:
@@ -163,7 +166,8 @@ class Encoder:
 
     def encode(self, texts: list[tuple[str, str]]) -> list[tuple[np.ndarray, np.ndarray, bool]]:
         """Of each pair its ids and types, and whether it was cut."""
-        return [self.cut(encoding) for encoding in self.rust.encode_batch_fast(texts)]
+        encode = self.rust.encode_batch if self.has_types and _forgets(self.rust) else self.rust.encode_batch_fast
+        return [self.cut(encoding) for encoding in encode(texts)]
 
     def cut(self, encoding: Any) -> tuple[np.ndarray, np.ndarray, bool]:
         ids = np.array(encoding.ids, dtype=self.kind)

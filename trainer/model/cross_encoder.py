@@ -1,6 +1,7 @@
 """The cross-encoder: a transformers sequence classifier fed with batches of pairs, and its tokenizer."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,12 +224,13 @@ class CrossEncoder(nn.Module):
         return weights | {name: weights[first] for name, first in self.tied.items()}
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of all weights, frozen rows included."""
+def model_facts(model: CrossEncoder) -> dict[str, Any]:
+    """What ranks compare: each entry of config.json, the classes' names among them, and the SHA-256 of all weights."""
     digest = hashlib.sha256()
     for name, value in sorted([*model.named_parameters(), *model.named_buffers()]):
-        digest.update(name.encode() + value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        digest.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    settings = json.loads(model.model.config.to_json_string(use_diff=False))
+    return {f"config.json's {name}": value for name, value in settings.items()} | {"model": digest.hexdigest()}
 
 
 def checkpoint_activations(model: CrossEncoder) -> None:
@@ -253,8 +255,11 @@ def compile_layers(model: CrossEncoder) -> None:
 
 
 def num_rows(model: Any) -> int:
-    """The tokens that the model has, frozen rows included."""
-    table = model.get_input_embeddings()
+    """The tokens that the model has, frozen rows included. Raises UserError where it has no table of them."""
+    try:
+        table = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        raise UserError(f"{model.config.model_type} has no table of tokens, which crossrank needs") from None
     return len(table.place) if isinstance(table, UsedRows) else int(table.weight.shape[0])
 
 

@@ -20,7 +20,7 @@ VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """Raises UserError where the folder or the hub has no tokenizer."""
+    """Raises UserError where the folder or the hub has none that crossrank can use."""
     from transformers import AutoTokenizer
 
     name = config.model_name_or_path
@@ -31,7 +31,11 @@ def load_tokenizer(config: ModelConfig) -> Any:
             raise ValueError(f"none of {', '.join(VOCABULARIES)}")
         return AutoTokenizer.from_pretrained(name, **_hub_options(config))
 
-    return _explained(load, name, "tokenizer", "put the tokenizer's files beside config.json")
+    tokenizer = _explained(load, name, "tokenizer", "put the tokenizer's files beside config.json")
+    if not tokenizer.is_fast:
+        raise UserError(f"{name}: {type(tokenizer).__name__} has no Rust tokenizer; save the model's folder with "
+                        "tokenizer.json")  # fmt: skip
+    return tokenizer
 
 
 def load_for_training(config: Config, label_names: Sequence[str]) -> CrossEncoder:
@@ -75,7 +79,7 @@ def _new_model(config: Config, settings: Any) -> Any | None:
         torch.manual_seed(config.seed)  # also for the new head of an encoder that is loaded
         if config.init == "random":
             return AutoModelForSequenceClassification.from_config(settings, trust_remote_code=code).float()
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, AssertionError) as error:  # the last by torch, of a padding token out of range
         raise UserError(f"{name}: transformers cannot make this model ({first_line(error)})") from None
     return None
 
@@ -84,13 +88,12 @@ def load_trained(config: ModelConfig) -> CrossEncoder:
     """A trained model's folder. Raises UserError if it has no head."""
     path = Path(config.model_name_or_path)
     check_folder(config.model_name_or_path)
-    settings = _load_settings(config)
+    settings, tokenizer = _load_settings(config), load_tokenizer(config)
     model, new = _load_weights(config, settings)
     if settings.num_labels < 2:
         raise UserError(f"{path} has one output, a score; crossrank needs a classifier of two classes or more")
     if new:
         raise UserError(f"{path} is not a trained classifier: its weights lack {', '.join(new[:3])}; train it first")
-    tokenizer = load_tokenizer(config)
     settle_padding(model, tokenizer, config.model_name_or_path)
     max_length = longest_input(model, tokenizer, config.max_length)
     return CrossEncoder(model, tokenizer=tokenizer, max_length=max_length)

@@ -27,17 +27,23 @@ ENGLISH = ("all-nli", "snli", "multi_nli", "mnli", "builtin")
 
 
 def about(
-    config: Config, splits: dict[Role, Split], batch_size: int, model: CrossEncoder, world: World, backend: str
+    config: Config,
+    splits: dict[Role, Split],
+    batch_size: int,
+    model: CrossEncoder,
+    world: World,
+    wiring: dict[str, Any],
 ) -> dict[str, Any]:
-    """All of it; `batch_size` is the global one."""
+    """All of it; `batch_size` is the global one, `wiring` says the backend and the number of nodes."""
     return {
+        "working_folder": os.getcwd(),
         "dataset": of_dataset(config),
         "data": {role: of_split(split) | of_file(config, role) for role, split in splits.items()},
         "padding": padding(splits["train"].tokens.lengths, batch_size, config.order_seed),
         "model": of_model(config, model),
         "hardware": hardware(world),
         "world_size": world.size,
-        "backend": backend,
+        **wiring,
         "device": world.device.type,
         "global_batch_size": batch_size,
         "versions": versions(),

@@ -5,8 +5,8 @@ full, in fp32), `state.json` (where the run is) and `manifest.json` (size and SH
 under another name, every file is flushed to the disk; then the folder gets its name. Nothing in it
 is ever executed. What does not match its manifest is not loaded; what else lies in the folder is not looked at.
 
-Damaged is what is proven to be: a file that is missing, or is not what the manifest says. What cannot be read today
-may be sound tomorrow, so it ends the run, and nothing is touched.
+Damaged is what is proven to be: a file that is missing, or is not what the manifest says. What cannot be read today, or
+not by this version, or not without following a link, may be sound: it ends the run, and nothing is touched.
 """
 
 import errno
@@ -141,10 +141,10 @@ def cannot_write(folder: Path, error: OSError | SafetensorError) -> TrainingFail
     number, file = getattr(error, "errno", None), getattr(error, "filename", None)
     full = "No space left" in str(error) or number in (errno.ENOSPC, errno.EDQUOT)
     own = file is not None and Path(str(file)).absolute().is_relative_to(folder.absolute())
-    what = named(error) if isinstance(error, OSError) else str(error)
+    what = f"cannot write into {folder}: {named(error)}" if own else named(error)
     return TrainingFailed(
-        f"{f'cannot write into {folder}: ' if own else ''}{what}; {'make space' if full else 'fix that'} and start "
-        "the same command again, which resumes from the newest checkpoint"
+        f"{what}; {'make space' if full else 'fix that'} and start the same command again, which resumes from the "
+        "newest checkpoint"
     )
 
 
@@ -157,6 +157,10 @@ def load(path: Path) -> Checkpoint:
         manifest = json_object(_content(path / MANIFEST))
         files = manifest["files"]
         if manifest["format"] != FORMAT:
+            if re.fullmatch(r"crossrank-checkpoint-\d+", manifest["format"]):
+                raise _unread(
+                    path, f"of the format {manifest['format']}, which another version of crossrank has written"
+                )
             raise Damaged(f"its format is {manifest['format']!r}, not {FORMAT!r}")
         if set(files) != {TENSORS, STATE}:
             raise Damaged(f"its manifest names {', '.join(sorted(map(repr, files)))}")
@@ -191,11 +195,18 @@ def load_given(path: Path) -> Checkpoint:
 
 
 def _open(path: Path) -> BinaryIO:
-    """Raises Damaged for what is no file of crossrank's, such as a link or a pipe, before it is opened."""
+    """Raises OSError for a link, and Damaged for what else is no file of crossrank's, before it is opened."""
     mode = path.lstat().st_mode
+    if stat.S_ISLNK(mode):
+        raise _unread(path, "a symbolic link, which is not followed; put the file itself in its place")
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a folder says what is wrong
-        raise Damaged(f"{path.name} is {'a symbolic link' if stat.S_ISLNK(mode) else 'not a plain file'}")
+        raise Damaged(f"{path.name} is not a plain file")
     return path.open("rb")
+
+
+def _unread(path: Path, what: str) -> OSError:
+    """For what is not proven to be damaged."""
+    return OSError(errno.EINVAL, what, str(path))
 
 
 def _content(path: Path) -> bytes:

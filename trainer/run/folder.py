@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ def find_run(config: Config) -> RunFolder:
     Raises UserError if a finished run is there, or another one, or where nothing can be written.
     """
     given = config.resume_from_checkpoint
-    if given not in ("auto", "none") and not Path(given).expanduser().is_dir():
+    if given not in ("auto", "none") and not os.path.isdir(os.path.expanduser(given)):
         raise UserError(f"resume_from_checkpoint {given!r} is no folder here; it is auto, none, or a checkpoint's or a "
                         "run's folder")  # fmt: skip
     folder = Path(config.output_dir or f"runs/{config.run_name or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}")

@@ -1,5 +1,6 @@
 """Which software a run is of: versions of the packages that decide its numbers, and the commit. Needs no torch."""
 
+import hashlib
 import importlib.metadata
 import platform
 import subprocess
@@ -7,11 +8,23 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "evaluate", "numpy", "safetensors")
+ROOT = Path(__file__).parent.parent.parent
+CODE = ("trainer", "launcher", "ds_configs")
 
 
 def versions() -> dict[str, str]:
     """Of Python and the packages that decide a run's numbers."""
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def code_hash() -> str:
+    """SHA-256 of this copy of the project."""
+    result = hashlib.sha256()
+    files = [ROOT / "crossrank.py", *(path for folder in CODE for path in sorted((ROOT / folder).rglob("*")))]
+    for path in files:
+        if path.suffix in (".py", ".yaml", ".json"):
+            result.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return result.hexdigest()
 
 
 def git_state() -> dict[str, Any] | None:
