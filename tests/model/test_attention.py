@@ -34,6 +34,8 @@ VARIANTS = {
     "deberta-v2, p2c": V3 | {"pos_att_type": ["p2c"], "share_att_key": False},
     "deberta-v2, absolute": {"type_vocab_size": 2},
     "albert, groups": {"num_hidden_groups": 2, "inner_group_num": 2},
+    "eurobert, grouped": {"num_key_value_heads": 2},
+    "ultrabert, mean": {"classifier_pooling": "mean", "num_key_value_heads": 2},
     "bert, one head": {"num_attention_heads": 1},
 }
 CASES = [*FAMILIES, *VARIANTS]
@@ -46,7 +48,7 @@ def make(case: str, dropout: float = 0.0):
     if family == "distilbert":
         sizes |= {"dim": 32, "hidden_dim": 48, "n_layers": 3, "n_heads": 4}
         sizes = {k: v for k, v in sizes.items() if not k.startswith(("num_h", "num_a", "hidden_size", "inter"))}
-    if family == "modernbert":  # a window that most pairs are longer than
+    if family in ("modernbert", "ultrabert"):  # a window that most pairs are longer than
         sizes |= {"local_attention": 8, "global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3}
     if case == "deberta-v2":  # as v3 is, with buckets that pairs outgrow
         sizes |= V3

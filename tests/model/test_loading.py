@@ -334,3 +334,15 @@ def test_tensors_without_a_gradient(family, backend, tmp_path):
         there = ["--resume_from_checkpoint", tmp_path / "one" / "checkpoints" / "step-000002"]
         crossrank("train", *run, *wiring, *there, "--output_dir", tmp_path / "three", ranks=2)
         weights_equal(tmp_path / "three", tmp_path / "one", within=1e-4)
+
+
+def test_a_head_of_other_classes_is_said(tmp_path, said):
+    """With as many classes it goes on from its weights, with another number it is new."""
+    folder = save_classifier(tmp_path, "bert")
+    trained = start(folder).model.classifier.weight
+    assert not said
+    for names, what in ((["x", "y", "z"], "goes on as that of"), (["x", "y"], "is drawn anew for")):
+        config = Config(model_name_or_path=str(folder), train_file="t.csv")
+        model = load_for_training(config, names).model
+        assert said[-1].endswith(f"; the head {what} {', '.join(names)}")
+        assert torch.equal(model.classifier.weight, trained) == (len(names) == 3)

@@ -51,6 +51,8 @@ def attention(
     layout = site.layout
     _, heads, _, size = query.shape
     scaling = scaling or size**-0.5
+    if key.shape[1] < heads:  # each serves several of the queries' heads
+        key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
 
     def grouped(x: torch.Tensor) -> list[torch.Tensor]:
         rows = x.transpose(1, 2).reshape(-1, size)[: layout.num_tokens * heads]

@@ -10,6 +10,7 @@ from torch import nn
 from trainer.base.environment import offline
 from trainer.base.errors import UserError, first_line
 from trainer.base.files import lost_folder
+from trainer.base.log import log
 from trainer.config import Config, ModelConfig
 from trainer.data import builtin
 from trainer.model.cross_encoder import CrossEncoder
@@ -59,8 +60,7 @@ def load_for_training(config: Config, label_names: Sequence[str]) -> CrossEncode
         model, new = _load_weights(config, settings)
         if strange := [weight for weight in new if not is_head(weight, model)]:
             raise UserError(f"{name}: its weights lack {len(strange)} tensors of the encoder, such as {strange[0]}")
-        if sorted(old_names) == sorted(label_names) and old_names != list(label_names):
-            _reorder_classes(model, [old_names.index(label) for label in label_names])
+        _settle_head(model, new, old_names, list(label_names), name)
     settle_padding(model, tokenizer, name)
     warn_of_joined_texts(tokenizer, name)
     max_length = longest_input(model, tokenizer, config.max_length)
@@ -154,6 +154,17 @@ def _load_weights(config: ModelConfig, settings: Any) -> tuple[Any, list[str]]:
 
 def _hub_options(config: ModelConfig) -> dict[str, Any]:
     return {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
+
+
+def _settle_head(model: Any, new: list[str], old: list[str], names: list[str], place: str) -> None:
+    """Keeps the meaning of a trained head, and says where it has another one than the data's classes `names`."""
+    kept = not any(is_head(weight, model) and ".pooler." not in weight for weight in new)
+    if sorted(old) == sorted(names):
+        if kept and old != names:
+            _reorder_classes(model, [old.index(name) for name in names])
+    elif not set(old) <= {f"LABEL_{i}" for i in range(len(old))}:  # which is how a new head's classes are called
+        what = "goes on as that of" if kept else "is drawn anew for"
+        log.warning(f"{place}: its config.json has the classes {', '.join(old)}; the head {what} {', '.join(names)}")
 
 
 def _reorder_classes(model: Any, order: list[int]) -> None:
