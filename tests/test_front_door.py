@@ -83,7 +83,13 @@ def test_a_source_distribution_has_its_tests(tmp_path):
     (root,) = (tmp_path / "unpacked").iterdir()
     for name in (
         "Makefile",
+        "README.md",
+        "LICENSE",
+        ".ci/run",
         "constraints.txt",
+        "ds_configs/zero1.json",
+        "slurm/train.sbatch",
+        "launcher/py.typed",
         "tests/launcher/golden/torchrun.sbatch",
         "trainer/py.typed",
         "docs/exactness.md",

@@ -6,6 +6,7 @@ same command again to resume), 130 interrupted.
 
 import importlib
 import os
+import re
 import signal
 import sys
 import traceback
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trainer.base import folders
-from trainer.base.environment import Place, read_place
+from trainer.base.environment import Place, heard, read_place
 from trainer.base.errors import EXIT_CODE, Preempted, TrainingFailed, UserError, first_line, named, unknown
 from trainer.base.files import write_text
 from trainer.base.log import start_log
@@ -39,7 +40,7 @@ def train(argv: list[str]) -> None:
     from trainer.cli import parse_train
 
     config = parse_train(argv)
-    for name in config.preemption_signals:
+    for name in filter(heard, config.preemption_signals):
         signal.signal(getattr(signal, name), stop_early)
     from trainer import api  # which takes seconds, and more on a network file system
 
@@ -75,9 +76,13 @@ def scoring(verb: str, argv: list[str], *groups: Any) -> list[Any]:
 
 
 def evaluate(argv: list[str]) -> None:
+    from trainer.metrics import listed
     from trainer.predict import EvaluateConfig, InferenceConfig, evaluate_model
 
-    evaluate_model(*scoring("evaluate", argv, DataConfig, InferenceConfig, EvaluateConfig))
+    metrics = evaluate_model(*scoring("evaluate", argv, DataConfig, InferenceConfig, EvaluateConfig))
+    if _place().rank == 0:
+        for split, scores in metrics.items():
+            print(f"{split}: {listed(scores)}")
 
 
 def predict(argv: list[str]) -> None:
@@ -94,9 +99,10 @@ def report(argv: list[str]) -> None:
 
     parser = make_parser("crossrank report", (), usage="crossrank report RUN_DIR [RUN_DIR ...] [--output_dir FOLDER]")
     parser.add_argument("runs", metavar="RUN_DIR", nargs="+", help="run folders; several are compared")
-    parser.add_argument("--output_dir", default="report", help="where the comparison of several runs goes")
+    parser.add_argument("--output_dir", help="where the comparison of several runs goes (default: report)")
     values = parse(parser, argv)
-    write([os.path.expanduser(run) for run in values["runs"]], os.path.expanduser(values["output_dir"]))
+    target = values.get("output_dir")
+    write([os.path.expanduser(run) for run in values["runs"]], target and os.path.expanduser(target))
 
 
 def doctor(argv: list[str]) -> None:
@@ -175,10 +181,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail(130, "interrupted")
     except Preempted as stop:
-        if str(stop):  # rank 0 speaks for all
-            print(f"crossrank: {stop}", file=sys.stderr)
         code = EXIT_CODE
         record_exit_code(code)
+        if str(stop):  # rank 0 speaks for all
+            with suppress(OSError):  # to a terminal that has been closed
+                print(f"crossrank: {stop}", file=sys.stderr, flush=True)
     except BrokenPipeError:  # the reader of our output has had enough
         sys.stderr.close()
         return 1
@@ -214,6 +221,8 @@ def _place() -> Place:
 def fail(code: int, text: str) -> int:
     """Reports a failure once, by the first rank that fails, with its number."""
     place = _place()
+    if re.search(r"^[^\n]*, rows? \d[^\n]*$", text):
+        text += "; rows count from 0"
     if place.size == 1:
         record_exit_code(code)
         print(f"crossrank: {text}", file=sys.stderr)

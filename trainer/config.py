@@ -14,7 +14,7 @@ from trainer.base.yaml_files import read_mapping
 
 Metric = Literal["accuracy", "f1_macro", "f1_micro", "f1_weighted", "loss"]
 METRICS = get_args(Metric)
-Signal = Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP"]
+Signal = Literal["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +123,12 @@ class OptimisationConfig(Fields):
     """The same in steps; overrides warmup_ratio when positive."""
     label_smoothing_factor: float = option(0.0, at_least=0, below=1)
     """Probability mass spread evenly over all classes."""
+    lora_r: int = option(0, at_least=0)
+    """LoRA, by peft: rank of the adapters that are trained, with the head, in the model's place; 0 = no LoRA."""
+    lora_alpha: int | None = option(None, above=0)
+    """What the adapters add is scaled by lora_alpha / lora_r; None = 2 * lora_r."""
+    lora_target_modules: list[str] | None = None
+    """Names of the layers that get an adapter, such as `q_proj,v_proj`; None = every linear layer but the head's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,9 +199,9 @@ class CheckpointConfig(Fields):
     resume_from_checkpoint: str = option("auto", kind="local")
     """auto = resume the unfinished run in output_dir; none = never; or a checkpoint's or a run's folder."""
     preemption_signals: list[Signal] = option(
-        factory=lambda: ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"], kind="upkeep"
+        factory=lambda: ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"], kind="upkeep"
     )
-    """Signals at which the run saves and stops, with exit code 85."""
+    """Signals at which the run saves and stops, with exit code 85; SIGHUP, as of a closed terminal, not under nohup."""
     skip_nonfinite: int = option(0, at_least=0, kind="method")
     """Steps with a non-finite gradient that may be skipped; then each step waits for the device. Not for deepspeed."""
 
@@ -257,6 +263,9 @@ class Config(
             raise UserError(f"max_steps must be positive, or -1 for num_train_epochs, got {self.max_steps}")
         if self.train_batch_size is not None and self.gradient_accumulation_steps != 1:
             raise UserError("gradient_accumulation_steps follows from train_batch_size; set only one of them")
+        for name in ("lora_alpha", "lora_target_modules"):
+            if self.lora_r == 0 and getattr(self, name) is not None:
+                raise UserError(f"{name} does nothing while lora_r is 0; give --lora_r, such as 16, or leave it out")
         if self.load_best_model_at_end and self.eval_strategy == "no":
             raise UserError("load_best_model_at_end needs eval_strategy steps or epoch")
         if self.deepspeed is not None and self.backend not in ("auto", "deepspeed"):

@@ -17,7 +17,9 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     """What results.json holds, on every rank. The run is finished when that file is there."""
     state, output = trainer.state, trainer.output
     if trainer.config.load_best_model_at_end:
-        best = trainer.model.saved_weights(output.model) if trainer.world.is_main else {}
+        # With LoRA the frozen weights are in no file that is read back.
+        frozen = trainer.backend.full_weights(trainer.model.model) if trainer.model.lora else {}
+        best = frozen | trainer.model.saved_weights(output.model) if trainer.world.is_main else {}
         trainer.backend.load_weights(trainer.model.model, trainer.model.without_frozen_rows(best))
     else:
         trainer.save_model()

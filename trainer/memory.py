@@ -34,7 +34,7 @@ def fits(trainer: Trainer, step: Step) -> bool:
     rows = max(trainer.micro_batches(step), key=lambda rows: lengths[rows].sum())
     try:
         # A resumed run has its moments already.
-        new = [p for p in trainer.model.parameters() if p not in trainer.backend.optimizer.state]
+        new = [p for p in trainer.model.parameters() if p.requires_grad and p not in trainer.backend.optimizer.state]
         reserved = [torch.empty_like(p) for p in new for moment in range(2)]
         trainer.backward(step, rows, last=False)
         del reserved

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from trainer.config import METRICS
+
 
 def classification_scores(labels: np.ndarray, logits: np.ndarray, num_labels: int) -> dict[str, Any]:
     """Scores of logits (n, num_labels) against labels (n,).
@@ -40,6 +42,11 @@ def _confusion(labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> 
     matrix = np.bincount(place[labels] * size + place[predictions], minlength=size * size).reshape(size, size)
     cut = {"confusion_classes": kept.tolist()} if num_labels > len(kept) else {}
     return {"confusion_matrix": matrix.tolist(), **cut}
+
+
+def listed(scores: dict[str, Any]) -> str:
+    """The scores that a person wants to see, in a line."""
+    return ", ".join(f"{name} {scores[name]:.4f}" for name in METRICS)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -17,10 +17,10 @@ from trainer.base.errors import UserError, named
 from trainer.base.fields import Fields, option
 from trainer.base.files import write_json
 from trainer.base.log import log
-from trainer.config import METRICS, DataConfig, ModelConfig
+from trainer.config import DataConfig, ModelConfig
 from trainer.data.sources import Pairs, Role, load_pairs, split_name, unlabelled
 from trainer.data.stream import WRITERS, id_column, ids_of, open_output, stream_stdin
-from trainer.data.tables import column_of, read_parts
+from trainer.data.tables import column_of, nothing_in, read_parts
 from trainer.data.tokens import Split, Tokens, cache_folder, tokenize
 from trainer.evaluate import evaluate, predict_logits, write_predictions
 from trainer.metrics import log_softmax
@@ -125,7 +125,6 @@ def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, ou
         result = evaluate(predictor.model, split, world, inference.per_device_eval_batch_size, inference.bf16)
         log.info(f"{pairs.describe()}; classes {', '.join(pairs.label_names)}")
         metrics[split.name] = result.scores
-        log.info(f"{split.name}: " + ", ".join(f"{m} {result.scores[m]:.4f}" for m in METRICS))
         if place is not None and result.logits is not None:
             write_predictions(place / "predictions" / f"{split.name}.parquet", pairs, result.logits)
     if place is not None and world.is_main:
@@ -177,7 +176,7 @@ def predict_file(folder: str, config: PredictConfig, inference: InferenceConfig)
     tables = stream_stdin() if config.input == "-" else read_parts(Path(config.input), every_line=True)
     first = next(tables, None)
     if first is None:
-        raise UserError(f"{place}: no pairs")
+        raise nothing_in(Path(place))
     parts = itertools.chain([first], tables)
     predictor, done, id_name = Predictor(folder, inference, world), 0, id_column(first)
     bar = tqdm(unit="pair", desc="predicting", disable=None if world.is_main else True)

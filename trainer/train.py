@@ -15,13 +15,14 @@ from trainer.base.errors import Preempted, TrainingFailed, UserError
 from trainer.base.fields import rule
 from trainer.base.files import write_json
 from trainer.base.log import log
-from trainer.config import METRICS, Config
+from trainer.config import Config
 from trainer.data.sampler import GlobalBatchSampler, global_batch_size, total_steps
 from trainer.data.sources import Pairs, Role, load_splits, split_name
 from trainer.data.tokens import Split, cache_folder, tokenize
 from trainer.finish import finish
 from trainer.loop import Trainer
 from trainer.memory import fit_micro_batches
+from trainer.metrics import listed
 from trainer.model.cross_encoder import CrossEncoder, checkpoint_activations, compile_layers, model_facts
 from trainer.model.loading import load_for_training
 from trainer.model.precision import allow_tf32, check_bf16
@@ -52,7 +53,7 @@ def train(config: Config, report: Callable[[Path], None] | None = None) -> dict[
         results = complete(trainer)
         if world.is_main:
             for split, scores in results["metrics"].items():
-                log.info(f"{split}: " + ", ".join(f"{name} {scores[name]:.4f}" for name in METRICS))
+                log.info(f"{split}: {listed(scores)}")
             if report:
                 report(trainer.output.folder)
             log.info(f"model: {trainer.output.model}")
@@ -74,7 +75,8 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
     meter = Meter(config, world)  # from here on it is work, not looking for mistakes
     data = tokenize_splits(config, world, pairs, model, preemption)
     sampler = make_sampler(config, world, data["train"])
-    identity = freeze(config, model, data, sampler)
+    with failures(config, world, opened.path):
+        identity = freeze(config, model, data, sampler)
     world.agree(lambda: identity.data | model_facts(model) | {"device": world.device.type})
     opened, lock = claim(opened, config, world)
     checkpoints = Checkpoints(opened.path / "checkpoints", config.save_total_limit)

@@ -145,6 +145,7 @@ MEANT = [
     (["none", "a"], {"label_names": ["a", "none"]}, [1, 0]),
     # A column's own names are of its numbers, even where they look like these.
     ([0, 2], {"own_names": ["1", "2", "3"]}, [0, 2]),
+    ([-1, 0], {"own_names": ["-1", "0"]}, [-1, 0]),
     ([0, 2], {"own_names": list(NLI), "label_names": ["contradiction", "neutral", "entailment"]}, [2, 0]),
     # The dev split of a run.
     ([3, 1], {"classes": FIVE, "label_names": FIVE}, [2, 0]),

@@ -119,7 +119,7 @@ BAD = {
     "number": ('{"premise": 1, "hypothesis": "b"}\n', "premise must be text"),
     "mixed": ('{"premise": "a", "hypothesis": "b"}\n{"premise": 1, "hypothesis": "b"}\n', "premise must be text"),
     "columns": ('{"a": "a", "b": "b"}\n', "it has a, b"),
-    "nothing": ("", "no pairs"),
+    "nothing": ("", "no rows"),
     "empty line": (
         '{"premise": "a", "hypothesis": "b"}\n' * 100 + "\n" + '{"premise": "a", "hypothesis": "b"}\n',
         "row 100: an empty line",
@@ -149,6 +149,36 @@ def test_bad_input_is_named_with_its_row_and_leaves_no_file(case, model, tmp_pat
         predict_file(str(model), config, InferenceConfig())
     assert expected in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+@pytest.mark.parametrize("header", ["premise\thypothesis", "Sentence1\t sentence2"])
+def test_a_header_on_stdin_is_no_pair(header, monkeypatch):
+    import io
+    import sys
+
+    from trainer.data.stream import stream_stdin
+
+    for text, expected in (
+        (f"{header}\na\tb\n", "row 0: .* are a header, and stdin takes none"),
+        (f"a\tb\n{header}\n", ""),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(text.encode()))))
+        if expected:
+            with pytest.raises(UserError, match=expected):
+                list(stream_stdin())
+        else:
+            assert sum(part.num_rows for part in stream_stdin()) == 2
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv"])
+def test_a_file_of_nothing_but_its_first_line(name, model, tmp_path):
+    from trainer.predict import InferenceConfig, PredictConfig, predict_file
+
+    (tmp_path / name).write_text("A man sleeps.\tA person rests.\n")
+    with pytest.raises(UserError, match="no rows; the first line of such a file is its header"):
+        predict_file(str(model), PredictConfig(input=str(tmp_path / name)), InferenceConfig())
+    with pytest.raises(UserError, match="no rows; the first line of such a file is its header"):
+        read_table(tmp_path / name)
 
 
 def test_damaged_archives(tmp_path):

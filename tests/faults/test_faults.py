@@ -3,6 +3,8 @@
 `make test` runs each kind of fault once; `make test-full` many times, at random moments, whose seeds it prints.
 """
 
+import errno
+import io
 import os
 import random
 import re
@@ -16,6 +18,13 @@ import pytest
 import torch
 from conftest import ROOT, Ranks, crossrank, events, losses, torchrun
 from safetensors.torch import load_file
+
+from launcher import command as launching
+from trainer.__main__ import fail
+from trainer.base.log import log, start_log
+from trainer.config import Config
+from trainer.ranks import World
+from trainer.run.preempt import Preemption
 
 RUN = ["--recipe", "demo", "--max_train_samples", "330", "--max_eval_samples", "101", "--max_test_samples", "101",
        "--logging_steps", "1", "--num_train_epochs", "8", "--save_steps", "3", "--eval_steps", "8", "--dropout", "0.1",
@@ -126,7 +135,8 @@ def test_killed_again_and_again(whole, tmp_path, seed):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "victims", "name"), [full(0, [0], "SIGTERM"), (2, [1], "SIGUSR1"), full(2, [0, 1], "SIGINT")]
+    ("ranks", "victims", "name"),
+    [full(0, [0], "SIGTERM"), (2, [1], "SIGUSR1"), full(2, [0, 1], "SIGINT"), full(2, [0, 1], "SIGHUP")],
 )
 def test_asked_to_stop(whole, tmp_path, ranks, victims, name):
     """One rank's signal is all ranks': they save the same step, leave with 85, and go on exactly."""
@@ -135,6 +145,35 @@ def test_asked_to_stop(whole, tmp_path, ranks, victims, name):
     saved = [int(p.name[5:]) for p in folder.glob("checkpoints/step-*")]
     assert max(saved) == steps_of(folder)  # not a step was lost
     finish(folder, ranks, whole[ranks])
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_is_closed(ignored, monkeypatch):
+    """The run saves, though nobody reads what it says; under nohup it goes on."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    preemption = Preemption(World(0, 1, 0, torch.device("cpu")), Config(dataset_name="builtin").preemption_signals)
+    try:
+        assert ("SIGHUP" in launching.torchrun(launching.TorchrunConfig(), 2)[-1]) == (not ignored)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert preemption.requested == (None if ignored else "SIGHUP")
+    finally:
+        preemption.close()
+        signal.signal(signal.SIGHUP, before)
+    start_log(is_main=True)
+    monkeypatch.setattr(sys, "stderr", Closed())
+    log.info("saved")
+
+
+class Closed(io.StringIO):
+    def write(self, text):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_rows_are_counted_from_0(capsys):
+    """Which an error says once, wherever it comes from."""
+    for text, said in (("a.csv, row 3: label is empty", True), ("no row", False), ("a\nb, row 3: c", False)):
+        assert fail(2, f"error: {text}") == 2
+        assert ("; rows count from 0" in capsys.readouterr().err) == said
 
 
 def test_asked_to_stop_while_it_evaluates(whole, tmp_path):

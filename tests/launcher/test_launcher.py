@@ -233,6 +233,7 @@ def test_without_slurm(tmp_path):
     assert "sbatch is not installed here" in result.stderr
     assert result.stdout.startswith("#!/usr/bin/env bash")
     assert "set -- --recipe demo --output_dir 'runs/my run'" in result.stdout
+    assert not (tmp_path / "logs").exists()
 
 
 def test_starts_with_few_imports_and_without_torch():

@@ -34,6 +34,8 @@ VARIANTS = {
     "deberta-v2, p2c": V3 | {"pos_att_type": ["p2c"], "share_att_key": False},
     "deberta-v2, absolute": {"type_vocab_size": 2},
     "albert, groups": {"num_hidden_groups": 2, "inner_group_num": 2},
+    "eurobert, grouped": {"num_key_value_heads": 2},
+    "ultrabert, mean": {"classifier_pooling": "mean", "num_key_value_heads": 2},
     "bert, one head": {"num_attention_heads": 1},
 }
 CASES = [*FAMILIES, *VARIANTS]
@@ -46,7 +48,7 @@ def make(case: str, dropout: float = 0.0):
     if family == "distilbert":
         sizes |= {"dim": 32, "hidden_dim": 48, "n_layers": 3, "n_heads": 4}
         sizes = {k: v for k, v in sizes.items() if not k.startswith(("num_h", "num_a", "hidden_size", "inter"))}
-    if family == "modernbert":  # a window that most pairs are longer than
+    if family in ("modernbert", "ultrabert"):  # a window that most pairs are longer than
         sizes |= {"local_attention": 8, "global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3}
     if case == "deberta-v2":  # as v3 is, with buckets that pairs outgrow
         sizes |= V3
@@ -60,10 +62,13 @@ def make(case: str, dropout: float = 0.0):
     return model
 
 
-def make_tokens(lengths) -> Tokens:
+def make_tokens(lengths, eos: int | None = None) -> Tokens:
+    """Pairs of random tokens; each ends with `eos`, which is nowhere else."""
     rng = np.random.default_rng(sum(lengths))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    ids = rng.integers(2, VOCABULARY, offsets[-1]).astype(np.uint16)
+    ids = rng.integers(2 if eos is None else eos + 1, VOCABULARY, offsets[-1]).astype(np.uint16)
+    if eos is not None:
+        ids[offsets[1:] - 1] = eos
     types = np.concatenate([np.arange(n) >= rng.integers(1, n) for n in lengths])
     return Tokens(ids, offsets, types, np.zeros(len(lengths), bool), "f")
 

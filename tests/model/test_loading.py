@@ -16,6 +16,7 @@ from trainer.data.builtin import LABEL_NAMES, make_tokenizer, pairs
 from trainer.data.sources import Pairs
 from trainer.data.tokens import tokenize
 from trainer.model.loading import load_for_training
+from trainer.model.probe import sees_padding
 from trainer.model.settings import longest_input
 
 ROWS = pairs("dev")[:30]
@@ -288,10 +289,10 @@ def test_an_end_that_is_not_found(tmp_path):
         predict(model, [*PAIRS[:2], ("A cat [SEP] sleeps.", "A cat."), *PAIRS[2:4]])
 
 
-@pytest.mark.parametrize("family", ["bert", "convbert", "deberta-v2"])
+@pytest.mark.parametrize("family", ["bert", "convbert", "deberta"])
 def test_a_model_that_sees_padding(family, tmp_path):
     model = start(save_encoder(tmp_path, family), attn_implementation="eager" if family == "bert" else None)
-    assert model.sees_padding(tokenize(labelled(PAIRS), model.tokenizer, 100, None)) == (family == "convbert")
+    assert sees_padding(model, tokenize(labelled(PAIRS), model.tokenizer, 100, None)) == (family == "convbert")
 
 
 def labelled(texts):
@@ -387,3 +388,15 @@ def test_tensors_without_a_gradient(family, backend, tmp_path):
         there = ["--resume_from_checkpoint", tmp_path / "one" / "checkpoints" / "step-000002"]
         crossrank("train", *run, *wiring, *there, "--output_dir", tmp_path / "three", ranks=2)
         weights_equal(tmp_path / "three", tmp_path / "one", within=1e-4)
+
+
+def test_a_head_of_other_classes_is_said(tmp_path, said):
+    """With as many classes it goes on from its weights, with another number it is new."""
+    folder = save_classifier(tmp_path, "bert")
+    trained = start(folder).model.classifier.weight
+    assert not said
+    for names, what in ((["x", "y", "z"], "goes on as that of"), (["x", "y"], "is drawn anew for")):
+        config = Config(model_name_or_path=str(folder), train_file="t.csv")
+        model = load_for_training(config, names).model
+        assert said[-1].endswith(f"; the head {what} {', '.join(names)}")
+        assert torch.equal(model.classifier.weight, trained) == (len(names) == 3)

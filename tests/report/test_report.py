@@ -1,6 +1,7 @@
 """The card, pictures and report.html that a run leaves behind, from its folder alone."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -17,7 +18,7 @@ from huggingface_hub import ModelCard
 
 from trainer.base.errors import UserError
 from trainer.cli import parse_train
-from trainer.report.card import interval, thinned
+from trainer.report.card import command, interval, thinned
 from trainer.report.markdown import code, escape, table
 from trainer.report.plots import smooth
 from trainer.report.read import read_run
@@ -207,9 +208,45 @@ def test_the_command_on_the_card_starts_the_same_run(tmp_path):
     crossrank("train", *given, "--output_dir", tmp_path / "run")
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     shown = re.search(r"^crossrank train .*$", card, re.MULTILINE)[0]
+    assert str(tmp_path) not in card
+    shown = shown.replace("/path/to", str(tmp_path / "data"))
     assert parse_train(shlex.split(shown)[2:]) == parse_train(given)
     assert re.search(r"### Evaluation Dataset\s+#### dev.jsonl", card)
     assert re.search(r"### Training Dataset\s+#### train6k.jsonl", card)
+
+
+def test_the_command_has_no_folder_of_its_maker(demo):
+    run = read_run(demo)
+    config = run.config | {"train_file": "/home/alice/nli/data/train.csv", "model_name_or_path": "/models/base",
+                           "validation_file": "../dev.csv"}  # fmt: skip
+    about = run.about | {"world_size": 8, "num_nodes": 2, "working_folder": "/home/alice/nli"}
+    words = command(dataclasses.replace(run, config=config, about=about))
+    assert words.startswith(
+        "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:PORT --nproc-per-node 4 -m crossrank train "
+    )
+    for expected in (
+        "--train_file data/train.csv ",
+        "--model_name_or_path /path/to/base ",
+        "--validation_file ../dev.csv ",
+    ):
+        assert expected in words
+    assert "alice" not in words
+
+
+def test_reports_that_mean_something_else(demo, tmp_path):
+    before = (demo / "report.html").read_bytes()
+    (tmp_path / "link").symlink_to(demo)
+    other = shutil.copytree(demo, tmp_path / "other")
+    for folders, target, expected in (
+        ([demo, demo], None, "is given twice"),
+        ([demo, other, tmp_path / "link"], None, "link is given twice"),
+        ([demo], tmp_path / "x", "--output_dir is for the comparison"),
+        ([demo, other], demo, "holds config.yaml"),
+        ([demo, other], demo / "model", "holds config.json"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            report([*map(str, folders)], target and str(target))
+    assert (demo / "report.html").read_bytes() == before
 
 
 def test_an_unfinished_run_says_so(demo, tmp_path):
@@ -234,7 +271,7 @@ def test_damaged_metrics_are_left_out_and_counted(demo, tmp_path, said):
         )
     run = read_run(tmp_path / "run")
     assert (len(run.events), run.damaged) == (whole, 6)
-    report([str(tmp_path / "run")], "unused")
+    report([str(tmp_path / "run")], None)
     assert "6 damaged lines" in said[0]
     assert "6 damaged lines of metrics.jsonl are left out" in (tmp_path / "run" / "model" / "README.md").read_text()
 

@@ -19,7 +19,7 @@ def config(folder, **fields) -> Config:
 
 
 def put(folder, name, text="") -> None:
-    if name in ("checkpoints", "model", "predictions", "tensorboard", "wandb"):
+    if name in ("adapter", "checkpoints", "model", "predictions", "tensorboard", "wandb"):
         (folder / name / "inside").mkdir(parents=True)
     else:
         (folder / name).write_text(text or "mine\n")

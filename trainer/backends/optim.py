@@ -15,7 +15,8 @@ def parameter_groups(model: nn.Module, config: OptimisationConfig) -> list[dict[
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim > 1]
     plain = [p for p in trained if p.ndim <= 1]
-    return [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]  # DeepSpeed takes no empty one
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: OptimisationConfig) -> torch.optim.AdamW:

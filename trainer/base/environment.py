@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,6 +49,11 @@ def number(env: Mapping[str, str], name: str, default: str | None = None) -> int
         found = "not set" if value is None else "empty" if not value.strip() else f"{value!r}, which is no number"
         raise UserError(f"{name} is {found}; {STARTED_BY}, or unset {name}")
     return int(value)
+
+
+def heard(name: str) -> bool:
+    """Whether a signal is to be taken: nohup has SIGHUP ignored, and what is started so outlives its terminal."""
+    return name != "SIGHUP" or signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
 
 
 def offline() -> bool:

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import suppress
 
 from tqdm import tqdm
 
@@ -13,8 +14,9 @@ class _Terminal(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(f"{prefix}{record.getMessage()}", file=sys.stderr)
-        sys.stderr.flush()
+        with suppress(OSError):  # the terminal may have been closed, and the run has something to save
+            tqdm.write(f"{prefix}{record.getMessage()}", file=sys.stderr)
+            sys.stderr.flush()
 
 
 def start_log(is_main: bool) -> None:

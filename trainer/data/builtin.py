@@ -50,12 +50,23 @@ SLOTS: dict[str, Words] = {
 Scene = tuple[str, ...]  # one word a slot
 
 
+@cache
+def _judge_word(slot: str, premise: str, hypothesis: str) -> int:
+    p, h = SLOTS[slot][premise], SLOTS[slot][hypothesis]
+    if p.isdisjoint(h):
+        return CONTRADICTION
+    return ENTAILMENT if p <= h else NEUTRAL
+
+
 def judge(premise: Scene, hypothesis: Scene) -> int:
     """Whether all scenes that fit the premise fit the hypothesis (entailment), some do (neutral), or none does."""
-    sets = [(words[p], words[h]) for words, p, h in zip(SLOTS.values(), premise, hypothesis, strict=True)]
-    if any(p.isdisjoint(h) for p, h in sets):
-        return CONTRADICTION
-    return ENTAILMENT if all(p <= h for p, h in sets) else NEUTRAL
+    # The classes' numbers stand in this order: one slot is enough to contradict.
+    return max(map(_judge_word, SLOTS, premise, hypothesis))
+
+
+@cache
+def _others(slot: str, word: str) -> list[str]:
+    return [other for other in SLOTS[slot] if other != word]
 
 
 def sentence(scene: Scene) -> str:
@@ -68,7 +79,7 @@ def _vary(hypothesis: Scene, rng: random.Random) -> tuple[Scene, str]:
     premise, names = list(hypothesis), list(SLOTS)
     changed = rng.sample(range(len(names)), rng.choice((1, 1, 2)))
     for slot in changed:
-        premise[slot] = rng.choice([word for word in SLOTS[names[slot]] if word != hypothesis[slot]])
+        premise[slot] = rng.choice(_others(names[slot], hypothesis[slot]))
     # By itself, the deciding slot gives the label of the pair; its number is the first where several do.
     label = judge(tuple(premise), hypothesis)
     for slot in sorted(changed):
@@ -85,8 +96,10 @@ def _triple(rng: random.Random) -> list[dict[str, Any]]:
     for _ in range(60):
         premise, source = _vary(hypothesis, rng)
         label = judge(premise, hypothesis)
+        if label in rows:
+            continue
         texts = {"premise": sentence(premise), "hypothesis": sentence(hypothesis)}
-        rows.setdefault(label, texts | {"label": label, "source": source})
+        rows[label] = texts | {"label": label, "source": source}
         if len(rows) == len(LABEL_NAMES):
             return [rows[label] for label in range(len(LABEL_NAMES))]
     return []

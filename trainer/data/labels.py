@@ -117,7 +117,7 @@ def class_numbers(
         own_names: what the column itself says that its numbers mean.
     """
     known = tuple(classes or label_names or own_names or ())
-    place = {_plain(name): number for number, name in enumerate(known)}
+    place = {_plain(name): number for number, name in enumerate(known) if own_names is None}
     for names in (label_names, own_names):
         if strange := [name for name in names or () if name not in known]:
             raise UserError(f"{labels.place}: its classes ({_shown(names or ())}) include {strange[0]!r}, which is not "
@@ -140,9 +140,9 @@ def class_numbers(
         known = known or _names(labels, texts)
         meaning = {name: number for number, name in enumerate(known)}
     elif len(numbers) < len(texts):
-        number, name = next(iter(numbers)), next(text for text in texts if text not in numbers)
+        first, name = next(iter(numbers)), next(text for text in texts if text not in numbers)
         row = labels.at(name).split(", ")[-1]
-        raise UserError(f"{labels.at(number)}: label {number} is a number, and {name!r} in {row} is a name; write all "
+        raise UserError(f"{labels.at(first)}: label {first} is a number, and {name!r} in {row} is a name; write all "
                         "labels as names, or all as numbers")  # fmt: skip
     else:
         meaning, known = _from_numbers(labels, numbers, own_names or label_names, known, of_model)

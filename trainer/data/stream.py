@@ -17,10 +17,12 @@ import pyarrow as pa
 from trainer.base.errors import UserError, reason
 from trainer.base.files import naming, replacing
 from trainer.base.log import log
+from trainer.data.sources import HYPOTHESIS, PREMISE
 from trainer.data.tables import check_encoding, jsonl, lines, values_of
 
 # The columns by which a row may be known, the best one first.
 IDS = ("id", "idx", "index", "pairid", "guid")
+TEXTS = (PREMISE, HYPOTHESIS)
 Write = Callable[[pa.ChunkedArray, np.ndarray], None]  # takes ids (n,) and probabilities (n, classes)
 
 
@@ -57,6 +59,11 @@ def _tabs(file: BinaryIO) -> Iterator[pa.Table]:
                 raise UserError(
                     f"stdin, row {row}: expected premise<TAB>hypothesis or jsonl, found {len(cells)} columns"
                 )
+        if rows[0][0] == 0 and all(
+            cell.strip().lower() in names for cell, names in zip(rows[0][1], TEXTS, strict=True)
+        ):
+            raise UserError(f"stdin, row 0: {' and '.join(rows[0][1])} are a header, and stdin takes none; leave the "
+                            "line out, or give the file as --input")  # fmt: skip
         yield pa.table({name: [cells[i] for _, cells in rows] for i, name in enumerate(("premise", "hypothesis"))})
 
 

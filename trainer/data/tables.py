@@ -33,8 +33,14 @@ def read_table(path: Path) -> pa.Table:
     """All rows. Raises UserError naming the file, and a row that is damaged."""
     parts = list(read_parts(path))
     if not parts:
-        raise UserError(f"{path}: no rows")
+        raise nothing_in(path)
     return _joined(parts)
+
+
+def nothing_in(path: Path) -> UserError:
+    """What to say of a file without rows."""
+    header = "; the first line of such a file is its header" if {*path.suffixes} & {*CSV} else ""
+    return UserError(f"{path}: no rows{header}")
 
 
 def read_parts(path: Path, every_line: bool = False) -> Iterator[pa.Table]:

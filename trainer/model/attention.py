@@ -14,8 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from trainer.model.layout import Layout
 
-# Of a group's queries and keys (pairs, heads, length, size), the first ones scaled: what is added to their products.
-Bias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# Adds to a group's scores (pairs, heads, length, keys), given its queries and keys (pairs, heads, length, size).
+Bias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ def attention(
     layout = site.layout
     _, heads, _, size = query.shape
     scaling = scaling or size**-0.5
+    if key.shape[1] < heads:  # each serves several of the queries' heads
+        key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
 
     def grouped(x: torch.Tensor) -> list[torch.Tensor]:
         rows = x.transpose(1, 2).reshape(-1, size)[: layout.num_tokens * heads]
@@ -72,7 +74,7 @@ def attention(
         q = q * scaling
         scores = q @ k.transpose(2, 3)
         if bias is not None:
-            scores = scores + bias(q, k)
+            scores = bias(scores, q, k)
         if visible is not None:
             scores = scores.masked_fill(~visible, -torch.inf)
         weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
@@ -128,7 +130,7 @@ def mpnet_forward(
 ) -> tuple[torch.Tensor]:
     """In place of MPNet's. `position_bias` (1, heads, longest, longest) is that of the longest pair."""
 
-    def bias(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return position_bias[..., : q.shape[2], : k.shape[2]]
+    def bias(scores: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return scores + position_bias[..., : q.shape[2], : k.shape[2]]
 
     return (module.o(own_attention(module, (module.q, module.k, module.v), hidden_states, bias)),)

@@ -26,10 +26,13 @@ class DropoutCalls:
     Attributes:
         dims: of each call, the dimension that counts the pairs, or SHARED; None = not looked at yet: torch's own
             dropout then runs.
+        one_length: whether a mask that all pairs share is as large as the longest of them: a coordinate then means the
+            same in each batch only if all batches of a step have one length.
     """
 
     def __init__(self) -> None:
         self.dims: list[int] | None = None
+        self.one_length = False
         self.number = 0  # of the next call
         self.seen: list[Shape] | None = None
         self.pairs: torch.Tensor  # (pairs,) keys
@@ -87,11 +90,12 @@ class DropoutCalls:
         `another` is a forward of another length. Returns whether each site was understood; if not, dropout stays
         torch's own.
         """
-        two, three = self.shapes(lambda: forward(2)), self.shapes(lambda: forward(3))
+        two, three, other = self.shapes(lambda: forward(2)), self.shapes(lambda: forward(3)), self.shapes(another)
         dims = [_counted(*shapes) for shapes in zip(two, three, strict=False)]
-        if len({len(two), len(three), len(self.shapes(another))}) > 1 or UNCLEAR in dims:
+        if len({len(two), len(three), len(other)}) > 1 or UNCLEAR in dims:
             return False
         self.dims = dims
+        self.one_length = any(dim == SHARED and two[i] != other[i] for i, dim in enumerate(dims))
         return True
 
     def shapes(self, forward: Callable[[], Any]) -> list[Shape]:

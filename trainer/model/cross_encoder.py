@@ -20,6 +20,7 @@ from trainer.model.calls import DropoutCalls
 from trainer.model.embedding import UsedRows
 from trainer.model.families import adopt
 from trainer.model.layout import Layout
+from trainer.model.lora import Lora, is_adapter
 
 
 class CrossEncoder(nn.Module):
@@ -32,6 +33,7 @@ class CrossEncoder(nn.Module):
         one_length: whether every pair of a step is padded to the longest of them, on whichever rank: where padding
             changes scores, or comes first.
         note: for the user, where the model runs padded unasked.
+        lora: where adapters are trained; `model` then has them, and what `save` writes as the model has them merged.
     """
 
     def __init__(
@@ -41,10 +43,11 @@ class CrossEncoder(nn.Module):
         unpad: bool = True,
         tokenizer: Any = None,
         max_length: int = 0,
+        lora: Lora | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.tokenizer, self.max_length = tokenizer, max_length
+        self.tokenizer, self.max_length, self.lora = tokenizer, max_length, lora
         self.layout: Layout | None = None
         self.calls = DropoutCalls()
         self.note = ""
@@ -67,14 +70,14 @@ class CrossEncoder(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Frozen rows included."""
+        """Frozen rows included, adapters not."""
         frozen = self.used_rows[1].frozen.numel() if self.used_rows else 0
-        return frozen + sum(p.numel() for p in self.model.parameters())
+        return frozen + sum(p.numel() for name, p in self.model.named_parameters() if not is_adapter(name))
 
     def freeze_unused_rows(self, tokens: Tokens) -> None:
         """Before training on `tokens` without weight decay: see embedding.UsedRows."""
         table = self.model.get_input_embeddings() if self.layout else None
-        if type(table) is not nn.Embedding:
+        if type(table) is not nn.Embedding or not table.weight.requires_grad:
             return
         used = np.zeros(table.num_embeddings, dtype=bool)
         used[tokens.ids] = True
@@ -89,7 +92,9 @@ class CrossEncoder(nn.Module):
 
     @property
     def frozen_fingerprint(self) -> str | None:
-        """Of the embedding rows that are no parameters, and so in no checkpoint."""
+        """Of what is in no checkpoint: embedding rows that are no parameters, or all that LoRA leaves as it is."""
+        if self.lora:
+            return self.lora.fingerprint(self.model)
         return self.used_rows[1].fingerprint() if self.used_rows else None
 
     def with_frozen_rows(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -184,9 +189,13 @@ class CrossEncoder(nn.Module):
     def save(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Writes a folder that transformers and sentence_transformers.CrossEncoder load, with these full `weights`.
 
-        An older one is there until the new one is complete.
+        An older one is there until the new one is complete. With LoRA, the folder `adapter` beside it is written first.
         """
         from transformers.utils import logging
+
+        if self.lora:
+            self.lora.save(weights, folder.with_name("adapter"))
+            weights = self.lora.merged(weights)
 
         logging.disable_progress_bar()
         self.model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
@@ -208,7 +217,9 @@ class CrossEncoder(nn.Module):
         return getattr(self.model, "all_tied_weights_keys", {})
 
     def saved_weights(self, folder: Path) -> dict[str, torch.Tensor]:
-        """What `save` wrote, under all names."""
+        """What `save` wrote, under all names; with LoRA only what is trained: the others are as they were."""
+        if self.lora:
+            return self.lora.load(folder.with_name("adapter"))
         weights = load_file(folder / "model.safetensors")
         return weights | {name: weights[first] for name, first in self.tied.items()}
 

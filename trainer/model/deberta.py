@@ -1,8 +1,8 @@
 """DeBERTa-v2's and v3's disentangled attention (He et al. 2021) inside each pair.
 
 A score has three parts: query and key; query and the key's relative position; key and the query's. A token's products
-with the positions do not wait for its partner, so they are taken for all distances that a group's pairs have, and laid
-out as scores by moving each row on by one. Of the table of relative positions only the rows that occur are computed.
+with the positions do not wait for its partner, so they are taken for all distances that a group's pairs have, and
+added to the scores by moving each row on by one. Only the rows of the table of positions that occur are computed.
 """
 
 from dataclasses import dataclass
@@ -23,22 +23,23 @@ class Distances:
 
     Attributes:
         start, end: the rows of the table of relative positions that occur.
-        row: (2 * longest - 1,) of each distance, upwards, its row among those.
+        upwards, downwards: (2 * longest - 1,) of each distance its row among those.
     """
 
     start: int
     end: int
-    row: torch.Tensor
+    upwards: torch.Tensor
+    downwards: torch.Tensor
 
 
 @lru_cache(maxsize=1024)
 def distances(span: int, buckets: int, farthest: int, longest: int, device: torch.device) -> Distances:
     """`span` is half the rows of the table, the others as in the library's build_relative_position."""
-    one, all_of_them = torch.empty(1, 1), torch.empty(longest, 1)
-    downwards = build_relative_position(one, all_of_them, buckets, farthest)[0, 0]  # 0, -1, ...
-    rows = (torch.cat([downwards.flip(0), -downwards[1:]]) + span).clamp(0, 2 * span - 1)
+    below = build_relative_position(torch.empty(1, 1), torch.empty(longest, 1), buckets, farthest)[0, 0]  # 0, -1, ...
+    rows = (torch.cat([below.flip(0), -below[1:]]) + span).clamp(0, 2 * span - 1)
     start, end = int(rows[0]), int(rows[-1]) + 1
-    return Distances(start, end, (rows - start).to(device))
+    rows = (rows - start).to(device)
+    return Distances(start, end, rows, rows.flip(0))
 
 
 def adopt_deberta(base: Any, layout: Layout) -> None:
@@ -84,8 +85,9 @@ def disentangled_forward(
     value = projected(module.value_proj(source), module.num_attention_heads)
     bias = None
     if relative_pos is not None and table is not None:
-        of_query, of_key = (_by_head(module, rows, relative_pos) for rows in (of_query, of_key))
-        bias = _bias(site.layout, of_query, of_key, scaling)
+        by_query = _by_head(module, of_key, relative_pos.downwards)
+        by_key = _by_head(module, of_query, relative_pos.upwards)
+        bias = _bias(site.layout, by_query, None if by_key is None else by_key * scaling)
     dropout = module.dropout.p if module.training else 0.0
     mixed, _ = attention(module, query, key, value, None, scaling=scaling, dropout=dropout, bias=bias)
     return mixed.flatten(2), None
@@ -105,47 +107,61 @@ def _project(
     return projected(both[: len(tokens)].unflatten(0, source.shape[:2]), heads), both[len(tokens) :]
 
 
-def _by_head(module: Any, rows: torch.Tensor | None, relative: Distances) -> torch.Tensor | None:
-    """(heads, distances, size), upwards."""
+def _by_head(module: Any, rows: torch.Tensor | None, order: torch.Tensor) -> torch.Tensor | None:
+    """(heads, distances, size)."""
     if rows is None:
         return None
-    return rows.index_select(0, relative.row).unflatten(-1, (module.num_attention_heads, -1)).transpose(0, 1)
+    return rows.index_select(0, order).unflatten(-1, (module.num_attention_heads, -1)).transpose(0, 1)
 
 
-def _bias(layout: Layout, of_query: torch.Tensor | None, of_key: torch.Tensor | None, scaling: float) -> Bias:
-    zero = layout.longest - 1  # where distance 0 is
+def _bias(layout: Layout, by_query: torch.Tensor | None, by_key: torch.Tensor | None) -> Bias:
+    """Of what queries are multiplied with, for distances downwards, and keys, for distances upwards."""
+    zero = layout.longest - 1  # the distance 0, in either
 
-    def bias(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        longest = k.shape[2]
-        highest = zero + q.shape[2]  # queries are the pair's first tokens
-        near = slice(zero - longest + 1, highest)
-        parts = []
-        if of_key is not None:
-            parts.append(_skewed(_by_position(q, of_key[:, near].flip(1))))
-        if of_query is not None and q.shape[2] == 1:
-            parts.append((k * scaling * of_query[:, near].flip(1)).sum(-1).unsqueeze(2))
-        elif of_query is not None:
-            parts.append(_skewed(_by_position(k * scaling, of_query[:, near])).transpose(2, 3))
-        return sum(parts[1:], parts[0])
+    def bias(scores: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        _, _, length, keys = scores.shape  # the queries are the pair's first tokens
+        if by_query is not None:
+            scores = AddSkewed.apply(scores, _by_position(q, by_query[:, zero - length + 1 : zero + keys]))
+        if by_key is not None:
+            near = by_key[:, zero - keys + 1 : zero + length]
+            if length == 1:
+                return scores + (k * near.flip(1)).sum(-1).unsqueeze(2)
+            scores = AddSkewed.apply(scores.transpose(2, 3), _by_position(k, near)).transpose(2, 3)
+        return scores
 
     return bias
 
 
 def _by_position(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """x (pairs, heads, length, size) times table (heads, positions, size): (pairs, heads, length, positions)."""
+    """x (pairs, heads, length, size) times table (heads, positions, size): (heads, pairs, length, positions)."""
     # One product a head, for all pairs at once.
     products = x.transpose(0, 1).flatten(1, 2) @ table.transpose(1, 2)
-    return products.unflatten(1, (x.shape[0], x.shape[2])).transpose(0, 1)
+    return products.unflatten(1, (x.shape[0], x.shape[2]))
+
+
+class AddSkewed(torch.autograd.Function):
+    """scores (pairs, heads, length, keys), to which row i of products (heads, pairs, length, length + keys - 1) is
+    added from place length - 1 - i on. In place, and without a copy of the products."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
+        ctx.shape = products.shape
+        ctx.mark_dirty(scores)
+        return scores.add_(_skewed(products))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        of_products = gradient.new_zeros(ctx.shape)
+        _skewed(of_products).copy_(gradient)
+        return gradient, of_products
 
 
 def _skewed(x: torch.Tensor) -> torch.Tensor:
-    """x (..., length, positions) to (..., length, keys): row i from place length - 1 - i on."""
-    length, positions = x.shape[-2:]
-    if length == 1:
-        return x
-    keys = positions - length + 1
-    flat = x.flatten(-2)[..., length - 1 : length - 1 + length * (positions - 1)]
-    return flat.unflatten(-1, (length, positions - 1))[..., :keys]
+    """A view of contiguous x (heads, pairs, length, positions) as (pairs, heads, length, keys)."""
+    heads, pairs, length, positions = x.shape
+    size = (pairs, heads, length, positions - length + 1)
+    strides = (length * positions, pairs * length * positions, positions - 1, 1)
+    return x.contiguous().as_strided(size, strides, x.storage_offset() + length - 1)
 
 
 def _convolved(conv: Any, layout: Layout, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

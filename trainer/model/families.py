@@ -93,6 +93,7 @@ FAMILIES = {
     "gte": ROTARY,
     "jina_embeddings_v3": ROTARY,
     "eurobert": ROTARY,
+    "ultrabert": ROTARY,
 }
 FIRST = ("cls", "bos")
 

@@ -1,11 +1,26 @@
 """How the batch under way is laid out in a model: padded, or unpadded with attention in groups of like length."""
 
 import math
+from typing import Any
 
 import torch
 
 from trainer.model.batch import Batch, Group
 from trainer.model.dropout import DropoutKeys
+
+
+class Taken(torch.autograd.Function):
+    """rows.index_select(0, places) of `places` that differ, so that the backward needs no sum."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.shape = rows.shape
+        ctx.save_for_backward(places)
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return gradient.new_zeros(ctx.shape).index_copy_(0, ctx.saved_tensors[0], gradient), None
 
 
 class Layout:
@@ -57,7 +72,7 @@ class Layout:
 
     def unpadded(self, rows: torch.Tensor, heads: int = 1) -> torch.Tensor:
         """The groups' rows to (tokens * heads, ...)."""
-        return rows.index_select(0, self.places[heads])
+        return Taken.apply(rows, self.places[heads])
 
     def split(self, rows: torch.Tensor, heads: int | None = None) -> list[torch.Tensor]:
         """The groups' rows to (pairs, longest, ...) of each group; given `heads`, to (pairs, heads, longest, ...)."""

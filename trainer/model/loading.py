@@ -11,10 +11,12 @@ from torch import nn
 from trainer.base.environment import offline
 from trainer.base.errors import UserError, first_line
 from trainer.base.files import lost_folder
+from trainer.base.log import log
 from trainer.config import Config, ModelConfig
 from trainer.data import builtin
 from trainer.model.cross_encoder import CrossEncoder
-from trainer.model.settings import longest_input, set_dropout, settle, settle_padding
+from trainer.model.lora import add_lora, is_head, refuse_adapter
+from trainer.model.settings import longest_input, set_dropout, settle, settle_padding, warn_of_joined_texts
 
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
@@ -56,12 +58,13 @@ def load_for_training(config: Config, label_names: Sequence[str]) -> CrossEncode
         settings._attn_implementation = config.attn_implementation
     model = _new_model(config, settings)
     if model is None:
-        model, _ = _load_weights(config, settings)
-        if sorted(old_names) == sorted(label_names) and old_names != list(label_names):
-            _reorder_classes(model, [old_names.index(label) for label in label_names])
+        model, new = _load_weights(config, settings)
+        _settle_head(model, [*new], old_names, list(label_names), name)
     settle_padding(model, tokenizer, name)
+    warn_of_joined_texts(tokenizer, name)
     max_length = longest_input(model, tokenizer, config.max_length)
-    return CrossEncoder(model, config.attn_implementation, config.unpad, tokenizer, max_length)
+    lora = add_lora(model, config)
+    return CrossEncoder(model, config.attn_implementation, config.unpad, tokenizer, max_length, lora)
 
 
 def _new_model(config: Config, settings: Any) -> Any | None:
@@ -111,16 +114,11 @@ def load_trained(config: ModelConfig) -> CrossEncoder:
     return CrossEncoder(model, tokenizer=tokenizer, max_length=max_length)
 
 
-def _is_head(weight: str, model: Any) -> bool:
-    """Whether a classifier has it beyond its encoder; where only an encoder is given it is drawn from the seed."""
-    inside = model.base_model is not model and weight.startswith(f"{model.base_model_prefix}.")
-    return not inside or ".pooler." in weight
-
-
 def check_folder(name: str) -> None:
     """Before anything is read or loaded. Raises UserError where this can be no trained model's folder."""
     if lost := lost_folder(name, hub=False):
         raise UserError(lost)
+    refuse_adapter(name)
     path = Path(name)
     if path.exists() and not (path / "config.json").is_file():
         hint = f"; {path / 'model'} is one" if (path / "model" / "config.json").is_file() else ""
@@ -133,6 +131,7 @@ def _load_settings(config: ModelConfig) -> Any:
 
     logging.set_verbosity_error()  # its table of new weights is the classifier's head, which is what training is for
     logging.disable_progress_bar()
+    refuse_adapter(config.model_name_or_path)
     settings = _explained(
         lambda: AutoConfig.from_pretrained(config.model_name_or_path, **_hub_options(config)),
         config.model_name_or_path,
@@ -179,7 +178,7 @@ def _load_weights(config: ModelConfig, settings: Any) -> tuple[Any, dict[str, An
         )
     new = dict.fromkeys(info["missing_keys"]) | {weight: shape for weight, shape, _ in info["mismatched_keys"]}
     new = {weight: new[weight] for weight in sorted(new)}
-    if strange := [weight for weight in new if not _is_head(weight, model)]:
+    if strange := [weight for weight in new if not is_head(weight, model)]:
         what, saved = strange[0], new[strange[0]]
         wrong = f"its weights lack {len(strange)} tensors of the encoder, such as {what}, which it has"
         if saved:
@@ -201,6 +200,17 @@ def _is_of_encoder(weight: str, model: Any) -> bool:
 
 def _hub_options(config: ModelConfig) -> dict[str, Any]:
     return {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
+
+
+def _settle_head(model: Any, new: list[str], old: list[str], names: list[str], place: str) -> None:
+    """Keeps the meaning of a trained head, and says where it has another one than the data's classes `names`."""
+    kept = not any(is_head(weight, model) and ".pooler." not in weight for weight in new)
+    if sorted(old) == sorted(names):
+        if kept and old != names:
+            _reorder_classes(model, [old.index(name) for name in names])
+    elif not set(old) <= {f"LABEL_{i}" for i in range(len(old))}:  # which is how a new head's classes are called
+        what = "goes on as that of" if kept else "is drawn anew for"
+        log.warning(f"{place}: its config.json has the classes {', '.join(old)}; the head {what} {', '.join(names)}")
 
 
 def _reorder_classes(model: Any, order: list[int]) -> None:

@@ -53,6 +53,7 @@ def key_dropout(model: CrossEncoder, tokens: Tokens, attention_is_given: bool) -
     elif draws():
         advice = "; leave --attn_implementation out" if attention_is_given else ""
         log.warning(f"{name} draws random numbers in another way than by dropout, {OTHER_RUN}{advice}")
+    model.one_length |= model.calls.one_length
 
 
 def _random_state() -> list[Any]:
@@ -74,11 +75,11 @@ def freeze_unused(model: CrossEncoder, tokens: Tokens) -> list[str]:
     """Freezes the parameters that get no gradient. Returns their names.
 
     One backend would let weight decay have them, another not, and DDP would wait for them. They are found by a
-    backward of some pairs, the longest and the shortest among them.
+    backward of some pairs, the longest and the shortest among them, one by one: memory may allow no more.
     """
     order = np.argsort(-tokens.lengths, kind="stable")
-    rows = order[np.unique(np.linspace(0, len(order) - 1, 8).astype(int))]
-    model.train()(_batch(model, tokens, rows)).sum().backward()
+    for row in order[np.unique(np.linspace(0, len(order) - 1, 8).astype(int))]:
+        model.train()(_batch(model, tokens, np.array([row]))).sum().backward()
     unused = [(name, p) for name, p in model.model.named_parameters() if p.requires_grad and p.grad is None]
     for _, parameter in unused:
         parameter.requires_grad_(False)

@@ -76,6 +76,16 @@ def longest_input(model: Any, tokenizer: Any, max_length: int | None) -> int:
     return int(length)
 
 
+def warn_of_joined_texts(tokenizer: Any, place: str) -> None:
+    """Says where a pair is read as one text, as by the tokenizers of GPT-2 and Qwen."""
+    if not tokenizer.is_fast:  # which is an error when the pairs are read
+        return
+    texts = tokenizer("one", "two").sequence_ids(0)  # of each token 0 or 1, None = special
+    if 1 in texts and texts[texts.index(1) - 1] == 0:
+        log.warning(f"{place}: its tokenizer puts nothing between the two texts of a pair; a post-processor with a "
+                    "separator in its tokenizer.json would")  # fmt: skip
+
+
 def settle_padding(model: Any, tokenizer: Any, place: str) -> None:
     """Gives model and tokenizer one padding token. Raises UserError where there is none to take.
 

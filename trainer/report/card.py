@@ -223,12 +223,19 @@ def hyperparameters(run: Run, changed_only: bool) -> dict[str, Any]:
 
 
 def command(run: Run) -> str:
-    """What starts the same run from the same folder: paths are as the user gave them."""
+    """What starts the same run from the same folder; the paths outside it are nobody else's business."""
+    num_nodes, here = run.about.get("num_nodes", 1), run.about.get("working_folder", "/nowhere")
     words = ["crossrank", "train"]
     if run.about["world_size"] > 1:
-        words = ["torchrun", "--nproc-per-node", str(run.about["world_size"]), "-m", "crossrank", "train"]
+        meeting = ["--nnodes", str(num_nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:PORT"]
+        words = ["torchrun", *(meeting if num_nodes > 1 else []), "--nproc-per-node",
+                 str(run.about["world_size"] // num_nodes), "-m", *words]  # fmt: skip
+    paths = {own.name for own in dataclasses.fields(Config) if rule(own).path}
     for name in hyperparameters(run, changed_only=True):
         value = run.config[name]
+        if name in paths and Path(value).is_absolute():
+            inside = Path(value).is_relative_to(here)
+            value = str(Path(value).relative_to(here) if inside else Path("/path/to", Path(value).name))
         words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     return shlex.join(words)
 

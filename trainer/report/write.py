@@ -37,13 +37,21 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def report(folders: list[str], output_dir: str) -> None:
-    """`crossrank report`: one run's card, or several runs compared in `output_dir`. Raises UserError."""
+def report(folders: list[str], output_dir: str | None) -> None:
+    """`crossrank report`: one run's card, or several runs compared in `output_dir` or report/. Raises UserError."""
+    places = [Path(folder).resolve() for folder in folders]
+    if twice := [folder for number, folder in enumerate(folders) if places[number] in places[:number]]:
+        raise UserError(f"{twice[0]} is given twice; name each run once")
     if len(folders) == 1:
+        if output_dir is not None:
+            raise UserError("--output_dir is for the comparison of several runs; the report of one lies in its folder")
         path = write_report(Path(folders[0]))
         run = read_run(Path(folders[0]))
         if run.damaged:
             log.warning(f"{run.damaged} damaged lines of metrics.jsonl are left out")
         log.info(f"card: {path}\nreport: {Path(folders[0]) / 'report.html'}")
         return
-    log.info(f"report: {write_comparison([read_run(Path(folder)) for folder in folders], Path(output_dir))}")
+    target = Path(output_dir or "report")
+    if own := next((name for name in ("config.yaml", "config.json") if (target / name).exists()), None):
+        raise UserError(f"{target} holds {own}: a run or a model, whose report stays; choose another --output_dir")
+    log.info(f"report: {write_comparison([read_run(Path(folder)) for folder in folders], target)}")

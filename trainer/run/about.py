@@ -36,6 +36,7 @@ def about(
 ) -> dict[str, Any]:
     """All of it; `batch_size` is the global one, `wiring` says the backend and the number of nodes."""
     return {
+        "working_folder": os.getcwd(),
         "dataset": of_dataset(config),
         "data": {role: of_split(split) | of_file(config, role) for role, split in splits.items()},
         "padding": padding(splits["train"].tokens.lengths, batch_size, config.order_seed),
@@ -135,6 +136,7 @@ def of_model(config: Config, model: CrossEncoder) -> dict[str, Any]:
         "num_parameters": model.num_parameters,
         "max_length": model.max_length,
         "label_names": model.label_names,
+        "lora": model.lora.describe(model.model) if model.lora else None,
     }
 
 

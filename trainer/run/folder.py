@@ -17,8 +17,8 @@ from trainer.base.yaml_files import dump, read_mapping
 from trainer.config import Config, read_run_config
 from trainer.ranks import World
 
-WRITTEN = ("about.json", "checkpoints", "config.yaml", "emissions.csv", "metrics.jsonl", "model", "predictions",
-           "report.html", "results.json", "tensorboard", "wandb")  # fmt: skip
+WRITTEN = ("about.json", "adapter", "checkpoints", "config.yaml", "emissions.csv", "metrics.jsonl", "model",
+           "predictions", "report.html", "results.json", "tensorboard", "wandb")  # fmt: skip
 
 
 @dataclass(frozen=True)

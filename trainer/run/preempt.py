@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from trainer.base.environment import heard
 from trainer.base.errors import Preempted
 from trainer.ranks import World
 
@@ -30,7 +31,7 @@ class Preemption:
         self.work: dist.Work | None = None
         self.before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
-            for name in signals:
+            for name in filter(heard, signals):
                 number = getattr(signal, name)
                 self.before[number] = signal.signal(number, self._handle)
 

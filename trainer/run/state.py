@@ -88,7 +88,7 @@ class Saved(TypedDict):
 
     sampler: dict[str, int | str]  # GlobalBatchSampler.position
     data: dict[str, str]  # fingerprint of each role's split
-    rest: str | None  # fingerprint of the frozen embedding rows
+    rest: str | None  # Identity.frozen
     num_updates: int
     totals: dict[str, Any]  # Totals
     best: tuple[float, int] | None
@@ -106,17 +106,17 @@ class Identity:
 
     sampler: GlobalBatchSampler
     data: dict[str, str]  # fingerprint of each role's split
-    frozen: str | None  # fingerprint of the embedding rows that are in no checkpoint
+    frozen: str | None  # fingerprint of what is in no checkpoint: embedding rows, or the base model of LoRA
 
     def check(self, saved: Saved, places: dict[str, str]) -> None:
-        """Raises UserError where a checkpoint's run had other data, named by `places`, or froze other rows."""
+        """Raises UserError where a checkpoint's run had other data, named by `places`, or froze other weights."""
         for role, fingerprint in saved.get("data", {}).items():
             if self.data.get(role, fingerprint) != fingerprint:
                 raise UserError(f"{places[role]} is not the {role} data with which the run began")
         if saved.get("rest") != self.frozen:
             raise UserError(
-                "the checkpoint cannot be resumed here: its run froze other rows of the embedding table; give the same "
-                "model_name_or_path, init, seed and weight_decay"
+                "the checkpoint cannot be resumed here: its run froze other rows of the embedding table, or all of "
+                "another model, under LoRA; give the same model_name_or_path, init, seed, weight_decay and lora fields"
             )
 
 
