@@ -124,7 +124,7 @@ BAD = {
         '{"premise": "a", "hypothesis": "b"}\n' * 100 + "\n" + '{"premise": "a", "hypothesis": "b"}\n',
         "row 100: an empty line",
     ),
-    "lines at the end": ('{"premise": "a", "hypothesis": "b"}\n \n\n{}\n', "row 1: an empty line"),
+    "last line": ('{"premise": "a", "hypothesis": "b"}\n \n', "row 1: an empty line"),
     "a key twice": (
         '{"premise": "a", "hypothesis": "b", "premise": "c"}\n',
         "row 0: not a JSON object (the key 'premise'",
@@ -227,6 +227,7 @@ def test_an_empty_pair_on_standard_input_is_no_empty_line(model):
         ("a\tb\nc\td\n\t\n", "row 2: premise is empty"),
         ("a\tb\n\nc\td\n", "row 1: an empty line"),
         ("\na\tb\n", "row 0: an empty line"),
+        ("a\tb\n\n", "row 1: an empty line"),
     ):
         result = crossrank("predict", model, text=text, check=False)
         assert result.returncode == 2
@@ -384,13 +385,6 @@ def test_a_number_that_json_lacks_is_no_id(model, tmp_path):
     rows = "".join(f'{{"id": {value}, "premise": "a", "hypothesis": "b"}}\n' for value in ("NaN", "1.5", "-Infinity"))
     (tmp_path / "in.jsonl").write_text(rows)
     assert [row["id"] for row in predicted(model, tmp_path / "in.jsonl", tmp_path / "out.jsonl")] == [None, 1.5, "-inf"]
-
-
-def test_empty_lines_at_the_end_are_no_pairs(tmp_path, monkeypatch):
-    """Of any number, and where a part ends before them: nothing that was answered before is taken back."""
-    monkeypatch.setattr(tables, "ROWS", 2)
-    (tmp_path / "a.jsonl").write_text('{"premise": "a", "hypothesis": "b"}\n' * 4 + " \n\n")
-    assert [part.num_rows for part in read_parts(tmp_path / "a.jsonl", every_line=True)] == [2, 2]
 
 
 def test_streams_that_are_closed_or_full(monkeypatch):

@@ -155,11 +155,10 @@ def _cut(batch: pa.RecordBatch) -> Iterator[pa.Table]:
 def lines(file: BinaryIO, place: str, every_line: bool = False) -> Iterator[list[tuple[int, str]]]:
     """Lists of (row, line), of ROWS and about LONGEST_ROW bytes at most, without empty lines; these are no rows.
 
-    `every_line`: an empty line between others is an error.
+    `every_line`: an empty line is an error.
     """
     part: list[tuple[int, str]] = []
     row = size = 0
-    blank = False
     while raw := file.readline(LONGEST_ROW + 1):
         if len(raw) > LONGEST_ROW:
             raise too_long(f"{place}, row {row}")
@@ -168,9 +167,8 @@ def lines(file: BinaryIO, place: str, every_line: bool = False) -> Iterator[list
         except UnicodeDecodeError:
             raise UserError(f"{place}, row {row}: not UTF-8 text") from None
         full = bool(line.strip(" \r\n"))  # a tab stands between two texts, empty ones as well
-        if full and blank and every_line:
+        if not full and every_line:
             raise UserError(f"{place}, row {row}: an empty line; each line is a pair, so remove it or fill it in")
-        blank = not full
         if full:
             part.append((row, line.rstrip("\r\n")))
             row, size = row + 1, size + len(raw)
