@@ -36,6 +36,16 @@ SIZES = {
     8: "head_dim d_kv d_head attention_head_size dim_head qk_nope_head_dim v_head_dim",
     162: "max_position_embeddings n_positions n_ctx",
 }
+# As published, which the types' default configs are not.
+ODD: dict[str, dict[str, Any]] = {
+    "funnel": {"block_sizes": [1, 1]},
+    "deberta-v2": {
+        "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8, "share_att_key": True,
+        "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0, "conv_kernel_size": 3,
+    },
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0},
+    "modernbert": {"classifier_pooling": "mean"},
+}  # fmt: skip
 TOKENS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 2}
 
 
@@ -48,8 +58,7 @@ def tiny_config(model_type: str, vocabulary: int, dropout: float = 0.0) -> Any:
     usual = AutoConfig.for_model(model_type).to_dict()
     sizes = {name: size for size, names in SIZES.items() for name in names.split() if usual.get(name) is not None}
     sizes |= {name: vocabulary for name in ("vocab_size", "n_words") if name in usual} | TOKENS
-    if model_type == "funnel":
-        sizes["block_sizes"] = [1, 1]
+    sizes |= ODD.get(model_type, {})
     config = AutoConfig.for_model(model_type, **sizes, num_labels=3)
     set_dropout(config, dropout)
     return config

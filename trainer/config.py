@@ -149,7 +149,7 @@ class RunConfig(Fields):
     """Allow TF32 in fp32 matrix products on CUDA."""
     unpad: bool = option(True, kind="method")
     """Compute only real tokens: no padding outside attention, and only first tokens in the last layer. Exact; for
-    BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT and ModernBERT, others run padded."""
+    the families of docs/models.md, others run padded."""
     torch_compile: bool = option(False, kind="method")
     """Compile the model's layers; the first steps take a minute or more."""
     gradient_checkpointing: bool = option(False, kind="method")

@@ -124,11 +124,6 @@ def build_model(config: Config, world: World, label_names: tuple[str, ...]) -> C
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     if config.torch_compile:
-        if model.layout is None:
-            name = model.model.config.model_type
-            raise UserError(
-                f"torch_compile needs a model of a family that docs/models.md names, not {name}; leave it out"
-            )
         compile_layers(model)
     return model
 

@@ -18,11 +18,15 @@ BART = {
     "pad_token_id": 0, "max_position_embeddings": 130, "dropout": 0.0,
 }  # fmt: skip
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "pad_token_id": 0, "eos_token_id": 3}
+V3 = {
+    "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8, "share_att_key": True,
+    "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0,
+}  # fmt: skip
 SHAPES = {
     "bert": BERT,
     "roberta": ROBERTA,
     "deberta": BERT,
-    "deberta-v2": BERT,
+    "deberta-v2": BERT | V3 | {"conv_kernel_size": 3},
     "bart": BART,
     "mbart": BART,
     "t5": T5,

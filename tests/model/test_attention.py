@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from families import V3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -22,10 +23,6 @@ SIZES = {
 }  # fmt: skip
 
 
-V3 = {
-    "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8, "share_att_key": True,
-    "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0,
-}  # fmt: skip
 VARIANTS = {
     "modernbert, mean": {"classifier_pooling": "mean"},
     "eurobert, mean": {"classifier_pooling": "mean"},
@@ -34,8 +31,10 @@ VARIANTS = {
     "deberta-v2, p2c": V3 | {"pos_att_type": ["p2c"], "share_att_key": False},
     "deberta-v2, absolute": {"type_vocab_size": 2},
     "albert, groups": {"num_hidden_groups": 2, "inner_group_num": 2},
-    "eurobert, grouped": {"num_key_value_heads": 2},
+    "eurobert, late": {"classifier_pooling": "late"},
+    "eurobert, grouped": {"num_key_value_heads": 2, "classifier_pooling": "bos"},
     "ultrabert, mean": {"classifier_pooling": "mean", "num_key_value_heads": 2},
+    "deberta-v2, one layer": V3 | {"conv_kernel_size": 3, "num_hidden_layers": 1},
     "bert, one head": {"num_attention_heads": 1},
 }
 CASES = [*FAMILIES, *VARIANTS]

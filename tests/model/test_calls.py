@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 def calls_of(pairs: int, dims: list[int]) -> DropoutCalls:
     calls = DropoutCalls()
-    calls.dims = dims
+    calls.sites = [(dim, number) for number, dim in enumerate(dims)]
     rows = np.arange(pairs)
     calls.set(
         torch.from_numpy(token_keys(42, 3, rows, 0 * rows)), torch.from_numpy(token_keys(42, 3, rows[:1], rows[:1]))
@@ -63,13 +63,18 @@ def test_what_counts_the_pairs():
     assert _counted((2, 37), (3, 38)) == _counted((2, 4), (3, 4, 1)) == _counted((2, 2), (3, 3)) == UNCLEAR
 
 
-def tiny(family, dropout=0.2) -> CrossEncoder:
-    config = tiny_config(family, VOCABULARY, dropout)
+VARIANTS = {"xlnet, first": {"summary_type": "first"}, "funnel, max": {"pool_q_only": False, "pooling_type": "max"}}
+
+
+def tiny(case, dropout=0.2) -> CrossEncoder:
+    config = tiny_config(case.split(",")[0], VOCABULARY, dropout)
     config.pad_token_id = 0
+    for name, value in VARIANTS.get(case, {}).items():
+        setattr(config, name, value)
     return CrossEncoder(make_tiny(config))
 
 
-OTHERS = [family for family in ASKED if family not in FAMILIES]
+OTHERS = [*(family for family in ASKED if family not in FAMILIES), *VARIANTS]
 
 
 @pytest.mark.parametrize("family", OTHERS)

@@ -27,6 +27,15 @@ def outermost(module: nn.Module, names: set[str]) -> list[nn.Module]:
     return [part for part in found if id(part) not in inner]
 
 
+def layer_classes(module: nn.Module) -> set[str]:
+    """Names of the classes that are gathered by themselves: those that the model names, or else its layers'."""
+    named = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
+    if named:
+        return named
+    longest = max((part for part in module.modules() if isinstance(part, nn.ModuleList)), key=len, default=())
+    return {type(layer).__name__ for layer in longest} if len(longest) > 1 else set()
+
+
 class FSDP(Single):
     name = "fsdp"
     replicated = False
@@ -37,8 +46,7 @@ class FSDP(Single):
 
     def prepare(self, module: nn.Module) -> nn.Module:
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        layers = {name for m in module.modules() for name in getattr(m, "_no_split_modules", None) or ()}
-        for part in outermost(module, layers):
+        for part in outermost(module, layer_classes(module)):
             fully_shard(part, mp_policy=policy)
         self.root: Any = fully_shard(module, mp_policy=policy)
         self.module = module

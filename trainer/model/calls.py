@@ -24,15 +24,12 @@ class DropoutCalls:
     """The dropout calls of one model.
 
     Attributes:
-        dims: of each call, the dimension that counts the pairs, or SHARED; None = not looked at yet: torch's own
-            dropout then runs.
-        one_length: whether a mask that all pairs share is as large as the longest of them: a coordinate then means the
-            same in each batch only if all batches of a step have one length.
+        sites: of each call, the dimension that counts the pairs, or SHARED, and its number in hashes; None = not looked
+            at yet: torch's own dropout then runs.
     """
 
     def __init__(self) -> None:
-        self.dims: list[int] | None = None
-        self.one_length = False
+        self.sites: list[tuple[int, int]] | None = None
         self.number = 0  # of the next call
         self.seen: list[Shape] | None = None
         self.pairs: torch.Tensor  # (pairs,) keys
@@ -45,7 +42,7 @@ class DropoutCalls:
     @contextmanager
     def active(self, start: int = 0) -> Iterator[None]:
         """While it lasts, dropout is ours; the next call is number `start`."""
-        if self.dims is None and self.seen is None:
+        if self.sites is None and self.seen is None:
             yield
             return
         plain, self.number = functional.dropout, start
@@ -65,10 +62,9 @@ class DropoutCalls:
         if self.seen is not None:
             self.seen.append(tuple(x.shape))
             return x
-        if not training or p == 0 or self.dims is None:
+        if not training or p == 0 or self.sites is None:
             return x
-        site = int(hash_key(number) >> 33)
-        dim = self.dims[number]
+        dim, site = self.sites[number]
         if dim == SHARED:
             return self._masked(x[None], p, site, self.step)[0]
         return self._masked(x.movedim(dim, 0), p, site, self.pairs).movedim(0, dim)
@@ -90,12 +86,11 @@ class DropoutCalls:
         `another` is a forward of another length. Returns whether each site was understood; if not, dropout stays
         torch's own.
         """
-        two, three, other = self.shapes(lambda: forward(2)), self.shapes(lambda: forward(3)), self.shapes(another)
+        two, three = self.shapes(lambda: forward(2)), self.shapes(lambda: forward(3))
         dims = [_counted(*shapes) for shapes in zip(two, three, strict=False)]
-        if len({len(two), len(three), len(other)}) > 1 or UNCLEAR in dims:
+        if len({len(two), len(three), len(self.shapes(another))}) > 1 or UNCLEAR in dims:
             return False
-        self.dims = dims
-        self.one_length = any(dim == SHARED and two[i] != other[i] for i, dim in enumerate(dims))
+        self.sites = [(dim, int(hash_key(number) >> 33)) for number, dim in enumerate(dims)]
         return True
 
     def shapes(self, forward: Callable[[], Any]) -> list[Shape]:

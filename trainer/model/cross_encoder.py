@@ -248,10 +248,14 @@ def compile_layers(model: CrossEncoder) -> None:
     """Compiles what is computed for every token: the feed-forward, dense and norm modules of each layer.
 
     They are the leaves that hold weights. Attention and dropout, which depend on the batch's layout, stay as they are.
+    Raises UserError where there are none, or dropout is not a module of ours.
     """
-    for module in model.modules():
-        if type(module).__name__.endswith(("Intermediate", "FFN", "MLP")):
-            module.compile(dynamic=True)
+    parts = [part for part in model.modules() if type(part).__name__.endswith(("Intermediate", "FFN", "MLP"))]
+    if model.layout is None or not parts:
+        name = model.model.config.model_type
+        raise UserError(f"torch_compile needs a family of docs/models.md that has feed-forward modules; {name} is none")
+    for part in parts:
+        part.compile(dynamic=True)
 
 
 def num_rows(model: Any) -> int:

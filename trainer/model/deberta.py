@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
 
 from trainer.model.attention import AttentionSite, Bias, attention, projected
-from trainer.model.layout import Layout
+from trainer.model.layout import Layout, Taken
 
 
 @dataclass(frozen=True)
@@ -157,16 +157,20 @@ class AddSkewed(torch.autograd.Function):
 
 
 def _skewed(x: torch.Tensor) -> torch.Tensor:
-    """A view of contiguous x (heads, pairs, length, positions) as (pairs, heads, length, keys)."""
+    """A view of x (heads, pairs, length, positions) as (pairs, heads, length, keys)."""
+    x = x.contiguous()
     heads, pairs, length, positions = x.shape
     size = (pairs, heads, length, positions - length + 1)
     strides = (length * positions, pairs * length * positions, positions - 1, 1)
-    return x.contiguous().as_strided(size, strides, x.storage_offset() + length - 1)
+    return x.as_strided(size, strides, x.storage_offset() + length - 1)
 
 
 def _convolved(conv: Any, layout: Layout, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """ConvLayer's forward, inside each pair: what it sees beyond a pair's end is zeros."""
-    grids = layout.split(layout.pad(hidden[0]))
-    rows = torch.cat([conv.conv(grid.transpose(1, 2)).transpose(1, 2).flatten(0, 1) for grid in grids])
-    out = layout.unpadded(rows)[None]
+    """ConvLayer's forward, inside each pair: zeros between two pairs are all that it sees of another."""
+    # In one call, however many groups there are: ZeRO-3's ranks meet at each call of a module.
+    between = conv.conv.padding[0]
+    batch, rows = layout.batch, hidden[0]
+    places = torch.arange(len(rows), device=rows.device) + between * batch.pair
+    spaced = rows.new_zeros(len(rows) + between * batch.num_pairs, rows.shape[1]).index_copy(0, places, rows)
+    out = Taken.apply(conv.conv(spaced.T[None])[0].T, places)[None]
     return conv.LayerNorm(residual + ACT2FN[conv.conv_act](conv.dropout(out)))

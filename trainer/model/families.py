@@ -108,12 +108,17 @@ def adopt(model: PreTrainedModel, unpad: bool) -> tuple[Layout | None, str]:
     family = FAMILIES.get(config.model_type)
     own_code = not type(model).__module__.startswith("transformers.models.")
     odd_positions = getattr(config, "position_embedding_type", None) not in (None, "absolute", "rotary")
+    # It turns queries and keys by the length of the longest pair in the batch.
+    odd_positions |= "longrope" in str(getattr(config, "rope_parameters", ""))
     if family is None or own_code or odd_positions or getattr(config, "is_decoder", False):
         what = "this kind of " if family else ""
         return None, f"{what}{config.model_type} runs padded, with its own attention"
     pooling, note = getattr(config, "classifier_pooling", "cls"), ""
-    if unpad and pooling not in (*FIRST, "mean"):
+    if unpad and pooling not in (*FIRST, "mean", "late"):
         unpad, note = False, f"runs padded: its classifier is fed by {pooling} pooling"
+    if unpad and config.num_hidden_layers == 1 and getattr(config, "conv_kernel_size", 0):
+        # DeBERTa-v2's follows the first layer, and needs all of its tokens, of which the last one has no more.
+        unpad, note = False, "runs padded: a convolution follows its only layer"
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
     if family.forward is None:
@@ -138,7 +143,8 @@ def adopt(model: PreTrainedModel, unpad: bool) -> tuple[Layout | None, str]:
     if trimmed:
         _compute_first_only(layers[-1], family, layout)
     elif unpad:
-        last, change = (layers[-1], layout.first_tokens) if pooling in FIRST else (base, layout.means)
+        last: Any = {"mean": base, "late": getattr(model, "classifier", None)}.get(pooling, layers[-1])
+        change = layout.first_tokens if pooling in FIRST else layout.means
         last.register_forward_hook(lambda module, args, output: _changed(output, change))
     return layout, note
 

@@ -1,5 +1,5 @@
-"""What a few pairs tell about a model of an unknown family before it is trained: its dropout, what padding does to it,
-and which of its parameters have no part in its logits."""
+"""What a few pairs tell about a model before it is trained: which of its parameters have no part in its logits, and of
+an unknown family its dropout, and what padding does to it."""
 
 import random
 from typing import Any
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainer.base.errors import UserError, first_line
 from trainer.base.log import log
 from trainer.data.tokens import Tokens
 from trainer.model.cross_encoder import CrossEncoder
@@ -15,24 +16,39 @@ OTHER_RUN = "so another number of ranks, or of micro-batches, gives another run"
 
 
 def examine(model: CrossEncoder, tokens: Tokens, attention_is_given: bool) -> None:
-    """Settles how such a model is trained, and says what a user would not expect.
+    """Settles how a model is trained, and says what a user would not expect.
 
-    `attention_is_given`: whether the user chose the attention implementation.
+    `attention_is_given`: whether the user chose the attention implementation. Raises UserError where the model cannot
+    take the pairs.
     """
-    if model.layout is not None:
-        return
     name = model.model.config.model_type
-    if unused := freeze_unused(model, tokens):
-        log.info(f"{len(unused)} tensors get no gradient, such as {unused[0]}: they are frozen")
-    if sees_padding(model, tokens):
+    try:
+        if unused := freeze_unused(model, tokens):
+            log.info(f"{len(unused)} tensors get no gradient, such as {unused[0]}: they are frozen")
+        if model.layout is None:
+            _examine_dropout(model, tokens, attention_is_given)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, IndexError, TypeError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{name} cannot take these pairs ({first_line(error)}); look at its config.json, and leave "
+                        "--attn_implementation out") from None  # fmt: skip
+
+
+def _examine_dropout(model: CrossEncoder, tokens: Tokens, attention_is_given: bool) -> None:
+    name = model.model.config.model_type
+    if size := seen_padding(model.eval(), tokens):
         model.one_length = True
-        log.warning(f"{name} sees padding: a pair's scores depend a little on its batch, so other programs, and "
-                    "another --per_device_eval_batch_size, give others")  # fmt: skip
-    key_dropout(model, tokens, attention_is_given)
+        log.warning(f"{name} sees padding: a pair's scores depend on its batch, by up to {size:.0e} of the largest, so "
+                    "other programs, and another --per_device_eval_batch_size, give others")  # fmt: skip
+    if key_dropout(model, tokens, attention_is_given):
+        # Some dropout's coordinates, as those of relative positions, can depend on the longest pair.
+        model.one_length = model.one_length or seen_padding(model.train(), tokens) > 0
+        if seen_padding(model, tokens):
+            log.warning(f"{name}: a pair's dropout depends on its batch, {OTHER_RUN}")
 
 
-def key_dropout(model: CrossEncoder, tokens: Tokens, attention_is_given: bool) -> None:
-    """Makes every dropout belong to the sample. What stays random in another way is said."""
+def key_dropout(model: CrossEncoder, tokens: Tokens, attention_is_given: bool) -> bool:
+    """Makes every dropout belong to the sample. Returns whether all is; what stays random in another way is said."""
     longest, shortest = int(tokens.lengths.argmax()), int(tokens.lengths.argmin())
 
     @torch.no_grad()
@@ -50,10 +66,12 @@ def key_dropout(model: CrossEncoder, tokens: Tokens, attention_is_given: bool) -
         model.model.set_attn_implementation("eager")
     if not model.calls.probe(forward, lambda: forward(2, shortest)):
         log.warning(f"{name}: which of its dropouts belong to which pair cannot be told; {OTHER_RUN}")
-    elif draws():
+        return False
+    if draws():
         advice = "; leave --attn_implementation out" if attention_is_given else ""
         log.warning(f"{name} draws random numbers in another way than by dropout, {OTHER_RUN}{advice}")
-    model.one_length |= model.calls.one_length
+        return False
+    return True
 
 
 def _random_state() -> list[Any]:
@@ -62,23 +80,31 @@ def _random_state() -> list[Any]:
 
 
 @torch.no_grad()
-def sees_padding(model: CrossEncoder, tokens: Tokens) -> bool:
-    """Whether the longest pair, in one batch with the shortest, changes its scores, as convolutions do."""
-    rows = tokens.lengths.argsort()[[0, -1]]
-    both, single = (model.eval()(_batch(model, tokens, part)) for part in (rows, rows[:1]))
+def seen_padding(model: CrossEncoder, tokens: Tokens) -> float:
+    """How much pairs' scores differ from those that each has by itself when they are in one batch, as convolutions
+    make them, relative to the largest; 0 = not, but for rounding."""
+    rows = _some(tokens)
+    together = model(_batch(model, tokens, rows))  # the longest first
+    alone = torch.cat([model(_batch(model, tokens, rows[i : i + 1])) for i in range(len(rows))])
     # TF32 rounds more than some models differ.
-    noise = 1e-3 if both.device.type == "cuda" else 1e-5
-    return bool((both[-1] - single[0]).abs().max() > noise * single.abs().max())
+    noise = 1e-3 if alone.device.type == "cuda" else 1e-5
+    difference = float((together - alone).abs().max() / alone.abs().max())
+    return difference if difference > noise else 0.0
+
+
+def _some(tokens: Tokens) -> np.ndarray:
+    """Rows of pairs of many lengths, the longest first and the shortest last."""
+    order = np.argsort(-tokens.lengths, kind="stable")
+    return order[np.unique(np.linspace(0, len(order) - 1, 8).astype(int))]
 
 
 def freeze_unused(model: CrossEncoder, tokens: Tokens) -> list[str]:
     """Freezes the parameters that get no gradient. Returns their names.
 
     One backend would let weight decay have them, another not, and DDP would wait for them. They are found by a
-    backward of some pairs, the longest and the shortest among them, one by one: memory may allow no more.
+    backward of some pairs, one by one: memory may allow no more. In a known family one pair tells.
     """
-    order = np.argsort(-tokens.lengths, kind="stable")
-    for row in order[np.unique(np.linspace(0, len(order) - 1, 8).astype(int))]:
+    for row in _some(tokens)[: 8 if model.layout is None else 1]:
         model.train()(_batch(model, tokens, np.array([row]))).sum().backward()
     unused = [(name, p) for name, p in model.model.named_parameters() if p.requires_grad and p.grad is None]
     for _, parameter in unused:
@@ -89,4 +115,4 @@ def freeze_unused(model: CrossEncoder, tokens: Tokens) -> list[str]:
 
 def _batch(model: CrossEncoder, tokens: Tokens, rows: np.ndarray) -> Any:
     device = next(model.parameters()).device
-    return model.batch(tokens, np.zeros(len(tokens.lengths), np.int64), rows, device)
+    return model.batch(tokens, np.zeros(len(tokens.lengths), np.int64), rows, device, int(tokens.lengths.max()))

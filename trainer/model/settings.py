@@ -21,6 +21,8 @@ def settle(settings: Any, place: str) -> None:
     """Raises UserError where the classes of `place`'s config.json are not numbered and named one by one."""
     for name, value in PLAIN.items():
         setattr(settings, name, value)
+    if getattr(settings, "use_cache", False):
+        settings.use_cache = False  # of a decoder's keys and values, for tokens that a classifier never adds
     if getattr(settings, "attention_type", "") == "block_sparse":
         settings.attention_type = "original_full"
         log.info(f"{place}: attention_type block_sparse is set to original_full: its scores would depend on the batch")
