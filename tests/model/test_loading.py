@@ -392,6 +392,21 @@ def test_tensors_without_a_gradient(family, backend, tmp_path):
         weights_equal(tmp_path / "three", tmp_path / "one", within=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("family", "backend", "more"),
+    [("deberta-v2", "zero3", []), ("deberta", "fsdp", ["--gradient_checkpointing", "true"]), ("gpt2", "ddp", [])],
+)
+def test_dropout_is_the_same_on_two_ranks(family, backend, more, tmp_path):
+    """Also in several forwards a step, recomputed, and where ranks have different numbers of groups."""
+    folder = save_encoder(tmp_path / "encoder", family)
+    wiring = ["--deepspeed", backend] if backend.startswith("zero") else ["--backend", backend]
+    run = [*RUN, "--model_name_or_path", folder, "--dropout", "0.1", "--eval_strategy", "no"]
+    crossrank("train", *run, "--output_dir", tmp_path / "one")
+    small = ["--per_device_train_batch_size", "3"]
+    crossrank("train", *run, *wiring, *more, *small, "--output_dir", tmp_path / "two", ranks=2)
+    assert np.allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=1e-6)
+
+
 def test_a_head_of_other_classes_is_said(tmp_path, said):
     """With as many classes it goes on from its weights, with another number it is new."""
     folder = save_classifier(tmp_path, "bert")
