@@ -99,9 +99,10 @@ def test_a_tracker_that_fails_says_so_once(when, said):
 
 
 def test_a_run_outlives_its_tracker(tmp_path):
-    """A file where TensorBoard's folder should be."""
+    """A file where TensorBoard's folder should be, when the run is resumed."""
     folder = tmp_path / "run"
-    folder.mkdir()
+    crossrank("train", *RUN, "--output_dir", folder)
+    (folder / "results.json").unlink()
     (folder / "tensorboard").write_text("in the way")
     result = crossrank("train", *RUN, "--report_to", "tensorboard", "--output_dir", folder)
     assert result.stderr.count("the tracker tensorboard is off") == 1
