@@ -113,21 +113,16 @@ def adopt(model: PreTrainedModel, unpad: bool) -> tuple[Layout | None, str]:
     if family is None or own_code or odd_positions or getattr(config, "is_decoder", False):
         what = "this kind of " if family else ""
         return None, f"{what}{config.model_type} runs padded, with its own attention"
-    pooling, note = getattr(config, "classifier_pooling", "cls"), ""
-    if unpad and pooling not in (*FIRST, "mean", "late"):
-        unpad, note = False, f"runs padded: its classifier is fed by {pooling} pooling"
-    if unpad and config.num_hidden_layers == 1 and getattr(config, "conv_kernel_size", 0):
-        # DeBERTa-v2's follows the first layer, and needs all of its tokens, of which the last one has no more.
-        unpad, note = False, "runs padded: a convolution follows its only layer"
+    note = _why_padded(config) if unpad else ""
+    layout = Layout(unpad and not note)
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
     if family.forward is None:
         model.set_attn_implementation(NAME)
-    layout = Layout(unpad)
     base: Any = model.base_model
     end = base.get_submodule(family.end)
     layers = list(end.children()) if isinstance(end, nn.ModuleList) else [end]
-    trimmed = unpad and pooling in FIRST and family.trims
+    trimmed = layout.unpad and _pooling(config) in FIRST and family.trims
     for name, module in base.named_modules():
         if name.endswith(f".{family.attention}"):
             inside_last = any(module is part for part in layers[-1].modules())
@@ -142,11 +137,32 @@ def adopt(model: PreTrainedModel, unpad: bool) -> tuple[Layout | None, str]:
         family.settle(base, layout)
     if trimmed:
         _compute_first_only(layers[-1], family, layout)
-    elif unpad:
-        last: Any = {"mean": base, "late": getattr(model, "classifier", None)}.get(pooling, layers[-1])
-        change = layout.first_tokens if pooling in FIRST else layout.means
-        last.register_forward_hook(lambda module, args, output: _changed(output, change))
+    elif layout.unpad:
+        _pool_in_pairs(model, layers[-1], layout)
     return layout, note
+
+
+def _pooling(config: Any) -> str:
+    """What of a pair's tokens the classifier reads."""
+    return str(getattr(config, "classifier_pooling", "cls"))
+
+
+def _why_padded(config: Any) -> str:
+    """Why a model of a known family runs padded, or ""."""
+    if (pooling := _pooling(config)) not in (*FIRST, "mean", "late"):
+        return f"runs padded: its classifier is fed by {pooling} pooling"
+    if config.num_hidden_layers == 1 and getattr(config, "conv_kernel_size", 0):
+        # DeBERTa-v2's follows the first layer, and needs all of its tokens, of which the last one has no more.
+        return "runs padded: a convolution follows its only layer"
+    return ""
+
+
+def _pool_in_pairs(model: Any, last: nn.Module, layout: Layout) -> None:
+    """Has each pair's first token, or the mean of its tokens, take the place of all: (pairs, 1, ...)."""
+    pooling = _pooling(model.config)
+    module: Any = {"mean": model.base_model, "late": getattr(model, "classifier", None)}.get(pooling, last)
+    change = layout.first_tokens if pooling in FIRST else layout.means
+    module.register_forward_hook(lambda module, args, output: _changed(output, change))
 
 
 def _changed(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
