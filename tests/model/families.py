@@ -44,6 +44,16 @@ SHAPES = {
     "big_bird": BERT | {"pad_token_id": 0},
     "luke": BERT | {"entity_vocab_size": 10, "entity_emb_size": 16},
     "roformer": BERT,
+    "modernbert": BERT | {"pad_token_id": 0, "classifier_pooling": "mean"},
+    "albert": BERT | {"embedding_size": 16},
+    "mpnet": ROBERTA,
+    "ernie": BERT,
+    "rembert": BERT | {"input_embedding_size": 16},
+    "megatron-bert": BERT,
+    "roberta-prelayernorm": ROBERTA,
+    "xlm-roberta-xl": ROBERTA,
+    "nomic_bert": BERT | {"pad_token_id": 0},
+    "gte": BERT | {"pad_token_id": 0},
 }
 
 
