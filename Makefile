@@ -7,8 +7,8 @@ RUN := $(BIN)/python -m
 train: .venv/run       ## train on the embedded data set; ends with F1 and where the model lies
 	$(BIN)/crossrank train --recipe demo
 
-unit: .venv/test       ## the tests that start no second process: under a minute
-	HF_HUB_OFFLINE=1 $(RUN) pytest -m "not full" --unit
+unit: .venv/test       ## the tests that start no second process: a minute or two
+	HF_HUB_OFFLINE=1 $(RUN) pytest -m "not full" --unit -n 2 --dist loadfile
 
 test: lint             ## the test suite
 	HF_HUB_OFFLINE=1 $(RUN) pytest -m "not full" -n 2 --dist loadfile
