@@ -9,9 +9,12 @@ import torch
 from conftest import ROOT, crossrank, events, free_port, losses, weights_equal
 from safetensors.torch import load_file
 
+from benchmarks.encoders import make_tiny, tiny_config
 from trainer.backends.deepspeed import CONFIGS, fill, read_settings
+from trainer.backends.fsdp import layer_classes
 from trainer.base.errors import UserError
 from trainer.cli import parse_train
+from trainer.model.cross_encoder import CrossEncoder
 
 # 31 steps, the last of 1 pair, of which one rank has none; a gradient norm that is always clipped.
 RUN = ["--recipe", "demo", "--max_train_samples", "481", "--train_batch_size", "16", "--num_train_epochs", "1",
@@ -193,3 +196,17 @@ def test_deepspeeds_own_launcher(single, tmp_path):
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
     assert np.allclose(losses(tmp_path / "run"), losses(single), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("deberta-v2", {"DebertaV2Layer"}),
+        ("electra", {"ElectraLayer"}),
+        ("bert", {"BertEmbeddings", "BertLayer"}),  # which the library names
+        ("albert", set()),  # one layer, computed twice
+        ("funnel", set()),  # lists of lists
+    ],
+)
+def test_what_fsdp_gathers_by_itself(family, expected):
+    assert layer_classes(CrossEncoder(make_tiny(tiny_config(family, 97)))) == expected

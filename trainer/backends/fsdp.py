@@ -27,13 +27,15 @@ def outermost(module: nn.Module, names: set[str]) -> list[nn.Module]:
     return [part for part in found if id(part) not in inner]
 
 
-def layer_classes(module: nn.Module) -> set[str]:
-    """Names of the classes that are gathered by themselves: those that the model names, or else its layers'."""
+def layer_classes(module: Any) -> set[str]:
+    """Names of the classes that are gathered by themselves: those that the model names, or a known family's layers."""
     named = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
-    if named:
+    if named or module.layout is None:
         return named
-    longest = max((part for part in module.modules() if isinstance(part, nn.ModuleList)), key=len, default=())
-    return {type(layer).__name__ for layer in longest} if len(longest) > 1 else set()
+    # Layers that are computed more than once are fewer than that: they stay with the rest.
+    count = module.model.config.num_hidden_layers
+    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
+    return {type(layer).__name__ for layer in lists[0]} if lists and count > 1 else set()
 
 
 class FSDP(Single):
