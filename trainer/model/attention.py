@@ -66,26 +66,38 @@ def attention(
     else:
         queries, keys, values = [query], [key], [value]
     mixed = []
-    for i, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
-        visible = _windowed(layout.visible[i], sliding_window, k)
+    for group, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
+        visible = _windowed(layout.visible[group], sliding_window, k)
         if dropout == 0 and bias is None and not _short_on_cpu(k):
             mixed.append(scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling))
-            continue
-        q = q * scaling
-        scores = q @ k.transpose(2, 3)
-        if bias is not None:
-            scores = bias(scores, q, k)
-        if visible is not None:
-            scores = scores.masked_fill(~visible, -torch.inf)
-        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-        if dropout > 0:
-            queries_keys = layout.keys[i][:, : q.shape[2]]
-            weights = layout.dropout.attention_mask(site.dropout, dropout, weights, queries_keys)
-        mixed.append(weights @ v)
+        else:
+            mixed.append(_mixed(site, group, (q * scaling, k, v), visible, dropout, bias))
     if layout.unpad and not site.first_only:
         rows = torch.cat([x.reshape(-1, size) for x in mixed])
         return layout.unpadded(rows, heads).view(1, -1, heads, size), None
     return torch.cat(mixed).transpose(1, 2), None
+
+
+def _mixed(
+    site: AttentionSite,
+    group: int,
+    parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    visible: torch.Tensor | None,
+    dropout: float,
+    bias: Bias | None,
+) -> torch.Tensor:
+    """Of a group's scaled queries, keys and values: (pairs, heads, queries, size)."""
+    q, k, v = parts
+    scores = q @ k.transpose(2, 3)
+    if bias is not None:
+        scores = bias(scores, q, k)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    if dropout > 0:
+        of_queries = site.layout.keys[group][:, : q.shape[2]]
+        weights = site.layout.dropout.attention_mask(site.dropout, dropout, weights, of_queries)
+    return weights @ v
 
 
 def _short_on_cpu(keys: torch.Tensor) -> bool:

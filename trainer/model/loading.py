@@ -56,8 +56,6 @@ def load_for_training(config: Config, label_names: Sequence[str]) -> CrossEncode
         set_dropout(settings, config.dropout)
     if config.attn_implementation is not None:
         settings._attn_implementation = config.attn_implementation
-        with torch.device("meta"):
-            _from_config(config, settings)  # before weights are blamed for an attention that there is not
     model = _new_model(config, settings)
     if model is None:
         model, new = _load_weights(config, settings)
@@ -235,8 +233,6 @@ def _explained(load: Callable[[], Any], name: str, what: str, fix: str) -> Any:
         reason, told = first_line(error), str(error)
     if "trust_remote_code" in told:
         raise UserError(f"{name} brings Python code of its own; read it, then say --trust_remote_code true")
-    if "Unrecognized configuration class" in told:
-        raise UserError(f"{name}: transformers has no sequence classifier of this type ({reason})")
     if "weights_only" in told:
         raise UserError(f"{name}: its pytorch_model.bin is a pickle that holds more than weights, and loading it could "
                         "run any code; have its maker save it as model.safetensors")  # fmt: skip

@@ -30,8 +30,8 @@ def examine(model: CrossEncoder, tokens: Tokens, attention_is_given: bool) -> No
     except torch.OutOfMemoryError:
         raise
     except (ValueError, IndexError, TypeError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{name} cannot take these pairs ({first_line(error)}); look at its config.json, and leave "
-                        "--attn_implementation out") from None  # fmt: skip
+        advice = "leave --attn_implementation out" if attention_is_given else "look at its config.json"
+        raise UserError(f"{name} cannot take these pairs ({first_line(error)}); {advice}") from None
 
 
 def _examine_dropout(model: CrossEncoder, tokens: Tokens, attention_is_given: bool) -> None:
