@@ -14,6 +14,7 @@ from trainer.base.yaml_files import read_mapping
 
 Metric = Literal["accuracy", "f1_macro", "f1_micro", "f1_weighted", "loss"]
 METRICS = get_args(Metric)
+StepForm = Literal["auto", "plain", "static", "captured"]
 Signal = Literal["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"]
 
 
@@ -150,6 +151,9 @@ class RunConfig(Fields):
     unpad: bool = option(True, kind="method")
     """Compute only real tokens: no padding outside attention, and only first tokens in the last layer. Exact; for
     the families of docs/models.md, others run padded."""
+    step_form: StepForm = option("auto", kind="method")
+    """How a step is taken: plain; static, in few shapes, with kernels that fuse what it can; captured, the same as CUDA
+    graphs. auto = captured on a GPU where it can be, plain on a CPU. What fails its check against plain is not used."""
     torch_compile: bool = option(False, kind="method")
     """Compile the model's layers; the first steps take a minute or more."""
     gradient_checkpointing: bool = option(False, kind="method")

@@ -28,9 +28,12 @@ from trainer.model.cross_encoder import CrossEncoder
 from trainer.model.dropout import hash_key
 from trainer.model.precision import autocast, products
 from trainer.ranks import World
+from trainer.run.about import note
 from trainer.run.output import Output
 from trainer.run.preempt import Preemption
-from trainer.run.state import Identity, State, Window
+from trainer.run.state import Identity, State
+from trainer.step.graphs import NotAsExpected
+from trainer.step.static import StaticStep
 
 
 @dataclass(kw_only=True)
@@ -40,6 +43,7 @@ class Trainer:
     Attributes:
         forward: the model as the backend calls it.
         micro_batch_size: pairs in one forward of one rank, at most.
+        static: what takes the steps; None = they are plain.
     """
 
     config: Config
@@ -54,25 +58,18 @@ class Trainer:
     state: State
     preemption: Preemption
     micro_batch_size: int
+    static: StaticStep | None = None
 
     def loop(self) -> None:
         """Every optimizer step that is left, with its logging, evaluations and checkpoints."""
-        config, state, device = self.config, self.state, self.world.device
-        lengths = self.data["train"].tokens.lengths
+        config, state = self.config, self.state
         state.window.start()
         self.evaluate_before()
         self.model.train()
         for current in self.sampler.steps(state.step):
             state.step = current.step + 1  # a checkpoint or an evaluation comes after the step
             rate = learning_rate(current.step, self.sampler.num_steps, config)
-            seed_torch(config.seed, current.step, self.world.rank)
-            loss = torch.zeros((), device=device)
-            micro_batches = self.micro_batches(current)
-            for rows in micro_batches:
-                loss += self.backward(current, rows, last=rows is micro_batches[-1])
-            norm = self.backend.step(rate, config.max_grad_norm)
-            if not self.skipped(norm):
-                state.window.add(current.step, loss, norm, len(current.rows), int(lengths[current.rows].sum()))
+            norm = self.take(current, rate)
             self.output.journal.bar.update()
             if state.step % config.logging_steps == 0 or state.step == self.sampler.num_steps:
                 self.log(norm, rate)
@@ -81,6 +78,38 @@ class Trainer:
             if self.due(config.save_strategy, config.save_steps, last=True):
                 self.save()
             self.preemption.check()
+
+    def take(self, current: Step, rate: float) -> torch.Tensor:
+        """Takes an optimizer step. Returns the gradient's norm, on the device."""
+        size, tokens = len(current.rows), int(self.data["train"].tokens.lengths[current.rows].sum())
+        if self.static is not None:
+            try:
+                self.static(current, rate)
+            except NotAsExpected as error:
+                self.distrust(str(error))
+            else:
+                self.state.window.add(size, tokens)
+                return self.static.norm
+        seed_torch(self.config.seed, current.step, self.world.rank)
+        loss = torch.zeros((), device=self.world.device)
+        micro_batches = self.micro_batches(current)
+        for rows in micro_batches:
+            loss += self.backward(current, rows, last=rows is micro_batches[-1])
+        norm = self.backend.step(rate, self.config.max_grad_norm)
+        if not self.skipped(norm):
+            self.state.window.count(current.step + 1, loss, norm)
+            self.state.window.add(size, tokens)
+        return norm
+
+    def distrust(self, reason: str) -> None:
+        """From now on steps are plain."""
+        assert self.static is not None
+        self.static.close()
+        self.static = None
+        log.warning(f"the {self.state.step_form} step is not used, all steps are plain: {reason}")
+        self.state.step_form = f"plain, since another form failed: {reason}"
+        if self.world.is_main:
+            note(self.output.folder, step_form=self.state.step_form)
 
     def due(self, strategy: str, every: int, last: bool) -> bool:
         """Whether something that happens every so often, and maybe at the last step, happens now."""
@@ -100,23 +129,32 @@ class Trainer:
 
     def backward(self, current: Step, rows: np.ndarray, last: bool) -> torch.Tensor:
         """Forward and backward of one micro-batch. Returns its part of the step's loss, on the device."""
-        config, device, split = self.config, self.world.device, self.data["train"]
-        longest = int(split.tokens.lengths[current.rows].max())
-        keys = {"seed": config.seed, "step": current.step}
-        batch = self.model.batch(split.tokens, split.pairs.label, rows, device, longest, **keys)
+        config, device = self.config, self.world.device
+        batch = self.batch(current, rows)
         with products(device, config.bf16), self.backend.accumulate(last):
             with autocast(device, config.bf16):
                 logits = self.forward(batch)
             # A sum over these pairs divided by the global count: any split gives the same gradient.
-            loss = cross_entropy(
-                logits.float(),
-                batch.labels,
-                reduction="sum",
-                ignore_index=IGNORED,
-                label_smoothing=config.label_smoothing_factor,
-            ) / len(current.rows)
+            loss = self.loss(logits, batch) / len(current.rows)
             self.backend.backward(loss)
         return loss.detach()
+
+    def batch(
+        self, current: Step, rows: np.ndarray, device: torch.device | None = None, num_pairs: int | None = None
+    ) -> Batch:
+        """The micro-batch `rows` of a step; see CrossEncoder.batch."""
+        split = self.data["train"]
+        longest = int(split.tokens.lengths[current.rows].max())
+        keys = {"seed": self.config.seed, "step": current.step}
+        device = device or self.world.device
+        return self.model.batch(split.tokens, split.pairs.label, rows, device, longest, num_pairs, **keys)
+
+    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Summed over the pairs of a batch, given their logits (pairs, classes)."""
+        smoothing = self.config.label_smoothing_factor
+        return cross_entropy(
+            logits.float(), batch.labels, reduction="sum", ignore_index=IGNORED, label_smoothing=smoothing
+        )
 
     def skipped(self, norm: torch.Tensor) -> bool:
         """Whether the step was left out for its gradient, as skip_nonfinite allows. Raises TrainingFailed."""
@@ -167,7 +205,7 @@ class Trainer:
                 "tokens_per_second": window.tokens / seconds,
             }
         )
-        state.window = Window.new(self.world.device)
+        window.restart()
 
     def save(self) -> None:
         """Begins to write a checkpoint of everything that the run needs to resume exactly."""

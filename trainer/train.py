@@ -28,7 +28,7 @@ from trainer.model.loading import load_for_training
 from trainer.model.precision import allow_tf32, check_bf16
 from trainer.model.probe import examine
 from trainer.ranks import World
-from trainer.run.about import about
+from trainer.run.about import about, note
 from trainer.run.checkpoint import Checkpoints, cannot_write
 from trainer.run.energy import Meter
 from trainer.run.folder import claim, open_run, write_config
@@ -39,6 +39,7 @@ from trainer.run.resume import Start, resume
 from trainer.run.state import Identity, State
 from trainer.run.trackers import start_trackers
 from trainer.run.versions import code_hash, versions
+from trainer.step.form import make_step
 
 
 def train(config: Config, report: Callable[[Path], None] | None = None) -> dict[str, Any]:
@@ -115,6 +116,8 @@ def read_pairs(config: Config) -> dict[Role, Pairs]:
 
 def build_model(config: Config, world: World, label_names: tuple[str, ...]) -> CrossEncoder:
     """The encoder to start from, on the device."""
+    if config.step_form == "captured" and world.device.type == "cpu":
+        raise UserError("step_form captured needs a CUDA device; say --step_form static, or leave it out")
     allow_tf32(config.tf32)
     if config.bf16 and (warning := check_bf16(world.device)):
         log.warning(warning)
@@ -190,6 +193,9 @@ def complete(trainer: Trainer) -> dict[str, Any]:
         with failures(trainer.config, trainer.world, trainer.output.folder, trainer.state):
             if trainer.world.device.type == "cuda":
                 fit_micro_batches(trainer)
+            trainer.static = make_step(trainer)
+            if trainer.world.is_main:
+                note(trainer.output.folder, step_form=trainer.state.step_form)
             trainer.loop()
             return finish(trainer)
     except Preempted:

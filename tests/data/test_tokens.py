@@ -181,10 +181,10 @@ def test_batches_lay_pairs_end_to_end(pairs, tokenizer, tmp_path):
     assert batch.labels.tolist() == pairs.label[rows].tolist()
     lengths = [len(ids) for ids in expected]
     assert [(g.pairs, g.longest, g.tokens) for g in batch.groups] == [(3, max(lengths), sum(lengths))]
-    assert batch.widths.tolist() == [max(lengths)] * 3
+    assert batch.width.tolist() == [max(lengths)] * sum(lengths)
     one_each = assemble(tokens, pairs.label, rows, torch.device("cpu"), likeness=1.0)
     assert [group.longest for group in one_each.groups] == sorted(set(lengths), reverse=True)
-    assert one_each.widths.tolist() == lengths
+    assert one_each.width.tolist() == [n for n in lengths for _ in range(n)]
     empty = assemble(tokens, pairs.label, rows[:0], torch.device("cpu"))
     assert empty.labels.tolist() == [IGNORED]
 

@@ -106,7 +106,8 @@ def assert_equal(ours: CrossEncoder, theirs, lengths) -> None:
     for name, gradient in expected_gradients.items():
         # Softmax does not see a key's bias: that gradient is 0 but for rounding, which has no relative size.
         scale = gradient.abs().max().clamp(min=1e-3 * largest)
-        assert ((got_gradients[name] - gradient).abs().max() / scale) < 1e-4, name
+        # 1e-7: what rounding leaves of probabilities that cancel in the classifier's bias.
+        assert (got_gradients[name] - gradient).abs().max() < 1e-4 * scale + 1e-7, name
 
 
 @pytest.mark.parametrize("unpad", [True, False])

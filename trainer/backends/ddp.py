@@ -4,7 +4,9 @@ Annotations are evaluated here: DDP looks at those of a communication hook.
 """
 
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.backends.single import Single
+from trainer.model.batch import Batch
 
 
 def in_bf16(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
@@ -23,18 +26,24 @@ def in_bf16(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.
 class DDP(Single):
     name = "ddp"
 
-    def prepare(self, module: nn.Module) -> nn.Module:
+    def prepare(self, module: nn.Module) -> Callable[[Batch], torch.Tensor]:
         super().prepare(module)
-        if self.world.size == 1:
-            return module
+        return self._forward if self.world.size > 1 else module
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        return self.replica(batch)  # type: ignore[no-any-return]
+
+    @cached_property
+    def replica(self) -> DistributedDataParallel:
+        """Made when it is first needed: the static step reduces gradients itself."""
         with warnings.catch_warnings():
             # No static_graph: with it, torch 2.13 breaks down (an internal assert) on a first step that accumulates.
             # torch 2.13 renames the argument; the old name is the one that all supported versions know.
             warnings.simplefilter("ignore", FutureWarning)
-            self.replica = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+            replica = DistributedDataParallel(self.module, broadcast_buffers=False, gradient_as_bucket_view=True)
         if self.config.ddp_comm_hook == "bf16":
-            self.replica.register_comm_hook(None, in_bf16)
-        return self.replica
+            replica.register_comm_hook(None, in_bf16)
+        return replica
 
     def accumulate(self, last: bool) -> AbstractContextManager[object]:
         return nullcontext() if last or self.world.size == 1 else self.replica.no_sync()

@@ -8,7 +8,7 @@ numbers that crossrank decides are filled in, and what contradicts them is refus
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from trainer.backends.single import Single, add_moments
 from trainer.base.errors import UserError, unknown
 from trainer.config import Config
 from trainer.data.sampler import global_batch_size, num_forwards
+from trainer.model.batch import Batch
 from trainer.ranks import World
 
 CONFIGS = Path(__file__).parent.parent.parent / "ds_configs"
@@ -53,7 +54,7 @@ class DeepSpeed(Single):
         self.settings = fill(settings, name, config, world.size)
         self.stage: int = self.settings["zero_optimization"]["stage"]
 
-    def prepare(self, module: nn.Module) -> nn.Module:
+    def prepare(self, module: nn.Module) -> Callable[[Batch], torch.Tensor]:
         import deepspeed
 
         self.module = module
@@ -133,10 +134,10 @@ class DeepSpeed(Single):
         if kind == "weight":
             parameter.ds_tensor.data[: len(mine)].copy_(mine)
 
-    def _make_moments(self, num_updates: int) -> None:
+    def make_moments(self, num_updates: int) -> None:
         wrapped: Any = self.optimizer
         if self.stage == 0:
-            return super()._make_moments(num_updates)
+            return super().make_moments(num_updates)
         flat = wrapped.fp32_partitioned_groups_flat if self.stage == 3 else wrapped.single_partition_of_fp32_groups
         add_moments(wrapped.optimizer, flat, num_updates)
         self._link_moments()

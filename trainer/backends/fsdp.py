@@ -4,6 +4,7 @@ In bf16 it is autocast that rounds, as in the other backends: a bfloat16 policy 
 fp32, norms and embeddings. Gradients are summed in fp32.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,6 +18,7 @@ from trainer import ranks
 from trainer.backends.optim import parameter_groups
 from trainer.backends.single import Single
 from trainer.config import Config
+from trainer.model.batch import Batch
 from trainer.ranks import World
 
 
@@ -46,7 +48,7 @@ class FSDP(Single):
         super().__init__(world, config)
         ranks.form_group(world)
 
-    def prepare(self, module: nn.Module) -> nn.Module:
+    def prepare(self, module: nn.Module) -> Callable[[Batch], torch.Tensor]:
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         for part in outermost(module, layer_classes(module)):
             fully_shard(part, mp_policy=policy)

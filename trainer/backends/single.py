@@ -1,5 +1,6 @@
 """One device: the reference. Other backends derive from it and change only what differs."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 from trainer.backends.optim import make_optimizer, parameter_groups
 from trainer.base.errors import UserError
 from trainer.config import Config
+from trainer.model.batch import Batch
 from trainer.ranks import World
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -39,7 +41,7 @@ class Single:
         self.module: nn.Module
         self.optimizer: Any
 
-    def prepare(self, module: nn.Module) -> nn.Module:
+    def prepare(self, module: nn.Module) -> Callable[[Batch], torch.Tensor]:
         """Takes the model, on its device, and makes its optimizer; returns what the loop calls for a forward."""
         self.module, self.optimizer = module, self._make_optimizer(parameter_groups(module, self.config))
         return module
@@ -53,7 +55,7 @@ class Single:
 
     def step(self, learning_rate: float, max_grad_norm: float) -> torch.Tensor:
         """Clips, steps, clears. Returns the global gradient norm before clipping, still on the device."""
-        norm = self._clip(max_grad_norm if max_grad_norm > 0 else torch.inf)
+        norm = self.clip(max_grad_norm)
         if self.config.skip_nonfinite and not torch.isfinite(norm):
             self.optimizer.zero_grad()
             return norm
@@ -62,6 +64,10 @@ class Single:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
+
+    def clip(self, max_grad_norm: float) -> torch.Tensor:
+        """Sees to it that the step takes gradients of at most this norm, if it is not 0. Returns the one they have."""
+        return self._clip(max_grad_norm if max_grad_norm > 0 else torch.inf)
 
     def save_state(self) -> dict[str, torch.Tensor]:
         """Weights and the optimizer's moments, in full, copied to the CPU of rank 0; empty elsewhere.
@@ -85,7 +91,7 @@ class Single:
         same = saved == {name: shapes[name] for name in shapes if name in saved or name in trained}
         if not self.world.broadcast(not self.world.is_main or same):
             raise UserError("the checkpoint is of another model: its weights have other names or shapes")
-        self._make_moments(num_updates)
+        self.make_moments(num_updates)
         for name, parameter in trained.items():
             for kind in KINDS:
                 full = state[f"{kind}/{name}"] if self.world.is_main else torch.empty(self._shape(parameter))
@@ -137,6 +143,6 @@ class Single:
         with torch.no_grad():
             self._full(parameter, kind).copy_(full)
 
-    def _make_moments(self, num_updates: int) -> None:
+    def make_moments(self, num_updates: int) -> None:
         """The optimizer's state before its first step, as if it had made `num_updates`."""
         add_moments(self.optimizer, [parameter for _, parameter in self._trained()], num_updates)

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from trainer.model.layout import Layout
+from trainer.model import kernels
+from trainer.model.layout import Layout, joined
+from trainer.model.products import side_by_side
 
 # Adds to a group's scores (pairs, heads, length, keys), given its queries and keys (pairs, heads, length, size).
 Bias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -22,12 +24,16 @@ Bias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 class AttentionSite:
     """What an attention module knows beyond its own code, as its attribute `site`.
 
-    `dropout` is the number of its dropout site; `first_only`: its queries are each pair's first token only.
+    Attributes:
+        dropout: number of its dropout site.
+        first_only: its queries are each pair's first token only.
+        inputs: names of the linear layers of queries, keys and values.
     """
 
     layout: Layout
     dropout: int
     first_only: bool
+    inputs: tuple[str, ...] = ()
 
 
 def attention(
@@ -48,15 +54,13 @@ def attention(
     `sliding_window`: a token sees those less than so many places away; None = all.
     """
     site: AttentionSite = module.site
-    layout = site.layout
-    _, heads, _, size = query.shape
-    scaling = scaling or size**-0.5
+    layout, heads = site.layout, query.shape[1]
     if key.shape[1] < heads:  # each serves several of the queries' heads
         key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
 
     def grouped(x: torch.Tensor) -> list[torch.Tensor]:
-        rows = x.transpose(1, 2).reshape(-1, size)[: layout.num_tokens * heads]
-        return layout.split(layout.pad(rows, heads), heads)
+        rows = x.transpose(1, 2).reshape(-1, x.shape[-1])
+        return layout.split(layout.grid(rows, heads), heads)
 
     if site.first_only:
         queries = list(query.split([group.pairs for group in layout.groups]))
@@ -65,24 +69,37 @@ def attention(
         queries, keys, values = grouped(query), grouped(key), grouped(value)
     else:
         queries, keys, values = [query], [key], [value]
-    mixed = []
-    for group, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
-        visible = _windowed(layout.visible[group], sliding_window, k)
+    parts = list(zip(queries, keys, values, strict=True))
+    return _of_groups(site, parts, scaling or query.shape[-1] ** -0.5, dropout, sliding_window, bias), None
+
+
+def _of_groups(
+    site: AttentionSite,
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    scaling: float,
+    dropout: float,
+    window: int | None = None,
+    bias: Bias | None = None,
+) -> torch.Tensor:
+    """Of each group's queries, keys and values (pairs, heads, length, size): (batch, length, heads, size)."""
+    layout, mixed = site.layout, []
+    for group, (q, k, v) in enumerate(parts):
         if dropout == 0 and bias is None and not _short_on_cpu(k):
+            visible = layout.visible(group, window)
             mixed.append(scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling))
         else:
-            mixed.append(_mixed(site, group, (q * scaling, k, v), visible, dropout, bias))
+            mixed.append(_mixed(site, group, (q * scaling, k, v), window, dropout, bias))
     if layout.unpad and not site.first_only:
-        rows = torch.cat([x.reshape(-1, size) for x in mixed])
-        return layout.unpadded(rows, heads).view(1, -1, heads, size), None
-    return torch.cat(mixed).transpose(1, 2), None
+        _, heads, _, size = mixed[0].shape
+        return layout.tokens(joined([x.reshape(-1, size) for x in mixed]), heads).view(1, -1, heads, size)
+    return joined(mixed).transpose(1, 2)
 
 
 def _mixed(
     site: AttentionSite,
     group: int,
     parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    visible: torch.Tensor | None,
+    window: int | None,
     dropout: float,
     bias: Bias | None,
 ) -> torch.Tensor:
@@ -91,11 +108,11 @@ def _mixed(
     scores = q @ k.transpose(2, 3)
     if bias is not None:
         scores = bias(scores, q, k)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -torch.inf)
+    if (absent := site.layout.absent(group, window)) is not None:
+        scores = scores.masked_fill_(absent, -torch.inf)
     weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
     if dropout > 0:
-        of_queries = site.layout.keys[group][:, : q.shape[2]]
+        of_queries = site.layout.keys(group)[:, : q.shape[2]]
         weights = site.layout.dropout.attention_mask(site.dropout, dropout, weights, of_queries)
     return weights @ v
 
@@ -105,36 +122,62 @@ def _short_on_cpu(keys: torch.Tensor) -> bool:
     return keys.device.type == "cpu" and keys.shape[2] <= 128
 
 
-def _windowed(visible: torch.Tensor | None, window: int | None, keys: torch.Tensor) -> torch.Tensor | None:
-    """`visible` inside a sliding window, (pairs or 1, 1, longest, longest); itself where the window covers all."""
-    longest = keys.shape[2]
-    if window is None or window >= longest:
-        return visible
-    place = torch.arange(longest, device=keys.device)
-    near = (place[:, None] - place).abs() < window
-    # Padding sees itself, since a row that sees nothing would be NaN.
-    return near[None, None] if visible is None else (near & visible) | (place[:, None] == place)
-
-
 def projected(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """(batch, length, heads * size) to (batch, heads, length, size)."""
     return rows.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def own_attention(
-    module: Any, projections: tuple[nn.Module, ...], hidden: torch.Tensor, bias: Bias | None = None
-) -> torch.Tensor:
-    """Attention of `hidden` (batch, length, hidden) by queries', keys' and values' linear layers; the same shape."""
-    heads = module.num_attention_heads
-    query, key, value = (projected(projection(hidden), heads) for projection in projections)
+def own_attention(module: Any, hidden: torch.Tensor, heads: int, bias: Bias | None = None) -> torch.Tensor:
+    """Attention of `hidden` (batch, length, hidden) by a module's own linear layers; the same shape."""
+    site: AttentionSite = module.site
+    layers = [getattr(module, name) for name in site.inputs]
     dropout = module.dropout.p if module.training else 0.0
+    size = layers[0].out_features // heads
+    if site.layout.fast and bias is None and kernels.available(hidden.device, site.layout.longest, size):
+        return _by_kernel(site, layers, hidden, heads, dropout)
+    source = site.layout.hidden if site.first_only else hidden
+    query, key, value = (projected(x, heads) for x in (layers[0](hidden), layers[1](source), layers[2](source)))
     mixed, _ = attention(module, query, key, value, None, dropout=dropout, bias=bias)
     return mixed.flatten(2)
 
 
+def input_layers(model: nn.Module) -> list[list[nn.Linear]]:
+    """Of each attention module the linear layers of queries, keys and values, where `own_attention` takes them."""
+    found = []
+    for module in model.modules():
+        site = getattr(module, "site", None)
+        layers = [getattr(module, name, None) for name in site.inputs] if isinstance(site, AttentionSite) else []
+        if layers and all(type(layer) is nn.Linear for layer in layers):
+            found.append(layers)
+    return found  # type: ignore[return-value]
+
+
+def _by_kernel(
+    site: AttentionSite, layers: list[nn.Module], hidden: torch.Tensor, heads: int, dropout: float
+) -> torch.Tensor:
+    """`own_attention` without the grid."""
+    layout, batch = site.layout, site.layout.batch
+    if site.first_only:
+        rows = [layers[0](hidden)[:, 0], side_by_side(layers[1:], layout.hidden)[0]]
+    else:
+        rows = [side_by_side(layers, hidden)[0]]
+    size = rows[0].shape[-1] // heads // (1 if site.first_only else 3)
+    columns = layout.dropout.columns(site.dropout, heads, layout.longest, hidden.device)
+    attend = kernels.attend_first if site.first_only else kernels.attend
+    mixed = attend(*rows, batch.first, batch.lengths, batch.keys, columns, dropout, size**-0.5, layout.longest, heads)
+    return mixed[:, None] if site.first_only else mixed[None]
+
+
 def bert_forward(module: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-    """In place of the forward of BERT's kind of attention, where that does not use the library's interface."""
-    return own_attention(module, (module.query, module.key, module.value), hidden_states), None
+    """In place of the forward of BERT's kind of attention."""
+    return own_attention(module, hidden_states, module.num_attention_heads), None
+
+
+def distilbert_forward(
+    module: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """In place of DistilBERT's."""
+    return module.out_lin(own_attention(module, hidden_states, module.n_heads)), None
 
 
 def mpnet_forward(
@@ -145,4 +188,23 @@ def mpnet_forward(
     def bias(scores: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return scores + position_bias[..., : q.shape[2], : k.shape[2]]
 
-    return (module.o(own_attention(module, (module.q, module.k, module.v), hidden_states, bias)),)
+    return (module.o(own_attention(module, hidden_states, module.num_attention_heads, bias)),)
+
+
+def residual_forward(
+    module: Any, layout: Layout, hidden_states: torch.Tensor, input_tensor: torch.Tensor
+) -> torch.Tensor:
+    """In place of the forward of a module that has a linear layer, dropout, and the norm of the sum with its input.
+
+    The fast one has, as attribute `low`, the numbers that the next product would round it to.
+    """
+    x, dropout, norm = module.dense(hidden_states), module.dropout, module.LayerNorm
+    if not (layout.fast and kernels.available(x.device, width=x.shape[-1])):
+        return norm(dropout(x) + input_tensor)  # type: ignore[no-any-return]
+    p = dropout.p if module.training else 0.0
+    keys, columns = layout.dropout.keys(x), layout.dropout.columns(dropout.site, 1, x.shape[-1], x.device)[0]
+    rows = (part.flatten(0, -2) for part in (x, input_tensor))
+    exact, low = kernels.add_norm(*rows, norm.weight, norm.bias, norm.eps, keys.flatten(), columns, p)
+    exact = exact.view(x.shape)
+    exact.low = low.view(x.shape)
+    return exact

@@ -1,6 +1,6 @@
 """Micro-batches: array operations from the flat tokens to tensors on the device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -8,8 +8,9 @@ import torch
 from trainer.data.tokens import Tokens
 from trainer.model.dropout import token_keys
 
-IGNORED = -100  # label that cross_entropy gives neither loss nor gradient: of a pair that fills an empty micro-batch
+IGNORED = -100  # label that cross_entropy gives neither loss nor gradient: of a pair that fills up
 NO_ROW = 2**62  # no row of a data set: of what belongs to all pairs of a step
+SHORTEST, STEP = 64, 128  # of shapes: lengths of pairs, and steps of tokens
 
 
 @dataclass(frozen=True)
@@ -22,19 +23,33 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """What a batch is filled up to, so that the batches of a run have few shapes."""
+
+    tokens: int
+    pairs: int
+    longest: int
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Pairs laid end to end, without padding, longest first.
+    """Pairs laid end to end, without padding, longest first; then those that fill up a shape, if it has one.
+
+    Attention lays them out as a grid: groups of pairs, each padded to its longest, one group after the other.
 
     Attributes:
-        ids, positions, types: (tokens,) int64 token numbers, positions in the pair, token types.
+        ids, positions, types: (tokens,) int64 token numbers, positions as the model counts them, token types.
         keys: (tokens,) int64 dropout keys.
         step_key: (1,) int64 dropout key of what all pairs of the step share.
         pair: (tokens,) int64 number of the pair in the batch.
         first, lengths: (pairs,) int64 where each pair begins, and its tokens.
-        widths: (pairs,) int64 longest of the pair's group.
         labels: (pairs,) int64 class numbers.
-        rows: (pairs,) rows in the data set, on the host.
+        place, start, width: (tokens,) int64 place in the grid, where the pair begins there, the length it is padded to.
+        token: (slots,) int64 which token lies in each place of the grid; 0 where none does.
+        real: (slots,) int64 1 where a token lies.
+        rows: (data set's pairs,) rows in the data set, on the host.
         groups: how attention groups the pairs, on the host, so that no shape waits for the device.
+        flat: all tensors, one after the other, in the order of the fields.
     """
 
     ids: torch.Tensor
@@ -45,14 +60,38 @@ class Batch:
     pair: torch.Tensor
     first: torch.Tensor
     lengths: torch.Tensor
-    widths: torch.Tensor
     labels: torch.Tensor
+    place: torch.Tensor
+    start: torch.Tensor
+    width: torch.Tensor
+    token: torch.Tensor
+    real: torch.Tensor
     rows: np.ndarray
     groups: tuple[Group, ...]
+    flat: torch.Tensor
 
     @property
     def num_pairs(self) -> int:
         return len(self.first)
+
+    def on(self, flat: torch.Tensor) -> "Batch":
+        """The same batch, of which `flat` is to have the numbers."""
+        sizes = {own.name: len(getattr(self, own.name)) for own in fields(self)[:-3]}
+        return Batch(**_named(sizes, flat), rows=self.rows, groups=self.groups, flat=flat)
+
+
+def shape_of(lengths: np.ndarray, num_pairs: int) -> Shape:
+    """The shape that pairs of `lengths` (pairs,) are filled up to, where a batch has at most `num_pairs`.
+
+    Tokens are filled up in steps of 128, or of an eighth of their number's power of two if that is more. What fills up
+    are pairs as well, so that every token belongs to one: so many that none is longer than the longest, nor empty.
+    """
+    longest = int(lengths.max())
+    longest = SHORTEST if longest <= SHORTEST else -(-longest // STEP) * STEP
+    tokens = int(lengths.sum())
+    step = max(STEP, 2 ** (tokens.bit_length() - 4))
+    pairs = num_pairs + -(-(step - 1) // (SHORTEST - 1))
+    return Shape(-(-(tokens + pairs - len(lengths)) // step) * step, pairs, longest)
 
 
 def assemble(
@@ -64,12 +103,19 @@ def assemble(
     step: int = 0,
     likeness: float = 0.0,
     longest: int | None = None,
+    num_pairs: int | None = None,
+    padding: int = 0,
+    first_position: int = 0,
 ) -> Batch:
     """The batch of data set rows `rows`, which it orders by length.
 
     Args:
         likeness: shortest length of a group relative to its longest; 0 = all pairs are one group.
         longest: length that all pairs are padded to, if more than that of the longest of them.
+        num_pairs: most pairs of a batch; given, the batch is filled up to one of few shapes, in one group.
+        padding: number of the padding token.
+        first_position: position of a pair's first token. If it is not 0, padding tokens are not counted, which a text
+            can hold written out: RoBERTa's kind.
 
     An empty micro-batch becomes row 0 with an ignored label: every rank takes part in every step.
     """
@@ -82,23 +128,43 @@ def assemble(
     groups = make_groups(lengths, likeness)
     if longest is not None:
         groups = (Group(len(rows), max(longest, int(lengths[0])), int(lengths.sum())),)
-    first = np.cumsum(lengths) - lengths
-    pair = np.repeat(np.arange(len(rows)), lengths)
-    positions = np.arange(len(pair)) - first[pair]
+    pair, positions = _numbered(lengths)
     places = tokens.offsets[rows][pair] + positions
+    ids, types = tokens.ids[places], tokens.types[places]
+    keys = token_keys(seed, step, rows[pair], positions)
+    if num_pairs is not None:
+        shape, count = shape_of(lengths, num_pairs), len(places)
+        lengths = np.concatenate([lengths, _shares(shape.tokens - count, shape.pairs - len(rows))])
+        pair, positions = _numbered(lengths)
+        ids, types, keys, targets = (
+            np.pad(values, (0, size - len(values)), constant_values=filler)
+            for values, size, filler in [
+                (ids, shape.tokens, padding),
+                (types, shape.tokens, 0),
+                (keys, shape.tokens, 0),
+                (targets, shape.pairs, IGNORED),
+            ]
+        )
+        groups = (Group(shape.pairs, shape.longest, shape.tokens),)
+    first = np.cumsum(lengths) - lengths
     arrays = {
-        "ids": tokens.ids[places],
-        "positions": positions,
-        "types": tokens.types[places],
-        "keys": token_keys(seed, step, rows[pair], positions),
+        "ids": ids,
+        "positions": positions if first_position == 0 else _counted(ids, first, pair, first_position - 1),
+        "types": types,
+        "keys": keys,
         "step_key": token_keys(seed, step, np.array([NO_ROW]), np.array([0])),
         "pair": pair,
         "first": first,
         "lengths": lengths,
-        "widths": np.repeat([group.longest for group in groups], [group.pairs for group in groups]),
         "labels": targets,
     }
-    return Batch(**_to(arrays, device), rows=rows, groups=groups)
+    arrays |= _grid(groups, pair, positions)
+    flat = torch.from_numpy(np.concatenate(list(arrays.values()), dtype=np.int64))
+    if device.type == "cuda":
+        # From pinned memory the copy runs while the device computes the step before.
+        flat = flat.pin_memory().to(device, non_blocking=True)
+    sizes = {name: len(values) for name, values in arrays.items()}
+    return Batch(**_named(sizes, flat), rows=rows, groups=groups, flat=flat)
 
 
 def make_groups(lengths: np.ndarray, likeness: float) -> tuple[Group, ...]:
@@ -112,10 +178,34 @@ def make_groups(lengths: np.ndarray, likeness: float) -> tuple[Group, ...]:
     return tuple(groups)
 
 
-def _to(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
-    """The arrays as int64 tensors on the device, by one copy."""
-    flat = torch.from_numpy(np.concatenate(list(arrays.values()), dtype=np.int64))
-    if device.type == "cuda":
-        # From pinned memory the copy runs while the device computes the step before.
-        flat = flat.pin_memory().to(device, non_blocking=True)
-    return dict(zip(arrays, flat.split([len(array) for array in arrays.values()]), strict=True))
+def _numbered(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each token of pairs that long, (tokens,): its pair, and its place there."""
+    pair = np.repeat(np.arange(len(lengths)), lengths)
+    return pair, np.arange(len(pair)) - (np.cumsum(lengths) - lengths)[pair]
+
+
+def _shares(total: int, parts: int) -> np.ndarray:
+    """(parts,) numbers as equal as can be whose sum is `total`."""
+    return np.diff(np.arange(parts + 1) * total // parts)
+
+
+def _counted(ids: np.ndarray, first: np.ndarray, pair: np.ndarray, padding: int) -> np.ndarray:
+    """(tokens,) positions from padding + 1 on, of which a padding token has none: `padding`."""
+    real = (ids != padding).astype(np.int64)
+    count = real.cumsum()
+    return (count - (count - real)[first][pair]) * real + padding
+
+
+def _grid(groups: tuple[Group, ...], pair: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
+    """What a Batch says of the grid."""
+    widths = np.repeat([group.longest for group in groups], [group.pairs for group in groups])
+    start, width = (np.cumsum(widths) - widths)[pair], widths[pair]
+    place = start + positions
+    token, real = np.zeros((2, widths.sum()), dtype=np.int64)
+    token[place], real[place] = np.arange(len(pair)), 1
+    return {"place": place, "start": start, "width": width, "token": token, "real": real}
+
+
+def _named(sizes: dict[str, int], flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The parts of `flat` that long."""
+    return dict(zip(sizes, flat.split(list(sizes.values())), strict=True))

@@ -120,29 +120,41 @@ class CrossEncoder(nn.Module):
         rows: np.ndarray,
         device: torch.device,
         longest: int | None = None,
+        num_pairs: int | None = None,
         **keys: int,
     ) -> Batch:
         """The batch of data set rows `rows` in the layout that suits model and device; see batch.assemble.
 
-        `longest`: of the pairs that shall get one length, this batch's or more.
+        `longest`: of the pairs that shall get one length, this batch's or more. `num_pairs`: most pairs of a batch that
+        is to be filled up to one of few shapes.
         """
         # On a CPU time goes into arithmetic, which small groups save; on a GPU into launches, of which each group has
         # as many as a full batch.
         likeness = 0.8 if self.layout and self.layout.unpad and device.type == "cpu" else 0.0
         longest = longest if self.one_length else None
-        return assemble(tokens, labels, rows, device, **keys, likeness=likeness, longest=longest)
+        return assemble(
+            tokens,
+            labels,
+            rows,
+            device,
+            **keys,
+            likeness=likeness,
+            longest=longest,
+            num_pairs=num_pairs,
+            padding=self.padding,
+            first_position=self.first_position,
+        )
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits (pairs, classes), in the order of the batch."""
         layout = self.layout or Layout(unpad=False)
         layout.set(batch)
         if layout.unpad:
-            inputs = {"input_ids": batch.ids[None], "position_ids": self.positions(batch)[None]}
+            inputs = {"input_ids": batch.ids[None], "position_ids": batch.positions[None]}
             types = batch.types[None]
         else:
-            (ids,) = layout.split(layout.pad(batch.ids, filler=self.padding))
-            (mask,) = layout.split(layout.pad(torch.ones_like(batch.ids)))
-            (types,) = layout.split(layout.pad(batch.types))
+            ids, mask = layout.filled(batch.ids, self.padding), layout.filled(torch.ones_like(batch.ids), 0)
+            types = layout.filled(batch.types, 0)
             if self.left:
                 width = mask.shape[1]
                 places = (torch.arange(width, device=mask.device) + mask.sum(1, keepdim=True)) % width
@@ -153,16 +165,6 @@ class CrossEncoder(nn.Module):
         self.calls.set(batch.keys[batch.first], batch.step_key)
         with self.calls.active():
             return self.model(**inputs).logits
-
-    def positions(self, batch: Batch) -> torch.Tensor:
-        """(tokens,) position numbers, as the library counts them."""
-        if self.first_position == 0:
-            return batch.positions
-        # RoBERTa's kind does not count padding tokens: a text can hold one, written out.
-        padding = self.first_position - 1
-        real = batch.ids != padding
-        count = real.cumsum(0)
-        return (count - (count - real.long())[batch.first][batch.pair]) * real + padding
 
     def check(self, pairs: Pairs, tokens: Tokens) -> None:
         """Raises UserError, naming the row, where the model cannot take a pair: it has no embedding for a token or a

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from trainer.model import kernels
+
 DRAWS = 4  # 16-bit draws in a 64-bit hash
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: the increment of splitmix64
 MULTIPLIER = -0x40A7B892E31B1A47  # odd; splitmix64's first one, as int64
@@ -96,6 +98,7 @@ class DropoutKeys:
 
     Attributes:
         passes: how often layers that are computed several times in a forward have begun; each pass has its own masks.
+        fast: whether kernels.py computes dropout, and what there is around it.
     """
 
     def __init__(self) -> None:
@@ -103,6 +106,7 @@ class DropoutKeys:
         self.step: torch.Tensor
         self.num_sites = 0
         self.passes = 0
+        self.fast = False
 
     def set(self, tokens: torch.Tensor, first: torch.Tensor, step: torch.Tensor) -> None:
         """`tokens` (batch, length) keys of every token, `first` (pairs,) those of each pair's first token, `step` (1,)
@@ -114,23 +118,30 @@ class DropoutKeys:
         self.num_sites += 1
         return self.num_sites
 
+    def keys(self, x: torch.Tensor) -> torch.Tensor:
+        """(...) keys of the rows of x (..., features)."""
+        return self.by_shape[tuple(x.shape[:-1])]
+
+    def columns(self, site: int, num_rows: int, width: int, device: torch.device) -> torch.Tensor:
+        """`columns_of` a site, in this pass."""
+        return columns_of(site + self.passes * self.num_sites, num_rows, width, device)
+
     def mask(self, site: int, p: float, x: torch.Tensor) -> torch.Tensor:
         """x (..., features) after dropout."""
-        keys = self.by_shape[tuple(x.shape[:-1])].unsqueeze(-1)
-        return masked(x, p, keys, columns_of(self._now(site), 1, x.shape[-1], x.device)[0])
+        keys, columns = self.keys(x), self.columns(site, 1, x.shape[-1], x.device)[0]
+        if self.fast:
+            return kernels.drop(x.flatten(0, -2), keys.flatten(), columns, p).view(x.shape)
+        return masked(x, p, keys.unsqueeze(-1), columns)
 
     def attention_mask(self, site: int, p: float, weights: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
         """The same for attention weights (batch, heads, queries, keys), given the `queries`' keys (batch, queries)."""
-        columns = columns_of(self._now(site), weights.shape[1], weights.shape[-1], weights.device)
+        columns = self.columns(site, weights.shape[1], weights.shape[-1], weights.device)
         return masked(weights, p, queries[:, None, :, None], columns[:, None])
 
     def shared_mask(self, site: int, p: float, x: torch.Tensor, start: int) -> torch.Tensor:
         """The same for rows (rows, features) of a table, from row `start` on, that all pairs of a step share."""
         of_row = numbers(site, 0, start + len(x), x.device)[start:]
         return masked(x, p, mixed(self.step + of_row)[:, None], columns_of(site, 1, x.shape[-1], x.device)[0])
-
-    def _now(self, site: int) -> int:
-        return site + self.passes * self.num_sites
 
 
 class KeyedDropout(nn.Module):

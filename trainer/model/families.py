@@ -19,10 +19,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from trainer.model.attention import AttentionSite, attention, bert_forward, mpnet_forward
+from trainer.model.attention import (
+    AttentionSite,
+    attention,
+    bert_forward,
+    distilbert_forward,
+    mpnet_forward,
+    residual_forward,
+)
 from trainer.model.deberta import adopt_deberta, disentangled_forward
 from trainer.model.dropout import KeyedDropout
 from trainer.model.layout import Layout
@@ -39,16 +45,17 @@ class Family:
         attention: how the names of attention modules end.
         trims: whether keys and values can be computed apart from queries; if not, the last layer computes every token,
             and hands on the first ones.
-        source: in an attention module, the linear layers that compute them, where the forward does not see to it.
+        inputs: in an attention module, the linear layers of queries, keys and values that its `forward` takes.
         norm: in a layer, what is applied before attention, if that is so.
-        forward: takes the place of an attention module's own, where that does not use the library's interface.
+        forward: takes the place of an attention module's own, where the last layer's queries are fed apart from its
+            keys and values, or where that does not use the library's interface.
         settle: gives other parts of the base model what they need to know of the layout.
     """
 
     end: str = "encoder.layer"
     attention: str = "attention.self"
     trims: bool = True
-    source: tuple[str, ...] = ("key", "value")
+    inputs: tuple[str, ...] = ("query", "key", "value")
     norm: str = ""
     forward: Callable[..., Any] | None = None
     settle: Callable[[Any, Layout], None] | None = None
@@ -70,7 +77,7 @@ def _albert(base: Any, layout: Layout) -> None:
         group.register_forward_pre_hook(count)
 
 
-BERT = Family()
+BERT = Family(forward=bert_forward)
 ROTARY = Family("layers", "self_attn", trims=False)  # queries and keys are turned together
 FAMILIES = {
     "bert": BERT,
@@ -80,14 +87,16 @@ FAMILIES = {
     "electra": BERT,
     "ernie": BERT,
     "data2vec-text": BERT,
-    "distilbert": Family("transformer.layer", "attention", source=("k_lin", "v_lin")),
+    "distilbert": Family(
+        "transformer.layer", "attention", inputs=("q_lin", "k_lin", "v_lin"), forward=distilbert_forward
+    ),
     "albert": Family("encoder", "attention", trims=False, settle=_albert),
-    "rembert": Family(forward=bert_forward),
+    "rembert": BERT,
     "megatron-bert": Family(norm="attention.ln", forward=bert_forward),
-    "roberta-prelayernorm": Family(norm="attention.LayerNorm"),
-    "xlm-roberta-xl": Family(norm="attention.self_attn_layer_norm"),
-    "mpnet": Family(attention="attention.attn", source=("k", "v"), forward=mpnet_forward, settle=_mpnet),
-    "deberta-v2": Family(source=(), forward=disentangled_forward, settle=adopt_deberta),
+    "roberta-prelayernorm": Family(norm="attention.LayerNorm", forward=bert_forward),
+    "xlm-roberta-xl": Family(norm="attention.self_attn_layer_norm", forward=bert_forward),
+    "mpnet": Family(attention="attention.attn", inputs=("q", "k", "v"), forward=mpnet_forward, settle=_mpnet),
+    "deberta-v2": Family(forward=disentangled_forward, settle=adopt_deberta),
     "modernbert": Family("layers", "attn", trims=False),
     "nomic_bert": ROTARY,
     "gte": ROTARY,
@@ -96,6 +105,7 @@ FAMILIES = {
     "ultrabert": ROTARY,
 }
 FIRST = ("cls", "bos")
+RESIDUAL = {"dense", "dropout", "LayerNorm"}  # parts of a module that ends a layer's half
 
 
 def adopt(model: PreTrainedModel, unpad: bool) -> tuple[Layout | None, str]:
@@ -126,13 +136,15 @@ def adopt(model: PreTrainedModel, unpad: bool) -> tuple[Layout | None, str]:
     for name, module in base.named_modules():
         if name.endswith(f".{family.attention}"):
             inside_last = any(module is part for part in layers[-1].modules())
-            module.site = AttentionSite(layout, layout.dropout.new_site(), trimmed and inside_last)
+            module.site = AttentionSite(layout, layout.dropout.new_site(), trimmed and inside_last, family.inputs)
             if family.forward is not None:
                 module.forward = partial(family.forward, module)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Dropout):
                 setattr(parent, name, KeyedDropout(child.p, layout.dropout))
+        if {name for name, _ in parent.named_children()} == RESIDUAL:
+            parent.forward = partial(residual_forward, parent, layout)
     if family.settle is not None:
         family.settle(base, layout)
     if trimmed:
@@ -183,14 +195,7 @@ def _compute_first_only(layer: nn.Module, family: Family, layout: Layout) -> Non
     norm = layer.get_submodule(family.norm) if family.norm else nn.Identity()
 
     def take_first(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = args[0]
-        # The model views keys and values as (pairs, 1, any number of heads, size), so their number must be a multiple
-        # of the pairs. `attention` takes the rows back from there.
-        layout.hidden = functional.pad(norm(hidden), (0, 0, 0, -hidden.shape[1] % len(layout.first)))
-        return layout.first_tokens(hidden), *args[1:]
+        layout.hidden = norm(args[0])
+        return layout.first_tokens(args[0]), *args[1:]
 
     layer.register_forward_pre_hook(take_first)
-    for name, module in layer.named_modules():
-        parent, _, own = name.rpartition(".")
-        if own in family.source and parent.endswith(family.attention):
-            module.register_forward_pre_hook(lambda module, args: (layout.hidden,))

@@ -16,9 +16,12 @@ PRODUCTS = {
 }
 
 
-def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[object]:
-    """Matrix products in bfloat16; weights, norms, softmax and the loss in fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+def autocast(device: torch.device, bf16: bool, keep: bool = True) -> AbstractContextManager[object]:
+    """Matrix products in bfloat16; weights, norms, softmax and the loss in fp32.
+
+    `keep`: whether weights that were rounded once are kept while it lasts.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=keep)
 
 
 def products(device: torch.device, bf16: bool) -> AbstractContextManager[object]:

@@ -3,6 +3,7 @@
 It holds no more text than the card shows: a text of 100 kB is not carried along.
 """
 
+import json
 import os
 import platform
 import re
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainer.base.files import write_json
 from trainer.config import Config, DataConfig
 from trainer.data.sampler import epoch_order
 from trainer.data.sources import Pairs, Role
@@ -49,6 +51,12 @@ def about(
         "versions": versions(),
         "git": git_state(),
     }
+
+
+def note(folder: Path, **facts: Any) -> None:
+    """Adds what has become known of the run in `folder` since."""
+    path = folder / "about.json"
+    write_json(path, json.loads(path.read_text()) | facts)
 
 
 def of_split(split: Split) -> dict[str, Any]:

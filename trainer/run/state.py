@@ -33,11 +33,22 @@ class Window:
     def new(cls, device: torch.device) -> Window:
         return cls(torch.zeros((), device=device), torch.zeros(2, dtype=torch.int64, device=device))
 
-    def add(self, step: int, loss: torch.Tensor, norm: torch.Tensor, samples: int, tokens: int) -> None:
+    def count(self, number: int | torch.Tensor, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """What of step `number`, counted from 1, is on the device."""
         self.loss += loss
         bad = ~torch.isfinite(torch.stack([loss, norm.to(loss.device)]))
-        self.nonfinite = torch.where((self.nonfinite == 0) & bad, step + 1, self.nonfinite)
+        self.nonfinite.copy_(torch.where((self.nonfinite == 0) & bad, number, self.nonfinite))
+
+    def add(self, samples: int, tokens: int) -> None:
+        """The rest of it."""
         self.steps, self.samples, self.tokens = self.steps + 1, self.samples + samples, self.tokens + tokens
+
+    def restart(self) -> None:
+        """Begins a new one, in the same place on the device."""
+        self.loss.zero_()
+        self.nonfinite.zero_()
+        self.steps = self.samples = self.tokens = 0
+        self.seconds_before, self.started = 0.0, time.perf_counter()
 
     def start(self) -> None:
         """Begins to count the time."""
@@ -94,6 +105,7 @@ class Saved(TypedDict):
     best: tuple[float, int] | None
     window: SavedWindow
     pending_evaluation: bool
+    step_form: str
     num_events: int  # lines of metrics.jsonl that belong to it
     world_size: int
     backend: str
@@ -129,6 +141,7 @@ class State:
         best: value of metric_for_best_model, higher is better, and the step that had it.
         saved_step: of the newest checkpoint.
         pending_evaluation: an evaluation of this step is still to be done.
+        step_form: how steps are taken: plain, static or captured; or why they are plain, where another form failed.
     """
 
     window: Window
@@ -137,6 +150,7 @@ class State:
     best: tuple[float, int] | None = None
     saved_step: int = -1
     pending_evaluation: bool = False
+    step_form: str = "plain"
 
     @property
     def num_updates(self) -> int:
@@ -163,6 +177,7 @@ class State:
                 "seconds": window.seconds,
             },
             "pending_evaluation": self.pending_evaluation,
+            "step_form": self.step_form,
             "num_events": num_events,
             "world_size": world.size,
             "backend": backend,
@@ -185,4 +200,5 @@ class State:
         totals.interruptions += 1
         best = saved["best"] if has_model else None
         step = sampler.seek(saved["sampler"])
-        return cls(window, step, totals, best and (best[0], best[1]), step, saved["pending_evaluation"])
+        form = saved.get("step_form", "plain")
+        return cls(window, step, totals, best and (best[0], best[1]), step, saved["pending_evaluation"], form)

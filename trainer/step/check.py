@@ -1,0 +1,85 @@
+"""Whether the static step's gradients are right, on the very machine: compared with the plain step's.
+
+Two ways to compute in bfloat16 round differently, so their difference says little. What can be asked is that the new
+way is no farther from fp32 than the old one, in any part of the model.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from trainer.data.sampler import Step
+from trainer.model.precision import autocast, products
+from trainer.step.graphs import NotAsExpected
+
+if TYPE_CHECKING:
+    from trainer.loop import Trainer
+
+FARTHER = 2.0  # how much farther from fp32 than the plain step's a gradient may be
+ROUNDING = 1e-5  # of a gradient's norm: what the order of sums does in fp32
+
+
+def compare(trainer: "Trainer", current: Step, rows: np.ndarray, fast: Callable[[], object]) -> None:
+    """Raises NotAsExpected where `fast` leaves wrong gradients of the micro-batch `rows`.
+
+    Of each layer's parameters together, the distance from fp32 may be at most FARTHER times the plain step's.
+    """
+    named = [(name, p) for name, p in trainer.model.model.named_parameters() if p.requires_grad]
+    parameters = [p for _, p in named]
+    with _full_fp32():
+        exact = _gradients(parameters, lambda: _plain(trainer, current, rows, bf16=False))
+    plain = _gradients(parameters, lambda: _plain(trainer, current, rows, trainer.config.bf16))
+    found = _gradients(parameters, fast)
+    sizes, allowed, distances = (_norms(named, values) for values in (exact, _less(plain, exact), _less(found, exact)))
+    for part, distance in distances.items():
+        limit = FARTHER * allowed[part] + ROUNDING * sizes[part]
+        if not distance <= limit:
+            raise NotAsExpected(f"the gradient of {part}, {sizes[part]:.1e} long, is {distance:.1e} away from the one in "
+                                f"fp32, the plain step's {allowed[part]:.1e}")  # fmt: skip
+
+
+def _plain(trainer: "Trainer", current: Step, rows: np.ndarray, bf16: bool) -> None:
+    batch, device = trainer.batch(current, rows), trainer.world.device
+    with products(device, bf16):
+        with autocast(device, bf16):
+            logits = trainer.model(batch)
+        (trainer.loss(logits, batch) / len(current.rows)).backward()
+
+
+def _gradients(parameters: list[nn.Parameter], work: Callable[[], object]) -> list[torch.Tensor]:
+    """What `work` leaves. Raises NotAsExpected where it leaves none."""
+    work()
+    gradients = [p.grad for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    if any(gradient is None for gradient in gradients):
+        raise NotAsExpected("it leaves a parameter without a gradient")
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def _less(these: list[torch.Tensor], those: list[torch.Tensor]) -> list[torch.Tensor]:
+    return list(torch._foreach_sub(these, those))
+
+
+def _norms(named: list[tuple[str, nn.Parameter]], values: list[torch.Tensor]) -> dict[str, float]:
+    """Of each module's parameters together: a key's bias alone has a gradient of nothing but rounding."""
+    squares: dict[str, float] = defaultdict(float)
+    norms = torch.stack(list(torch._foreach_norm(values))).tolist()
+    for (name, _), norm in zip(named, norms, strict=True):
+        squares[name.rpartition(".")[0] or name] += norm**2
+    return {part: float(np.sqrt(square)) for part, square in squares.items()}
+
+
+@contextmanager
+def _full_fp32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
