@@ -40,9 +40,9 @@ def fake_cuda() -> Iterator[None]:
     fake = FakeTensorMode(allow_non_fake_inputs=True)  # made while torch sees no card, which it would initialise
     with ExitStack() as stack:
         for name, answer in ANSWERS.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer))
+            stack.enter_context(mock.patch.object(torch.cuda, name, return_value=answer))
         for name in SILENT:
-            stack.enter_context(mock.patch.object(torch.cuda, name, lambda *args, **kwargs: None))
+            stack.enter_context(mock.patch.object(torch.cuda, name, return_value=None))
         # Lists of plain tensors take torch's fused operations; these shall too.
         supported = [*_foreach_utils._foreach_supported_types, FakeTensor]
         stack.enter_context(mock.patch.object(_foreach_utils, "_foreach_supported_types", supported))
