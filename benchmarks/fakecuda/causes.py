@@ -2,6 +2,8 @@
 
 from types import FrameType
 
+from benchmarks.common import ROOT
+
 # (end of the file's path, function or "" for all of them, cause). The first rule that fits a frame decides.
 RULES = (
     ("trainer/model/dropout.py", "", "dropout"),
@@ -76,6 +78,7 @@ def place_of(frame: FrameType | None) -> str:
     while frame is not None:
         path = frame.f_code.co_filename
         if "/torch/" not in path and "/fakecuda/" not in path:
-            return f"{'/'.join(path.split('/')[-3:])}:{frame.f_lineno} {frame.f_code.co_name}"
+            short = path.partition("/site-packages/")[2] or path.removeprefix(f"{ROOT}/")
+            return f"{short}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return "backward"

@@ -37,8 +37,9 @@ SILENT = ("_lazy_init", "set_device", "synchronize", "empty_cache", "manual_seed
 def fake_cuda() -> Iterator[None]:
     """While it lasts, tensors on "cuda" are fake ones. The device itself stays for the rest of the process."""
     library.load()
-    fake = FakeTensorMode(allow_non_fake_inputs=True)  # made while torch sees no card, which it would initialise
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as stack:
+        stack.enter_context(fake)  # before torch says that it has a card, whose memory torch.tensor would then use
         for name, answer in ANSWERS.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, return_value=answer))
         for name in SILENT:
@@ -46,7 +47,6 @@ def fake_cuda() -> Iterator[None]:
         # Lists of plain tensors take torch's fused operations; these shall too.
         supported = [*_foreach_utils._foreach_supported_types, FakeTensor]
         stack.enter_context(mock.patch.object(_foreach_utils, "_foreach_supported_types", supported))
-        stack.enter_context(fake)
         stack.enter_context(Host(fake))
         stack.enter_context(FusedAttention())
         yield
