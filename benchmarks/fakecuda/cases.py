@@ -49,9 +49,17 @@ def classifier(kind: str, shape: dict[str, Any]) -> Any:
 
 
 def count_case(name: str) -> dict[str, Any]:
-    """{"train": ..., "evaluation": ...} of one of CASES, each as Counted.to_json gives it."""
+    """{"plain": ..., "static": ..., "kernels": ..., "evaluation": ...} of one of CASES, as Counted.to_json gives it.
+
+    No static step of a model that runs padded.
+    """
     kind, shape = CASES[name]
-    config, split, model = options(), split_of(drawn_lengths(), VOCABULARY), classifier(kind, shape)
-    encoder = examined(CrossEncoder(model, config.attn_implementation, config.unpad), config, split)
-    counted = counted_step(encoder, config, split)
-    return {"train": counted.to_json(), "evaluation": counted_evaluation(encoder, config, split).to_json()}
+    config, split = options(), split_of(drawn_lengths(), VOCABULARY)
+
+    def encoder() -> CrossEncoder:
+        model = CrossEncoder(classifier(kind, shape), config.attn_implementation, config.unpad)
+        return examined(model, config, split)
+
+    forms = ["plain", "static", "kernels"] if encoder().layout else ["plain"]
+    counted = {form: counted_step(encoder(), config, split, form).to_json() for form in forms}
+    return counted | {"evaluation": counted_evaluation(encoder(), config, split).to_json()}

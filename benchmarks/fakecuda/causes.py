@@ -6,12 +6,14 @@ from benchmarks.common import ROOT
 
 # (end of the file's path, function or "" for all of them, cause). The first rule that fits a frame decides.
 RULES = (
+    ("trainer/model/products.py", "", "linear"),
     ("trainer/model/dropout.py", "", "dropout"),
     ("trainer/model/calls.py", "", "dropout"),
     ("torch/nn/modules/dropout.py", "", "dropout"),
     ("torch/nn/functional.py", "dropout", "dropout"),
     ("trainer/model/layout.py", "", "layout"),
     ("trainer/model/attention.py", "grouped", "layout"),
+    ("trainer/model/attention.py", "residual_forward", "residual"),
     ("trainer/model/attention.py", "", "attention"),
     ("trainer/model/deberta.py", "distances", "layout"),
     ("trainer/model/deberta.py", "", "attention"),
@@ -29,6 +31,8 @@ RULES = (
     ("torch/nn/modules/sparse.py", "", "embeddings"),
     ("torch/nn/functional.py", "cross_entropy", "loss"),
     ("trainer/loop.py", "", "loss"),
+    ("trainer/step/static.py", "update", "optimizer"),
+    ("trainer/step/static.py", "", "loss"),
     ("transformers/activations.py", "", "activation"),
     ("transformers/masking_utils.py", "", "layout"),
     ("transformers/modeling_attn_mask_utils.py", "", "layout"),

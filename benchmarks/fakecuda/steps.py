@@ -6,6 +6,7 @@ from collections.abc import Callable
 from statistics import NormalDist
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -18,10 +19,12 @@ from trainer.data.sources import Pairs
 from trainer.data.tokens import Split, Tokens
 from trainer.evaluate import predict_logits
 from trainer.loop import Trainer
+from trainer.model import kernels
 from trainer.model.cross_encoder import CrossEncoder
 from trainer.model.probe import examine
 from trainer.ranks import World
 from trainer.run.state import State, Window
+from trainer.step.static import StaticStep
 
 WARM = 1  # steps before the counted one: optimizer state and tables of random numbers are made once
 NAMES = ("entailment", "neutral", "contradiction")
@@ -59,10 +62,11 @@ def examined(encoder: CrossEncoder, config: Config, split: Split) -> CrossEncode
     return encoder
 
 
-def train(encoder: CrossEncoder, config: Config, split: Split, after_step: Callable[[], None]) -> None:
+def train(encoder: CrossEncoder, config: Config, split: Split, form: str, after_step: Callable[[], None]) -> None:
     """Trainer.loop on the fake device, on one batch of all pairs again and again, until `after_step` raises Enough.
 
-    All that is known here of how a step is made: the loop calls `preemption.check` after each.
+    All that is known here of how a step is made: the loop calls `preemption.check` after each. `form`: plain, static
+    (what is captured, where there is no Triton), or kernels (what is captured with them).
     """
     world, pairs = World(0, 1, 0, DEVICE), len(split)
     backend = Single(world, config)
@@ -81,12 +85,15 @@ def train(encoder: CrossEncoder, config: Config, split: Split, after_step: Calla
         "preemption": SimpleNamespace(check=after_step),
         "micro_batch_size": config.per_device_train_batch_size,
     }
-    Trainer(**parts).loop()
+    trainer = Trainer(**parts)
+    with mock.patch.object(kernels, "available", lambda *args, **kwargs: form == "kernels"):
+        trainer.static = None if form == "plain" else StaticStep(trainer, record=None)
+        trainer.loop()
 
 
-def counted_step(encoder: CrossEncoder, config: Config, split: Split) -> Counted:
+def counted_step(encoder: CrossEncoder, config: Config, split: Split, form: str = "plain") -> Counted:
     """One step, the optimizer and the window included. `encoder` is on the fake device afterwards."""
-    return last_of(WARM + 1, lambda check: train(to_fake_cuda(encoder), config, split, check))
+    return last_of(WARM + 1, lambda check: train(to_fake_cuda(encoder), config, split, form, check))
 
 
 def counted_evaluation(encoder: CrossEncoder, config: Config, split: Split) -> Counted:
