@@ -86,7 +86,7 @@ def train(encoder: CrossEncoder, config: Config, split: Split, form: str, after_
         "micro_batch_size": config.per_device_train_batch_size,
     }
     trainer = Trainer(**parts)
-    with mock.patch.object(kernels, "available", lambda *args, **kwargs: form == "kernels"):
+    with mock.patch.object(kernels, "available", return_value=form == "kernels"):
         trainer.static = None if form == "plain" else StaticStep(trainer, record=None)
         trainer.loop()
 

@@ -131,20 +131,13 @@ def assemble(
     pair, positions = _numbered(lengths)
     places = tokens.offsets[rows][pair] + positions
     ids, types = tokens.ids[places], tokens.types[places]
-    keys = token_keys(seed, step, rows[pair], positions)
+    keys = token_keys(seed, step, rows, positions, pair)
     if num_pairs is not None:
         shape, count = shape_of(lengths, num_pairs), len(places)
         lengths = np.concatenate([lengths, _shares(shape.tokens - count, shape.pairs - len(rows))])
         pair, positions = _numbered(lengths)
-        ids, types, keys, targets = (
-            np.pad(values, (0, size - len(values)), constant_values=filler)
-            for values, size, filler in [
-                (ids, shape.tokens, padding),
-                (types, shape.tokens, 0),
-                (keys, shape.tokens, 0),
-                (targets, shape.pairs, IGNORED),
-            ]
-        )
+        ids, types, keys = (_up_to(shape.tokens, *own) for own in ((ids, padding), (types, 0), (keys, 0)))
+        targets = _up_to(shape.pairs, targets, IGNORED)
         groups = (Group(shape.pairs, shape.longest, shape.tokens),)
     first = np.cumsum(lengths) - lengths
     arrays = {
@@ -182,6 +175,13 @@ def _numbered(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of each token of pairs that long, (tokens,): its pair, and its place there."""
     pair = np.repeat(np.arange(len(lengths)), lengths)
     return pair, np.arange(len(pair)) - (np.cumsum(lengths) - lengths)[pair]
+
+
+def _up_to(size: int, values: np.ndarray, filler: int) -> np.ndarray:
+    """(size,) of which the first are `values`."""
+    filled = np.full(size, filler, dtype=np.int64)
+    filled[: len(values)] = values
+    return filled
 
 
 def _shares(total: int, parts: int) -> np.ndarray:

@@ -26,24 +26,28 @@ MULTIPLIER = -0x40A7B892E31B1A47  # odd; splitmix64's first one, as int64
 
 def mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64 (Steele, Lea & Flood 2014) on uint64."""
-    with np.errstate(over="ignore"):
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
-def hash_key(*parts: int | np.ndarray) -> np.ndarray:
-    """A 64-bit key of integers; arrays broadcast."""
-    key = np.zeros((), dtype=np.uint64)
+def hash_key(*parts: int | np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
+    """A 64-bit key of integers; arrays broadcast. `start`: the key of what comes before them."""
+    key = np.zeros((), dtype=np.uint64) if start is None else start
     with np.errstate(over="ignore"):
         for part in parts:
             key = mix(key * np.uint64(GOLDEN) + np.asarray(part).astype(np.uint64) + np.uint64(GOLDEN))
     return key
 
 
-def token_keys(seed: int, step: int, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Keys (tokens,) as int64 of the tokens at `positions` of data set rows `rows`, both (tokens,)."""
-    return hash_key(seed, step, rows, positions).view(np.int64)
+def token_keys(
+    seed: int, step: int, rows: np.ndarray, positions: np.ndarray, pair: np.ndarray | slice = slice(None)
+) -> np.ndarray:
+    """Keys (tokens,) as int64 of the tokens at `positions` (tokens,) of the data set's `rows`.
+
+    `pair`: of each token, which of the rows it is of, where there is not one a token.
+    """
+    return hash_key(positions, start=hash_key(seed, step, rows)[pair]).view(np.int64)
 
 
 def columns_of(site: int, num_rows: int, width: int, device: torch.device) -> torch.Tensor:

@@ -62,7 +62,7 @@ class StaticStep:
     def __call__(self, current: Step, rate: float) -> None:
         """Takes a step. Raises NotAsExpected, on every rank and with nothing changed, if it cannot be trusted."""
         world, micro_batches = self.trainer.world, self.trainer.micro_batches(current)
-        new, alone = self._meets_new(current), world.size * len(micro_batches) == 1
+        new, alone = self._meets_new(current, micro_batches), world.size * len(micro_batches) == 1
 
         def forwards() -> None:
             for rows in micro_batches:
@@ -128,11 +128,10 @@ class StaticStep:
     def _load(self, current: Step, rows: np.ndarray, rate: float) -> Batch:
         """The micro-batch `rows`, in its place on the device, by one copy."""
         host = self.trainer.batch(current, rows, torch.device("cpu"), num_pairs=self.trainer.micro_batch_size)
-        numbers = torch.tensor([0, len(current.rows), current.step + 1])
-        numbers[0:1].view(torch.float64)[0] = rate
-        flat = torch.cat([numbers, host.flat])
-        if self.inputs.is_cuda:
-            flat = flat.pin_memory()
+        numbers = np.array([0, len(current.rows), current.step + 1])
+        numbers[:1].view(np.float64)[0] = rate
+        flat = torch.empty(NUMBERS + len(host.flat), dtype=torch.int64, pin_memory=self.inputs.is_cuda)
+        flat[:NUMBERS], flat[NUMBERS:] = torch.from_numpy(numbers), host.flat
         self.inputs[: len(flat)].copy_(flat, non_blocking=True)
         return host.on(self.inputs[NUMBERS : len(flat)])
 
@@ -154,12 +153,12 @@ class StaticStep:
         of_window = [window.loss, window.nonfinite]
         return [*self.parameters, *moments, *copies, *of_window, self.rate, self.loss, self.norm, *sums]
 
-    def _meets_new(self, current: Step) -> bool:
-        """Whether any rank meets a shape in this step that none has met."""
+    def _meets_new(self, current: Step, own: list[np.ndarray]) -> bool:
+        """Whether any rank meets a shape in this step that none has met. `own` are this rank's micro-batches."""
         trainer = self.trainer
-        lengths = trainer.data["train"].tokens.lengths
-        ranks = [trainer.world.rank] if trainer.world.size == 1 else range(trainer.world.size)
-        parts = [rows for rank in ranks for rows in trainer.micro_batches(current, rank)]
+        parts, lengths = own, trainer.data["train"].tokens.lengths
+        if trainer.world.size > 1:
+            parts = [rows for rank in range(trainer.world.size) for rows in trainer.micro_batches(current, rank)]
         # An empty micro-batch is row 0.
         found = {shape_of(lengths[rows if len(rows) else [0]], trainer.micro_batch_size) for rows in parts}
         new = not found <= self.shapes
