@@ -2,7 +2,8 @@
 
     python -m benchmarks.launches [--model distilroberta|deberta-v3-small|modernbert-base] [--contenders NAME ...]
 
-Operations as torch dispatches them, on 64 real pairs; see benchmarks/fakecuda for what is and is not seen, and
+crossrank's step is what a GPU with Triton captures as a CUDA graph; crossrank_static the same without Triton, and
+crossrank_plain the step that both are checked against. Operations as torch dispatches them, on 64 real pairs; see benchmarks/fakecuda for what is and is not seen, and
 benchmarks/fakecuda/contenders.py for what is taken of the others. Each contender has a process of its own.
 """
 
@@ -17,7 +18,7 @@ from typing import Any
 from benchmarks import common
 from benchmarks.fakecuda import library
 
-NAMES = ("crossrank", "sentence_transformers", "transformers")
+NAMES = ("crossrank", "crossrank_static", "crossrank_plain", "sentence_transformers", "transformers")
 
 
 def count(name: str, settings: argparse.Namespace) -> dict[str, Any]:

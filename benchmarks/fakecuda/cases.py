@@ -22,6 +22,7 @@ V3 = {
     "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8, "share_att_key": True,
     "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0,
 }  # fmt: skip
+# Model type and shape.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "distilroberta": ("roberta", ROBERTA | {"num_hidden_layers": 6}),
     "bert": ("bert", TINY),

@@ -38,19 +38,24 @@ RULES = (
     ("transformers/modeling_attn_mask_utils.py", "", "layout"),
     ("transformers/integrations/", "", "attention"),
     ("fakecuda/device.py", "fused_attention", "attention"),
+    ("sentence_transformers/util/tensor.py", "batch_to_device", "batch"),
+    ("transformers/tokenization_utils_base.py", "", "batch"),
+    ("accelerate/utils/operations.py", "send_to_device", "batch"),
     ("losses/cross_entropy.py", "", "loss"),
+    ("transformers/loss/", "", "loss"),
     ("transformers/trainer.py", "", "trainer"),
     ("accelerate/", "", "trainer"),
 )
 # In the library's files of models, its classes' names tell.
 CLASSES = (
+    ("Rotary", "rotary"),
     ("Embedding", "embeddings"),
     ("SelfOutput", "residual"),
     ("Attention", "attention"),
     ("Norm", "norm"),
     ("Activation", "activation"),
 )
-FUNCTIONS = {"eager_attention_forward": "attention", "rotate_half": "attention", "apply_rotary_pos_emb": "attention"}
+FUNCTIONS = {"eager_attention_forward": "attention", "rotate_half": "rotary", "apply_rotary_pos_emb": "rotary"}
 
 
 def cause_of(frame: FrameType | None) -> str:

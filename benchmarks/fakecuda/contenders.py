@@ -31,7 +31,7 @@ def rows(settings: argparse.Namespace) -> Dataset:
     return data.select_columns(["premise", "hypothesis", "label"])
 
 
-def crossrank(settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def crossrank(settings: argparse.Namespace, folder: Path, form: str = "kernels") -> dict[str, Any]:
     from trainer.data.sources import load_splits
     from trainer.data.tokens import Split, tokenize
     from trainer.model.loading import load_for_training
@@ -47,7 +47,7 @@ def crossrank(settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
     encoder = load_for_training(config, pairs.label_names)
     split = Split("train", pairs, tokenize(pairs, encoder.tokenizer, encoder.max_length, None))
     encoder = examined(encoder, config, split)
-    train = counted_step(encoder, config, split).to_json()
+    train = counted_step(encoder, config, split, form).to_json()
     facts = {"tokens": int(split.tokens.lengths.sum()), "longest": int(split.tokens.lengths.max())}
     return {"train": train, "evaluation": counted_evaluation(encoder, config, split).to_json(), **facts}
 
@@ -122,4 +122,10 @@ def transformers(settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {"train": last_of(WARM + 1, partial(trained, trainer)).to_json()}
 
 
-CONTENDERS = {f.__name__: f for f in (crossrank, sentence_transformers, transformers)}
+CONTENDERS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
+    "crossrank": crossrank,
+    "crossrank_static": partial(crossrank, form="static"),
+    "crossrank_plain": partial(crossrank, form="plain"),
+    "sentence_transformers": sentence_transformers,
+    "transformers": transformers,
+}

@@ -16,8 +16,9 @@ FREE = {
     "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "record_stream",
     "is_pinned", "set_", "resize_",
 }  # fmt: skip
-# Operations of which a real card is sent several, or none; every other one is counted as one.
-LAUNCHES = {"crossrank::add_norm_backward": 2}  # the rows, then the sums over them
+# Operations, by name (with the namespace where it is not aten), of which a card is sent several, or none. Every other
+# one is counted as one, a custom one too, whatever it is made of.
+LAUNCHES = {"crossrank::add_norm_backward": 2}  # rows, then the sums over them
 
 
 @dataclass

@@ -32,10 +32,14 @@ def waits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if name == "copy_":
         return args[0].device.type == "cpu"
     if name in INDEXED:  # a mask is turned into places, whose number the host has to know
-        return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        return any(map(_is_mask, args[1]))
     if name == "repeat_interleave":
         return kwargs.get("output_size") is None
     return bool(TAGS & set(func.tags))
+
+
+def _is_mask(index: torch.Tensor | None) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
 
 
 class Host(TorchDispatchMode):
@@ -76,6 +80,12 @@ def _answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return True
     if name == "nonzero":
         return x.new_empty((x.numel(), x.dim()), dtype=torch.int64)
+    if name in INDEXED:
+        places: list[torch.Tensor | None] = []
+        for index in args[1]:
+            all_of_it = [x.new_empty(index.numel(), dtype=torch.int64)] * index.dim() if _is_mask(index) else [index]
+            places.extend(all_of_it)
+        return func(x, places, *args[2:], **kwargs)
     if name == "copy_":
         return x
     if name == "_to_copy":

@@ -1,8 +1,8 @@
 """What a step and an evaluation's batch send to a GPU, on fake CUDA tensors: see benchmarks/fakecuda.
 
-A GPU step of this size waits for the host, which has to launch each operation, so one more is a slower step, and a
-value that the host reads, or a second copy, is a stall. Where a change takes operations away, lower its numbers here;
-where it has to add some, raise them, and say in the commit what they bring.
+A GPU step of this size waits for the host, which launches each operation: one more is a slower step, and a value that
+the host reads, or a second copy, is a stall. Where a change takes operations away, lower its numbers here; where it has
+to add some, raise them, and say in the commit what they bring.
 """
 
 import json
