@@ -65,7 +65,8 @@ class Trainer:
         for current in self.sampler.steps(state.step):
             state.step = current.step + 1  # a checkpoint or an evaluation comes after the step
             rate = learning_rate(current.step, self.sampler.num_steps, config)
-            seed_torch(config.seed, current.step, self.world.rank)
+            if self.model.draws:
+                seed_torch(config.seed, current.step, self.world.rank)
             loss = torch.zeros((), device=device)
             micro_batches = self.micro_batches(current)
             for rows in micro_batches:

@@ -16,7 +16,10 @@ from conftest import Ranks, crossrank, events, losses
 from safetensors.torch import load_file
 
 from trainer.backends.deepspeed import CONFIGS
+from trainer.cli import parse_train
+from trainer.ranks import World
 from trainer.run.checkpoint import Checkpoints, Damaged, load
+from trainer.train import prepare
 
 RUN = ["--recipe", "demo", "--max_train_samples", "330", "--max_eval_samples", "101", "--max_test_samples", "101",
        "--logging_steps", "1", "--num_train_epochs", "2", "--save_steps", "2", "--eval_steps", "4",
@@ -66,7 +69,10 @@ def whole(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("options", [[], ["--bf16"]], ids=["fp32", "bf16"])
+SDPA = ["--attn_implementation", "sdpa"]  # it draws the masks of attention's dropout from torch's own stream
+
+
+@pytest.mark.parametrize("options", [[], ["--bf16"], SDPA], ids=["fp32", "bf16", "own dropout"])
 @pytest.mark.parametrize("backend", ["single", "ddp", "fsdp", "zero2", "zero3", *FULL])
 def test_resumed_is_bit_equal(whole, tmp_path, backend, options):
     if backend.startswith("zero"):
@@ -81,6 +87,16 @@ def test_resumed_is_bit_equal(whole, tmp_path, backend, options):
     assert bit_equal(folder, reference)
     assert losses(folder) == losses(reference)
     assert json.loads((folder / "results.json").read_text())["train"]["interruptions"] == 1
+
+
+@pytest.mark.parametrize("options", [[], SDPA], ids=["keyed", "own dropout"])
+def test_the_random_stream_is_left_alone_where_nobody_draws(tmp_path, options):
+    config = parse_train([*RUN, *DROPOUT, *options, "--max_steps", "2", "--output_dir", str(tmp_path / "run")])
+    trainer = prepare(config, World(0, 1, 0, torch.device("cpu")))
+    before = torch.get_rng_state()
+    trainer.loop()
+    trainer.output.close()
+    assert torch.equal(torch.get_rng_state(), before) == (options == [])
 
 
 @pytest.mark.parametrize(

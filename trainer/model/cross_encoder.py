@@ -30,6 +30,7 @@ class CrossEncoder(nn.Module):
         tokenizer, max_length (longest pair in tokens): what `save` writes beside the model; no forward needs them.
         layout: None where the model's family is unknown: it then runs as it is, padded.
         calls: its dropout then, once probe.py has looked at the model.
+        draws: whether training draws random numbers from torch's stream, which no sample has of its own.
         one_length: whether every pair of a step is padded to the longest of them, on whichever rank: where padding
             changes scores, or comes first.
         note: for the user, where the model runs padded unasked.
@@ -50,6 +51,7 @@ class CrossEncoder(nn.Module):
         self.tokenizer, self.max_length, self.lora = tokenizer, max_length, lora
         self.layout: Layout | None = None
         self.calls = DropoutCalls()
+        self.draws = False
         self.note = ""
         if attn_implementation is None:
             self.layout, self.note = adopt(model, unpad)

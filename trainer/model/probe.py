@@ -40,7 +40,8 @@ def _examine_dropout(model: CrossEncoder, tokens: Tokens, attention_is_given: bo
         model.one_length = True
         log.warning(f"{name} sees padding: a pair's scores depend on its batch, by up to {size:.0e} of the largest, so "
                     "other programs, and another --per_device_eval_batch_size, give others")  # fmt: skip
-    if key_dropout(model, tokens, attention_is_given):
+    model.draws = not key_dropout(model, tokens, attention_is_given)
+    if not model.draws:
         # Some dropout's coordinates, as those of relative positions, can depend on the longest pair.
         model.one_length = model.one_length or seen_padding(model.train(), tokens) > 0
         if seen_padding(model, tokens):
