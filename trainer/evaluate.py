@@ -23,6 +23,8 @@ from trainer.model.cross_encoder import CrossEncoder
 from trainer.model.precision import autocast, products
 from trainer.ranks import World
 
+READ_EVERY = 1000  # batches whose logits stay on the device, so that the next one need not wait for them
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -75,7 +77,8 @@ def predict_logits(
     # A sharded model needs all ranks for a forward: one that has a batch less computes another for nothing.
     idle = 0 if not batches else max(map(len, dealt)) - len(mine)
     labels = np.zeros(len(tokens.lengths), dtype=np.int64)
-    order, results = [], []
+    order, on_device = [], []
+    results = [np.empty((0, model.num_classes), np.float32)]
     # Autocast around all batches rounds the weights once.
     with products(world.device, bf16), autocast(world.device, bf16):
         for number, rows in enumerate(mine + batches[:1] * idle):
@@ -85,9 +88,11 @@ def predict_logits(
             if number >= len(mine):
                 break
             order.append(batch.rows)
-            results.append(logits.float().cpu().numpy())
-    num_classes = model.num_classes
-    gathered = world.gather(np.concatenate([*results, np.empty((0, num_classes), np.float32)]))
+            on_device.append(logits.float())
+            if len(on_device) == READ_EVERY or number == len(mine) - 1:
+                results.append(torch.cat(on_device).cpu().numpy())
+                on_device.clear()
+    gathered = world.gather(np.concatenate(results))
     rows = world.gather(np.concatenate([*order, np.empty(0, np.int64)]))
     logits = None if gathered is None or rows is None else in_order(rows, gathered, len(labels))
     # Scores that are no numbers would pass for a class.

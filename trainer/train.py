@@ -25,7 +25,7 @@ from trainer.memory import fit_micro_batches
 from trainer.metrics import listed
 from trainer.model.cross_encoder import CrossEncoder, checkpoint_activations, compile_layers, model_facts
 from trainer.model.loading import load_for_training
-from trainer.model.precision import allow_tf32, check_bf16
+from trainer.model.precision import check_bf16, settle_products
 from trainer.model.probe import examine
 from trainer.ranks import World
 from trainer.run.about import about
@@ -115,7 +115,7 @@ def read_pairs(config: Config) -> dict[Role, Pairs]:
 
 def build_model(config: Config, world: World, label_names: tuple[str, ...]) -> CrossEncoder:
     """The encoder to start from, on the device."""
-    allow_tf32(config.tf32)
+    settle_products(config.tf32)
     if config.bf16 and (warning := check_bf16(world.device)):
         log.warning(warning)
     model = load_for_training(config, label_names).to(world.device)

@@ -17,6 +17,8 @@ import torch
 from conftest import ROOT, events, losses, weights_equal
 from test_attention import assert_equal, library_logits, make, make_tokens
 
+from trainer.data.sources import Pairs
+from trainer.evaluate import predict_logits
 from trainer.loop import Trainer
 from trainer.model.cross_encoder import CrossEncoder
 from trainer.model.families import FAMILIES
@@ -139,6 +141,25 @@ def test_a_step_does_not_wait_for_the_device(tmp_path):
             window.add(current.step, loss, norm, len(current.rows), 0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@cuda_alone
+def test_evaluation_waits_for_the_device_once():
+    model, tokens = CrossEncoder(make("roberta")).to(ON), make_tokens([7, 30, 12, 3, 25] * 8)
+    pairs = Pairs("x", [""] * 40, [""] * 40, np.zeros(40, int), np.arange(40), None, ("a", "b", "c"))
+    batches: list[int] = []
+
+    def check() -> None:
+        if len(batches) == 9:  # the last one reads
+            torch.cuda.set_sync_debug_mode("default")
+        elif len(batches) == 1:  # the first one makes tables
+            torch.cuda.set_sync_debug_mode("error")
+        batches.append(0)
+
+    try:
+        predict_logits(model, pairs, tokens, World(0, 1, 0, ON), 4, True, check)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @cuda_alone
