@@ -35,13 +35,12 @@ VARIANTS = {
     "eurobert, grouped": {"num_key_value_heads": 2, "classifier_pooling": "bos"},
     "ultrabert, mean": {"classifier_pooling": "mean", "num_key_value_heads": 2},
     "deberta-v2, one layer": V3 | {"conv_kernel_size": 3, "num_hidden_layers": 1},
-    "bert, one head": {"num_attention_heads": 1},
 }
 CASES = [*FAMILIES, *VARIANTS]
 
 
-def make(case: str, dropout: float = 0.0):
-    """A classifier of a family, or a variant of it."""
+def make(case: str, dropout: float = 0.0, **changes: object):
+    """A classifier of a family, or a variant of it, with `changes` of its config."""
     torch.manual_seed(0)
     family, sizes = case.split(",")[0], dict(SIZES)
     if family == "distilbert":
@@ -51,7 +50,7 @@ def make(case: str, dropout: float = 0.0):
         sizes |= {"local_attention": 8, "global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3}
     if case == "deberta-v2":  # as v3 is, with buckets that pairs outgrow
         sizes |= V3
-    sizes |= VARIANTS.get(case, {})
+    sizes |= VARIANTS.get(case, {}) | changes
     config = AutoConfig.for_model(family, **sizes)
     set_dropout(config, dropout)
     model = AutoModelForSequenceClassification.from_config(config)
@@ -121,6 +120,22 @@ def test_equal_to_the_library(family, unpad, lengths):
     model = make(family)
     theirs = copy.deepcopy(model)
     assert_equal(CrossEncoder(model, unpad=unpad), theirs, lengths)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_attention_head(family):
+    for unpad in (True, False):
+        model = make(family, **{"n_heads" if family == "distilbert" else "num_attention_heads": 1})
+        assert_equal(CrossEncoder(copy.deepcopy(model), unpad=unpad), model, [7, 30, 12])
+
+
+def test_attention_that_cannot_be_replaced(monkeypatch):
+    """Older versions of the library only warn: left unpadded, tokens would see those of other pairs."""
+    model = make("modernbert")
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation", lambda *args: False)
+    ours = CrossEncoder(copy.deepcopy(model))
+    assert (ours.layout, "keeps its attention to itself" in ours.note) == (None, True)
+    assert_equal(ours, model, [7, 30, 12])
 
 
 @pytest.mark.parametrize("family", CASES)
