@@ -5,7 +5,8 @@ batch is computed in the same shape whoever computes it, no sample is padded in 
 with the index of their sample.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.base.errors import TrainingFailed
+from trainer.base.errors import TrainingFailed, out_of_memory
 from trainer.base.files import replacing
 from trainer.data.sampler import deal
 from trainer.data.sources import Pairs
@@ -66,7 +67,8 @@ def predict_logits(
     """Logits (n, classes) in fp32 in the order of `tokens` on rank 0, None elsewhere.
 
     Every rank calls `check` before each batch, equally often; it may raise to stop. Raises RuntimeError if a sample is
-    missing or was computed twice, and on every rank TrainingFailed if a logit is not finite.
+    missing or was computed twice, on every rank TrainingFailed if a logit is not finite, and TrainingFailed where the
+    memory does not suffice.
     """
     model.eval()
     longest_first = np.argsort(-tokens.lengths, kind="stable")
@@ -80,7 +82,7 @@ def predict_logits(
     order, on_device = [], []
     results = [np.empty((0, model.num_classes), np.float32)]
     # Autocast around all batches rounds the weights once.
-    with products(world.device, bf16), autocast(world.device, bf16):
+    with failures(batch_size), products(world.device, bf16), autocast(world.device, bf16):
         for number, rows in enumerate(mine + batches[:1] * idle):
             check()
             batch = model.batch(tokens, labels, rows, world.device)
@@ -102,6 +104,18 @@ def predict_logits(
         raise TrainingFailed(f"{pairs.name}, row {shown}: the model's scores are not finite ({len(wrong):,} of "
                              f"{len(pairs):,} pairs); its weights are too large")  # fmt: skip
     return logits
+
+
+@contextmanager
+def failures(batch_size: int) -> Iterator[None]:
+    """One clear error where the GPU's memory does not suffice."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        advice = f"lower --per_device_eval_batch_size ({batch_size})"
+        raise TrainingFailed(f"the GPU's memory is used up; {advice}") from None
 
 
 def in_order(rows: np.ndarray, values: np.ndarray, num_samples: int) -> np.ndarray:

@@ -6,12 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from safetensors import SafetensorError
 
 from trainer import ranks
 from trainer.backends import make_backend
-from trainer.base.errors import Preempted, TrainingFailed, UserError
+from trainer.base.errors import Preempted, TrainingFailed, UserError, out_of_memory
 from trainer.base.fields import rule
 from trainer.base.files import write_json
 from trainer.base.log import log
@@ -205,14 +204,14 @@ def failures(config: Config, world: World, folder: Path, state: State | None = N
         yield
     except TrainingFailed:  # a RuntimeError too, and clear already
         raise
-    except torch.OutOfMemoryError:
-        raise TrainingFailed(
-            f"the GPU's memory is used up; lower --per_device_train_batch_size ({config.per_device_train_batch_size}), "
-            "which does not change the run"
-        ) from None
     except (OSError, SafetensorError) as error:
         raise cannot_write(folder, error) from None
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise TrainingFailed(
+                "the GPU's memory is used up; lower --per_device_train_batch_size "
+                f"({config.per_device_train_batch_size}), which does not change the run"
+            ) from None
         if reason := ranks.explain(error, world, config.ddp_timeout):
             raise TrainingFailed(f"step {state.step}: {reason}" if state else reason) from None
         raise

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.base.errors import UserError, first_line
+from trainer.base.errors import UserError, first_line, out_of_memory
 from trainer.base.log import log
 from trainer.data.tokens import Tokens
 from trainer.model.cross_encoder import CrossEncoder
@@ -27,9 +27,9 @@ def examine(model: CrossEncoder, tokens: Tokens, attention_is_given: bool) -> No
             log.info(f"{len(unused)} tensors get no gradient, such as {unused[0]}: they are frozen")
         if model.layout is None:
             _examine_dropout(model, tokens, attention_is_given)
-    except torch.OutOfMemoryError:
-        raise
     except (ValueError, IndexError, TypeError, NotImplementedError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         advice = "leave --attn_implementation out" if attention_is_given else "look at its config.json"
         raise UserError(f"{name} cannot take these pairs ({first_line(error)}); {advice}") from None
 
