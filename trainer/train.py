@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from safetensors import SafetensorError
 
 from trainer import ranks
@@ -115,6 +116,7 @@ def read_pairs(config: Config) -> dict[Role, Pairs]:
 def build_model(config: Config, world: World, label_names: tuple[str, ...]) -> CrossEncoder:
     """The encoder to start from, on the device."""
     settle_products(config.tf32)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention has no backward that repeats its bits
     if config.bf16 and (warning := check_bf16(world.device)):
         log.warning(warning)
     model = load_for_training(config, label_names).to(world.device)

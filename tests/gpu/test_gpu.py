@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, events, losses, weights_equal
 from test_attention import assert_equal, library_logits, make, make_tokens
 
+from benchmarks.encoders import make_tiny, tiny_config
 from trainer.data.sources import Pairs
 from trainer.evaluate import predict_logits
 from trainer.loop import Trainer
@@ -93,6 +94,26 @@ def test_the_cpu_computes_the_same(whole, tmp_path):
     """Masks, order and schedule do not depend on the device."""
     crossrank("train", *RUN, "--bf16", "false", "--output_dir", tmp_path / "run", env={"CUDA_VISIBLE_DEVICES": ""})
     assert np.allclose(losses(tmp_path / "run"), losses(whole), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("padded", [True, False], ids=["memory-efficient", "flash"])
+@pytest.mark.parametrize("family", ["modernbert", "gpt2"])
+def test_gradients_of_fused_attention_are_bit_equal(family, padded):
+    """Many blocks of keys and of queries, whose products the kernels would add up in any order."""
+    model = CrossEncoder(make(family) if family in FAMILIES else make_tiny(tiny_config(family, 97))).to(ON).train()
+    tokens = make_tokens([150, 120, 90, 160] if padded else [160] * 4, eos=3)
+    batch = model.batch(tokens, np.zeros(4, int), np.arange(4), ON)
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        with torch.autocast(ON.type, torch.bfloat16):
+            scores = model(batch)
+        scores.float().square().sum().backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    first = gradients()
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(), first, strict=True))
 
 
 @pytest.mark.parametrize("bf16", ["true", "false"])

@@ -8,9 +8,12 @@ import torch
 from families import V3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from benchmarks.encoders import make_tiny, tiny_config
 from trainer.data.tokens import Tokens
+from trainer.model import attention
 from trainer.model.batch import assemble
 from trainer.model.cross_encoder import CrossEncoder, checkpoint_activations
 from trainer.model.families import FAMILIES
@@ -172,3 +175,48 @@ def test_padding_is_not_computed():
     layer = "model.roberta.encoder.layer."
     assert seen[layer + "0.intermediate.dense"] == seen[layer + "2.attention.self.key"] == 54
     assert seen[layer + "2.intermediate.dense"] == seen[layer + "2.attention.self.query"] == 3
+
+
+class Backwards(TorchDispatchMode):
+    """Of each operation on the way, whether torch was in its deterministic mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, bool] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen[str(func)] = torch.are_deterministic_algorithms_enabled()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("model", ["modernbert", "gpt2", "checkpointed gpt2"])
+def test_fused_attention_repeats_its_gradients(model):
+    """In our attention and in the library's: the kernels for CUDA do so in torch's deterministic mode."""
+    if model == "modernbert":
+        ours, lengths = CrossEncoder(make(model)), [140, 150]  # shorter ones are not fused on a CPU
+    else:
+        ours, lengths = CrossEncoder(make_tiny(tiny_config("gpt2", VOCABULARY))), [40, 50]
+        assert ours.model.config._attn_implementation == "sdpa"
+    if model.startswith("checkpointed"):
+        checkpoint_activations(ours)
+    batch = ours.batch(make_tokens(lengths, eos=3), np.zeros(2, int), np.arange(2), torch.device("cpu"), 150)
+    scores = ours.train()(batch)
+    with Backwards() as backwards:
+        scores.sum().backward()
+    name = "aten._scaled_dot_product_flash_attention_for_cpu_backward.default"
+    assert [operation for operation, mode in backwards.seen.items() if mode] == [name]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_fused_attention_of_odd_head_sizes():
+    """As the kernels for CUDA leave it, behind a slice."""
+    q = torch.randn(1, 2, 9, 16, requires_grad=True)
+    kept, sliced = attention.scaled_dot_product_attention, lambda *args: kept(*args)[..., :12]
+    attention.scaled_dot_product_attention = sliced
+    try:
+        mixed = attention.fused(q, q, q)
+    finally:
+        attention.scaled_dot_product_attention = kept
+    with Backwards() as backwards:
+        mixed.sum().backward()
+    assert any(backwards.seen.values())

@@ -15,6 +15,7 @@ from trainer.base.errors import UserError
 from trainer.base.files import replacing
 from trainer.data.sources import Pairs
 from trainer.data.tokens import Tokens
+from trainer.model.attention import library_fused
 from trainer.model.batch import Batch, assemble
 from trainer.model.calls import DropoutCalls
 from trainer.model.embedding import UsedRows
@@ -153,7 +154,7 @@ class CrossEncoder(nn.Module):
         if self.num_types > 1:
             inputs["token_type_ids"] = types
         self.calls.set(batch.keys[batch.first], batch.step_key)
-        with self.calls.active():
+        with self.calls.active(), library_fused():
             return self.model(**inputs).logits
 
     def positions(self, batch: Batch) -> torch.Tensor:
