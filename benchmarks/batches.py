@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import common
+from trainer.base.errors import out_of_memory
 
 SHAPES: dict[str, dict[str, Any]] = {
     "distilroberta": {"model_type": "roberta", "num_hidden_layers": 6},
@@ -57,8 +58,9 @@ def largest(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
             del logits, batch
             fits, pairs = pairs, 2 * pairs
         del moments
-    except torch.OutOfMemoryError:
-        pass
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
     return {"pairs": fits, "parameters": sum(p.numel() for p in parameters), "tokens_a_pair": chosen.tokens}
 
 

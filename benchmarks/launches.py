@@ -3,8 +3,9 @@
     python -m benchmarks.launches [--model distilroberta|deberta-v3-small|modernbert-base] [--contenders NAME ...]
 
 crossrank's step is what a GPU with Triton captures as a CUDA graph; crossrank_static the same without Triton, and
-crossrank_plain the step that both are checked against. Operations as torch dispatches them, on 64 real pairs; see benchmarks/fakecuda for what is and is not seen, and
-benchmarks/fakecuda/contenders.py for what is taken of the others. Each contender has a process of its own.
+crossrank_plain the step that both are checked against. Operations as torch dispatches them, on 64 real pairs; see
+benchmarks/fakecuda for what is and is not seen, and benchmarks/fakecuda/contenders.py for what is taken of the others.
+Each contender has a process of its own.
 """
 
 from __future__ import annotations

@@ -1,9 +1,15 @@
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import confusion_matrix, f1_score
+from test_attention import make, make_tokens
 
-from trainer.evaluate import in_order
+from trainer import evaluate
+from trainer.data.sources import Pairs
+from trainer.evaluate import in_order, predict_logits
 from trainer.metrics import classification_scores, scores_by_source
+from trainer.model.cross_encoder import CrossEncoder
+from trainer.ranks import World
 
 
 def test_scores_are_sklearns():
@@ -17,8 +23,6 @@ def test_scores_are_sklearns():
 
 
 def test_loss_is_cross_entropy():
-    import torch
-
     rng = np.random.default_rng(1)
     labels, logits = rng.integers(0, 4, 50), rng.normal(size=(50, 4)).astype(np.float32)
     expected = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels))
@@ -34,6 +38,23 @@ def test_scores_by_source():
 
 def test_in_order():
     assert in_order(np.array([2, 0, 1]), np.array([[2.0], [0.0], [1.0]]), 3).tolist() == [[0.0], [1.0], [2.0]]
+
+
+@pytest.mark.parametrize("every", [1000, 3])
+def test_batches_do_not_wait_for_each_other(monkeypatch, every):
+    """Logits are read once, or every so often where there are many; a signal is looked for before each batch."""
+    lengths = np.arange(3, 23)
+    model, tokens = CrossEncoder(make("bert")), make_tokens(list(lengths))
+    pairs = Pairs("x", [""] * 20, [""] * 20, np.zeros(20, int), np.arange(20), None, ("a", "b", "c"))
+    reads, checks = [], []
+    cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: reads.append(len(tensor)) or cpu(tensor))
+    monkeypatch.setattr(evaluate, "READ_EVERY", every)
+    world = World(0, 1, 0, torch.device("cpu"))
+    logits = predict_logits(model, pairs, tokens, world, 2, False, lambda: checks.append(0))
+    assert (len(checks), reads) == (10, [20] if every == 1000 else [6, 6, 6, 2])
+    one_by_one = [model(model.batch(tokens, pairs.label, np.array([row]), world.device)) for row in range(20)]
+    assert np.allclose(logits, torch.cat(one_by_one).detach(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [[0, 1], [0, 1, 1], [0, 1, 2, 2], [0, 1, 3], [0, 1, 2, 3]])

@@ -5,7 +5,8 @@ batch is computed in the same shape whoever computes it, no sample is padded in 
 with the index of their sample.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.base.errors import TrainingFailed
+from trainer.base.errors import TrainingFailed, out_of_memory
 from trainer.base.files import replacing
 from trainer.data.sampler import deal
 from trainer.data.sources import Pairs
@@ -22,6 +23,8 @@ from trainer.metrics import classification_scores, log_softmax, scores_by_source
 from trainer.model.cross_encoder import CrossEncoder
 from trainer.model.precision import autocast, products
 from trainer.ranks import World
+
+READ_EVERY = 1000  # batches whose logits stay on the device, so that the next one need not wait for them
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ def predict_logits(
     """Logits (n, classes) in fp32 in the order of `tokens` on rank 0, None elsewhere.
 
     Every rank calls `check` before each batch, equally often; it may raise to stop. Raises RuntimeError if a sample is
-    missing or was computed twice, and on every rank TrainingFailed if a logit is not finite.
+    missing or was computed twice, on every rank TrainingFailed if a logit is not finite, and TrainingFailed where the
+    memory does not suffice.
     """
     model.eval()
     longest_first = np.argsort(-tokens.lengths, kind="stable")
@@ -75,9 +79,10 @@ def predict_logits(
     # A sharded model needs all ranks for a forward: one that has a batch less computes another for nothing.
     idle = 0 if not batches else max(map(len, dealt)) - len(mine)
     labels = np.zeros(len(tokens.lengths), dtype=np.int64)
-    order, results = [], []
+    order, on_device = [], []
+    results = [np.empty((0, model.num_classes), np.float32)]
     # Autocast around all batches rounds the weights once.
-    with products(world.device, bf16), autocast(world.device, bf16):
+    with failures(batch_size), products(world.device, bf16), autocast(world.device, bf16):
         for number, rows in enumerate(mine + batches[:1] * idle):
             check()
             batch = model.batch(tokens, labels, rows, world.device)
@@ -85,9 +90,11 @@ def predict_logits(
             if number >= len(mine):
                 break
             order.append(batch.rows)
-            results.append(logits.float().cpu().numpy())
-    num_classes = model.num_classes
-    gathered = world.gather(np.concatenate([*results, np.empty((0, num_classes), np.float32)]))
+            on_device.append(logits.float())
+            if len(on_device) == READ_EVERY or number == len(mine) - 1:
+                results.append(torch.cat(on_device).cpu().numpy())
+                on_device.clear()
+    gathered = world.gather(np.concatenate(results))
     rows = world.gather(np.concatenate([*order, np.empty(0, np.int64)]))
     logits = None if gathered is None or rows is None else in_order(rows, gathered, len(labels))
     # Scores that are no numbers would pass for a class.
@@ -97,6 +104,18 @@ def predict_logits(
         raise TrainingFailed(f"{pairs.name}, row {shown}: the model's scores are not finite ({len(wrong):,} of "
                              f"{len(pairs):,} pairs); its weights are too large")  # fmt: skip
     return logits
+
+
+@contextmanager
+def failures(batch_size: int) -> Iterator[None]:
+    """One clear error where the GPU's memory does not suffice."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        advice = f"lower --per_device_eval_batch_size ({batch_size})"
+        raise TrainingFailed(f"the GPU's memory is used up; {advice}") from None
 
 
 def in_order(rows: np.ndarray, values: np.ndarray, num_samples: int) -> np.ndarray:

@@ -90,7 +90,8 @@ class Trainer:
             else:
                 self.state.window.add(size, tokens)
                 return self.static.norm
-        seed_torch(self.config.seed, current.step, self.world.rank)
+        if self.model.draws:
+            seed_torch(self.config.seed, current.step, self.world.rank)
         loss = torch.zeros((), device=self.world.device)
         micro_batches = self.micro_batches(current)
         for rows in micro_batches:

@@ -2,7 +2,7 @@
 
 import torch
 
-from trainer.base.errors import TrainingFailed
+from trainer.base.errors import TrainingFailed, out_of_memory
 from trainer.base.log import log
 from trainer.data.sampler import Step
 from trainer.loop import Trainer
@@ -31,14 +31,18 @@ def fits(trainer: Trainer, step: Step) -> bool:
     """Whether this rank has the memory for `step`'s largest micro-batch, beside the optimizer's state."""
     trainer.model.train()
     lengths = trainer.data["train"].tokens.lengths
-    rows = max(trainer.micro_batches(step), key=lambda rows: lengths[rows].sum())
+    micro_batches = trainer.micro_batches(step)
+    rows = max(micro_batches, key=lambda rows: lengths[rows].sum())
     try:
         # A resumed run has its moments already.
         new = [p for p in trainer.model.parameters() if p.requires_grad and p not in trainer.backend.optimizer.state]
         reserved = [torch.empty_like(p) for p in new for moment in range(2)]
-        trainer.backward(step, rows, last=False)
+        for _ in micro_batches[:2]:  # the first one's gradients are there while the second one is computed
+            trainer.backward(step, rows, last=False)
         del reserved
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         return False
     finally:
         trainer.model.zero_grad()

@@ -26,7 +26,7 @@ from trainer.evaluate import evaluate, predict_logits, write_predictions
 from trainer.metrics import log_softmax
 from trainer.model.cross_encoder import model_facts
 from trainer.model.loading import check_folder, load_trained
-from trainer.model.precision import check_bf16
+from trainer.model.precision import check_bf16, settle_products
 from trainer.ranks import World
 from trainer.run.versions import code_hash, versions
 
@@ -78,6 +78,7 @@ class Predictor:
 
     def __init__(self, folder: str, config: InferenceConfig, world: World) -> None:
         self.config, self.world = config, world
+        settle_products()
         if config.bf16 and (warning := check_bf16(world.device)):
             log.warning(warning)
         code = config.trust_remote_code

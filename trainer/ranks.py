@@ -176,6 +176,8 @@ def _meet(rank: int, size: int, device: torch.device, patience: timedelta) -> No
         try:
             store = _store(address, port, rank, size, patience)
             dist.init_process_group(_wiring(device), timeout=patience, store=store, rank=rank, world_size=size)
+            if device.type == "cuda":
+                outlast_gloo(device, patience)
         except Exception as error:  # torch's, and the operating system's
             failures.append(error)
 
@@ -193,6 +195,18 @@ def _meet(rank: int, size: int, device: torch.device, patience: timedelta) -> No
         f"the {size} ranks did not meet at {address}:{port} ({said}); check that all were started, that MASTER_ADDR is "
         "rank 0's host, and that no other program listens there"
     ) from failures[0]
+
+
+def outlast_gloo(device: torch.device, patience: timedelta) -> None:
+    """Gives NCCL, of `device`, a minute more than the `patience` of gloo.
+
+    Its watchdog ends the process; gloo raises an error, and whoever catches it says which rank did not come.
+    """
+    longer = patience + timedelta(minutes=1)
+    group = dist.distributed_c10d._get_default_group()
+    group._get_backend(device)._set_default_timeout(longer)  # type: ignore[attr-defined]
+    # Of the groups that DeepSpeed makes.
+    dist.distributed_c10d.default_pg_nccl_timeout = longer  # type: ignore[attr-defined]
 
 
 def _store(address: str, port: int, rank: int, size: int, patience: timedelta) -> Any:

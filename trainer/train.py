@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from trainer import ranks
 from trainer.backends import make_backend
-from trainer.base.errors import Preempted, TrainingFailed, UserError
+from trainer.base.errors import Preempted, TrainingFailed, UserError, out_of_memory
 from trainer.base.fields import rule
 from trainer.base.files import write_json
 from trainer.base.log import log
@@ -25,7 +25,7 @@ from trainer.memory import fit_micro_batches
 from trainer.metrics import listed
 from trainer.model.cross_encoder import CrossEncoder, checkpoint_activations, compile_layers, model_facts
 from trainer.model.loading import load_for_training
-from trainer.model.precision import allow_tf32, check_bf16
+from trainer.model.precision import check_bf16, settle_products
 from trainer.model.probe import examine
 from trainer.ranks import World
 from trainer.run.about import about, note
@@ -118,7 +118,8 @@ def build_model(config: Config, world: World, label_names: tuple[str, ...]) -> C
     """The encoder to start from, on the device."""
     if config.step_form == "captured" and world.device.type == "cpu":
         raise UserError("step_form captured needs a CUDA device; say --step_form static, or leave it out")
-    allow_tf32(config.tf32)
+    settle_products(config.tf32)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention has no backward that repeats its bits
     if config.bf16 and (warning := check_bf16(world.device)):
         log.warning(warning)
     model = load_for_training(config, label_names).to(world.device)
@@ -211,14 +212,14 @@ def failures(config: Config, world: World, folder: Path, state: State | None = N
         yield
     except TrainingFailed:  # a RuntimeError too, and clear already
         raise
-    except torch.OutOfMemoryError:
-        raise TrainingFailed(
-            f"the GPU's memory is used up; lower --per_device_train_batch_size ({config.per_device_train_batch_size}), "
-            "which does not change the run"
-        ) from None
     except (OSError, SafetensorError) as error:
         raise cannot_write(folder, error) from None
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise TrainingFailed(
+                "the GPU's memory is used up; lower --per_device_train_batch_size "
+                f"({config.per_device_train_batch_size}), which does not change the run"
+            ) from None
         if reason := ranks.explain(error, world, config.ddp_timeout):
             raise TrainingFailed(f"step {state.step}: {reason}" if state else reason) from None
         raise

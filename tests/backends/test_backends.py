@@ -1,6 +1,7 @@
 """Every backend is the same run: losses, gradient norms, weights and F1 of `single`, whatever wires the ranks."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ from safetensors.torch import load_file
 from benchmarks.encoders import make_tiny, tiny_config
 from trainer.backends.deepspeed import CONFIGS, fill, read_settings
 from trainer.backends.fsdp import layer_classes
+from trainer.backends.single import Single
 from trainer.base.errors import UserError
 from trainer.cli import parse_train
 from trainer.model.cross_encoder import CrossEncoder
+from trainer.ranks import World
 
 # 31 steps, the last of 1 pair, of which one rank has none; a gradient norm that is always clipped.
 RUN = ["--recipe", "demo", "--max_train_samples", "481", "--train_batch_size", "16", "--num_train_epochs", "1",
@@ -110,6 +113,25 @@ def test_the_best_model_comes_back(tmp_path, backend):
     assert final["loss"] < during[-1]["loss"]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert best["step"] == final["step"] == results["train"]["best_step"]
+
+
+def test_a_step_is_skipped_on_the_device(monkeypatch):
+    """Whatever the norm is, the host does not ask for it; what is skipped leaves AdamW as it was."""
+    config = parse_train(["--recipe", "demo", "--skip_nonfinite", "1", "--output_dir", "x"])
+    module, backend = torch.nn.Linear(3, 2), Single(World(0, 1, 0, torch.device("cpu")), config)
+    backend.prepare(module)
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: pytest.fail("the host waits"))
+    for value in (1.0, torch.inf, torch.nan):
+        module(torch.ones(1, 3)).sum().mul(value).backward()
+        norm = backend.step(1e-3, 1.0)
+        state = {name: [tensor.clone() for tensor in own.values()] for name, own in backend.optimizer.state.items()}
+        if value == 1.0:
+            before, weight = state, module.weight.detach().clone()
+        else:
+            assert not math.isfinite(norm)
+    monkeypatch.undo()
+    assert torch.equal(module.weight, weight)
+    assert all(torch.equal(a, b) for name in state for a, b in zip(state[name], before[name], strict=True))
 
 
 CONFIG = ["--recipe", "demo", "--deepspeed", "zero2"]

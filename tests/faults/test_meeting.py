@@ -4,9 +4,15 @@ import os
 import signal
 import socket
 import time
+from datetime import timedelta
 
 import pytest
+import torch
+import torch.distributed as dist
 from conftest import Ranks, crossrank
+from torch._C._distributed_c10d import HashStore, ProcessGroupGloo
+
+from trainer import ranks
 
 RUN = ["train", "--recipe", "demo", "--max_steps", "1", "--track_emissions", "false"]
 
@@ -60,13 +66,13 @@ def test_a_signal_ends_a_rank_that_waits_for_the_others(tmp_path, other_program,
         "def said(*args):\n    print('waiting', flush=True)\n    return store(*args)\n"
         "ranks._store = said\nsys.exit(__main__.main(sys.argv[1:]))\n"
     )
-    ranks = Ranks([*RUN, "--output_dir", tmp_path / "run"], 0, None, script, env)
-    while "waiting" not in ranks.said:
-        assert ranks.processes[0].is_alive(), ranks.said
+    started = Ranks([*RUN, "--output_dir", tmp_path / "run"], 0, None, script, env)
+    while "waiting" not in started.said:
+        assert started.processes[0].is_alive(), started.said
         time.sleep(0.05)
     time.sleep(0.5)
-    os.kill(ranks.processes[0].pid, number)
-    assert ranks.wait().returncode == code
+    os.kill(started.processes[0].pid, number)
+    assert started.wait().returncode == code
 
 
 def test_a_rank_that_is_never_started(tmp_path):
@@ -88,3 +94,24 @@ def test_being_stopped_is_not_why_a_failed_run_ended(tmp_path, monkeypatch):
     for code, expected in ((85, "85"), (2, "2"), (85, "2"), (1, "1")):
         record_exit_code(code)
         assert (tmp_path / "exit").read_text() == expected
+
+
+def test_nccl_waits_longer_than_gloo(monkeypatch):
+    """A second gloo stands in for it, as what computes on the GPU."""
+
+    def make(store, rank, size, timeout):
+        return ProcessGroupGloo(store, rank, size, timeout)
+
+    dist.Backend.register_backend("instead", make, devices=["cuda"])
+    monkeypatch.setattr(dist.distributed_c10d, "default_pg_nccl_timeout", None)
+    patience = timedelta(seconds=7)
+    dist.init_process_group("cpu:gloo,cuda:instead", store=HashStore(), rank=0, world_size=1, timeout=patience)
+    try:
+        ranks.outlast_gloo(torch.device("cuda"), patience)
+        group = dist.distributed_c10d._get_default_group()
+        gloo, nccl = (group._get_backend(torch.device(kind)).options._timeout for kind in ("cpu", "cuda"))
+        made_later = dist.distributed_c10d._get_default_timeout(dist.Backend.NCCL)
+    finally:
+        dist.destroy_process_group()
+    assert gloo == patience
+    assert nccl == made_later > patience + timedelta(seconds=30)  # enough to ask the others, and to say it

@@ -17,6 +17,9 @@ import torch
 from conftest import ROOT, events, losses, weights_equal
 from test_attention import assert_equal, library_logits, make, make_tokens
 
+from benchmarks.encoders import make_tiny, tiny_config
+from trainer.data.sources import Pairs
+from trainer.evaluate import predict_logits
 from trainer.loop import Trainer
 from trainer.model.cross_encoder import CrossEncoder
 from trainer.model.families import FAMILIES
@@ -93,6 +96,26 @@ def test_the_cpu_computes_the_same(whole, tmp_path):
     assert np.allclose(losses(tmp_path / "run"), losses(whole), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("padded", [True, False], ids=["memory-efficient", "flash"])
+@pytest.mark.parametrize("family", ["modernbert", "gpt2"])
+def test_gradients_of_fused_attention_are_bit_equal(family, padded):
+    """Many blocks of keys and of queries, whose products the kernels would add up in any order."""
+    model = CrossEncoder(make(family) if family in FAMILIES else make_tiny(tiny_config(family, 97))).to(ON).train()
+    tokens = make_tokens([150, 120, 90, 160] if padded else [160] * 4, eos=3)
+    batch = model.batch(tokens, np.zeros(4, int), np.arange(4), ON)
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        with torch.autocast(ON.type, torch.bfloat16):
+            scores = model(batch)
+        scores.float().square().sum().backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    first = gradients()
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(), first, strict=True))
+
+
 @pytest.mark.parametrize("bf16", ["true", "false"])
 def test_resumed_is_bit_equal(tmp_path, bf16):
     command = ["train", *RUN, "--bf16", bf16, "--output_dir"]
@@ -139,6 +162,25 @@ def test_a_step_does_not_wait_for_the_device(tmp_path):
             window.add(current.step, loss, norm, len(current.rows), 0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@cuda_alone
+def test_evaluation_waits_for_the_device_once():
+    model, tokens = CrossEncoder(make("roberta")).to(ON), make_tokens([7, 30, 12, 3, 25] * 8)
+    pairs = Pairs("x", [""] * 40, [""] * 40, np.zeros(40, int), np.arange(40), None, ("a", "b", "c"))
+    batches: list[int] = []
+
+    def check() -> None:
+        if len(batches) == 9:  # the last one reads
+            torch.cuda.set_sync_debug_mode("default")
+        elif len(batches) == 1:  # the first one makes tables
+            torch.cuda.set_sync_debug_mode("error")
+        batches.append(0)
+
+    try:
+        predict_logits(model, pairs, tokens, World(0, 1, 0, ON), 4, True, check)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @cuda_alone

@@ -8,9 +8,12 @@ import torch
 from families import V3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from benchmarks.encoders import make_tiny, tiny_config
 from trainer.data.tokens import Tokens
+from trainer.model import attention
 from trainer.model.batch import assemble
 from trainer.model.cross_encoder import CrossEncoder, checkpoint_activations
 from trainer.model.families import FAMILIES
@@ -35,13 +38,12 @@ VARIANTS = {
     "eurobert, grouped": {"num_key_value_heads": 2, "classifier_pooling": "bos"},
     "ultrabert, mean": {"classifier_pooling": "mean", "num_key_value_heads": 2},
     "deberta-v2, one layer": V3 | {"conv_kernel_size": 3, "num_hidden_layers": 1},
-    "bert, one head": {"num_attention_heads": 1},
 }
 CASES = [*FAMILIES, *VARIANTS]
 
 
-def make(case: str, dropout: float = 0.0):
-    """A classifier of a family, or a variant of it."""
+def make(case: str, dropout: float = 0.0, **changes: object):
+    """A classifier of a family, or a variant of it, with `changes` of its config."""
     torch.manual_seed(0)
     family, sizes = case.split(",")[0], dict(SIZES)
     if family == "distilbert":
@@ -51,7 +53,7 @@ def make(case: str, dropout: float = 0.0):
         sizes |= {"local_attention": 8, "global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3}
     if case == "deberta-v2":  # as v3 is, with buckets that pairs outgrow
         sizes |= V3
-    sizes |= VARIANTS.get(case, {})
+    sizes |= VARIANTS.get(case, {}) | changes
     config = AutoConfig.for_model(family, **sizes)
     set_dropout(config, dropout)
     model = AutoModelForSequenceClassification.from_config(config)
@@ -124,6 +126,22 @@ def test_equal_to_the_library(family, unpad, lengths):
     assert_equal(CrossEncoder(model, unpad=unpad), theirs, lengths)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_attention_head(family):
+    for unpad in (True, False):
+        model = make(family, **{"n_heads" if family == "distilbert" else "num_attention_heads": 1})
+        assert_equal(CrossEncoder(copy.deepcopy(model), unpad=unpad), model, [7, 30, 12])
+
+
+def test_attention_that_cannot_be_replaced(monkeypatch):
+    """Older versions of the library only warn: left unpadded, tokens would see those of other pairs."""
+    model = make("modernbert")
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation", lambda *args: False)
+    ours = CrossEncoder(copy.deepcopy(model))
+    assert (ours.layout, "keeps its attention to itself" in ours.note) == (None, True)
+    assert_equal(ours, model, [7, 30, 12])
+
+
 @pytest.mark.parametrize("family", CASES)
 def test_dropout_is_the_same_padded_or_not(family):
     """Masks belong to the samples: with dropout on, the two layouts still compute the same."""
@@ -158,3 +176,48 @@ def test_padding_is_not_computed():
     layer = "model.roberta.encoder.layer."
     assert seen[layer + "0.intermediate.dense"] == seen[layer + "2.attention.self.key"] == 54
     assert seen[layer + "2.intermediate.dense"] == seen[layer + "2.attention.self.query"] == 3
+
+
+class Backwards(TorchDispatchMode):
+    """Of each operation on the way, whether torch was in its deterministic mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, bool] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen[str(func)] = torch.are_deterministic_algorithms_enabled()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("model", ["modernbert", "gpt2", "checkpointed gpt2"])
+def test_fused_attention_repeats_its_gradients(model):
+    """In our attention and in the library's: the kernels for CUDA do so in torch's deterministic mode."""
+    if model == "modernbert":
+        ours, lengths = CrossEncoder(make(model)), [140, 150]  # shorter ones are not fused on a CPU
+    else:
+        ours, lengths = CrossEncoder(make_tiny(tiny_config("gpt2", VOCABULARY))), [40, 50]
+        assert ours.model.config._attn_implementation == "sdpa"
+    if model.startswith("checkpointed"):
+        checkpoint_activations(ours)
+    batch = ours.batch(make_tokens(lengths, eos=3), np.zeros(2, int), np.arange(2), torch.device("cpu"), 150)
+    scores = ours.train()(batch)
+    with Backwards() as backwards:
+        scores.sum().backward()
+    name = "aten._scaled_dot_product_flash_attention_for_cpu_backward.default"
+    assert [operation for operation, mode in backwards.seen.items() if mode] == [name]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_fused_attention_of_odd_head_sizes():
+    """As the kernels for CUDA leave it, behind a slice."""
+    q = torch.randn(1, 2, 9, 16, requires_grad=True)
+    kept, sliced = attention.scaled_dot_product_attention, lambda *args: kept(*args)[..., :12]
+    attention.scaled_dot_product_attention = sliced
+    try:
+        mixed = attention.fused(q, q, q)
+    finally:
+        attention.scaled_dot_product_attention = kept
+    with Backwards() as backwards:
+        mixed.sum().backward()
+    assert any(backwards.seen.values())

@@ -83,6 +83,7 @@ def test_any_model_computes_the_same_in_any_batch(family, said):
     tokens, labels = make_tokens(LENGTHS, eos=3), np.zeros(len(LENGTHS), np.int64)
     examine(model, tokens, attention_is_given=False)
     assert not any("another number of ranks" in line for line in said)
+    assert not model.draws
     model.train()
 
     def logits(rows, step=2):
@@ -131,6 +132,7 @@ def test_what_cannot_be_keyed_is_said(said):
     )
     examine(mixed, tokens, attention_is_given=False)
     assert said[-1].startswith("gpt2: which of its dropouts belong to which pair cannot be told; so another number")
+    assert all(own.draws for own in (model, fused, mixed))
 
 
 def test_the_docs_name_the_families():

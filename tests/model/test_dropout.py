@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
+from trainer.model.calls import DropoutCalls
 from trainer.model.dropout import DropoutKeys, KeyedDropout, token_keys
 
 TOKENS, FEATURES = 2000, 512
@@ -51,15 +53,48 @@ def largest_by_chance(rows: int, n: int, p: float) -> float:
     return float(matrix[~torch.eye(rows, dtype=torch.bool)].abs().max())
 
 
-def test_bf16_keeps_the_expectation():
-    """1 / 0.9 is no bfloat16 number: rounded before the product, it would take 0.16 % off every activation."""
-    keys, x = DropoutKeys(), torch.randn(1, TOKENS, FEATURES, generator=torch.Generator().manual_seed(0)).bfloat16()
+def of_modules(x: torch.Tensor, p: float) -> torch.Tensor:
     tokens = torch.from_numpy(token_keys(42, 3, np.arange(TOKENS), np.arange(TOKENS)))
+    keys = DropoutKeys()
     keys.set(tokens[None], tokens[:1], tokens[:1])
-    exact = x.double() * keys.mask(1, 0.1, torch.ones(x.shape))
-    got = keys.mask(1, 0.1, x)
-    assert got.dtype == torch.bfloat16
-    assert abs((got.double() * x).sum() / (exact * x).sum() - 1) < 1e-4
+    return KeyedDropout(p, keys)(x[None])[0]
+
+
+def of_tables(x: torch.Tensor, p: float) -> torch.Tensor:
+    keys = DropoutKeys()
+    keys.set(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.tensor([7]))
+    return keys.shared_mask(1, p, x, 0)
+
+
+def of_attention(x: torch.Tensor, p: float) -> torch.Tensor:
+    queries = torch.from_numpy(token_keys(42, 3, np.arange(TOKENS), np.arange(TOKENS)))
+    return (
+        DropoutKeys()
+        .attention_mask(1, p, x.view(1, 4, TOKENS // 4, FEATURES), queries[None, : TOKENS // 4])
+        .view(x.shape)
+    )
+
+
+def of_calls(x: torch.Tensor, p: float) -> torch.Tensor:
+    calls, rows = DropoutCalls(), np.arange(TOKENS)
+    calls.sites = [(0, 1)]
+    calls.set(torch.from_numpy(token_keys(42, 3, rows, rows)), torch.tensor([7]))
+    with calls.active():
+        return functional.dropout(x, p)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("place", [of_modules, of_tables, of_attention, of_calls])
+def test_any_precision_keeps_the_expectation(place, dtype):
+    """1 / 0.9 is no bfloat16 number: rounded before the product, it would take 0.16 % off every activation, and off
+    every gradient."""
+    x = torch.randn(TOKENS, FEATURES, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    exact = x.detach().double() * place(torch.ones(x.shape), 0.1)
+    got = place(x, 0.1)
+    got.backward(x.detach())
+    assert got.dtype == dtype
+    for scaled in (got.detach(), x.grad):
+        assert abs((scaled.double() * x.detach()).sum() / (exact * x.detach()).sum() - 1) < 1e-4
 
 
 @pytest.mark.parametrize("change", [{"seed": 43}, {"step": 4}, {"site": 2}])

@@ -1,6 +1,11 @@
+import pytest
 import torch
 
+from trainer.config import Config
 from trainer.model.precision import Bf16ProductsInFp32
+from trainer.predict import InferenceConfig, Predictor
+from trainer.ranks import World
+from trainer.train import build_model
 
 
 def agree(ours: torch.Tensor, exact: torch.Tensor) -> bool:
@@ -33,3 +38,17 @@ def test_and_their_gradients():
     assert agree(output, inputs.bfloat16().double() @ weight.bfloat16().double().T)
     column_sums = inputs.bfloat16().double().sum(0).expand(50, 300)
     assert agree(weight.grad.bfloat16(), column_sums)
+
+
+@pytest.mark.parametrize("verb", ["train", "predict"])
+def test_sums_of_16_bit_products_are_in_fp32(builtin_model, verb):
+    matmul, world = torch.backends.cuda.matmul, World(0, 1, 0, torch.device("cpu"))
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = True  # torch's own
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    if verb == "train":
+        build_model(Config(model_name_or_path=str(builtin_model), train_file="x"), world, ("a", "b", "c"))
+    else:
+        Predictor(str(builtin_model), InferenceConfig(), world)
+    assert not matmul.allow_bf16_reduced_precision_reduction
+    assert not matmul.allow_fp16_reduced_precision_reduction
+    assert verb == "predict" or not torch.backends.cuda.cudnn_sdp_enabled()

@@ -16,7 +16,10 @@ from conftest import Ranks, crossrank, events, losses
 from safetensors.torch import load_file
 
 from trainer.backends.deepspeed import CONFIGS
+from trainer.cli import parse_train
+from trainer.ranks import World
 from trainer.run.checkpoint import Checkpoints, Damaged, load
+from trainer.train import prepare
 
 RUN = ["--recipe", "demo", "--max_train_samples", "330", "--max_eval_samples", "101", "--max_test_samples", "101",
        "--logging_steps", "1", "--num_train_epochs", "2", "--save_steps", "2", "--eval_steps", "4",
@@ -66,7 +69,10 @@ def whole(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("options", [[], ["--bf16"]], ids=["fp32", "bf16"])
+SDPA = ["--attn_implementation", "sdpa"]  # it draws the masks of attention's dropout from torch's own stream
+
+
+@pytest.mark.parametrize("options", [[], ["--bf16"], SDPA], ids=["fp32", "bf16", "own dropout"])
 @pytest.mark.parametrize("backend", ["single", "ddp", "fsdp", "zero2", "zero3", *FULL])
 def test_resumed_is_bit_equal(whole, tmp_path, backend, options):
     if backend.startswith("zero"):
@@ -81,6 +87,16 @@ def test_resumed_is_bit_equal(whole, tmp_path, backend, options):
     assert bit_equal(folder, reference)
     assert losses(folder) == losses(reference)
     assert json.loads((folder / "results.json").read_text())["train"]["interruptions"] == 1
+
+
+@pytest.mark.parametrize("options", [[], SDPA], ids=["keyed", "own dropout"])
+def test_the_random_stream_is_left_alone_where_nobody_draws(tmp_path, options):
+    config = parse_train([*RUN, *DROPOUT, *options, "--max_steps", "2", "--output_dir", str(tmp_path / "run")])
+    trainer = prepare(config, World(0, 1, 0, torch.device("cpu")))
+    before = torch.get_rng_state()
+    trainer.loop()
+    trainer.output.close()
+    assert torch.equal(torch.get_rng_state(), before) == (options == [])
 
 
 @pytest.mark.parametrize(
@@ -432,23 +448,36 @@ def test_numbers_that_go_wrong(tmp_path):
     assert not list((tmp_path / "a").glob("checkpoints/step-*"))
 
 
-def test_skipped_steps_are_counted(tmp_path):
-    """One infinite gradient, as hardware or a loss spike might bring: that step changes nothing."""
-    script = tmp_path / "spike.py"
-    script.write_text(
-        "import sys, torch\nfrom trainer import __main__, train\n"
-        "backward = train.Trainer.backward\n"
-        "def spike(self, current, rows, last):\n"
-        "    loss = backward(self, current, rows, last)\n"
-        "    if current.step == 3:\n"
-        "        next(self.model.parameters()).grad.fill_(float('inf'))\n"
-        "    return loss\n"
-        "train.Trainer.backward = spike\nsys.exit(__main__.main(sys.argv[1:]))\n"
-    )
-    result = crossrank("train", *RUN, "--skip_nonfinite", "1", "--output_dir", tmp_path / "a", script=script)
-    assert "step 4 is skipped" in result.stderr
+SPIKE = """
+import sys, torch
+from trainer import __main__, train
+backward = train.Trainer.backward
+def spike(self, current, rows, last):
+    loss = backward(self, current, rows, last)
+    if current.step == 3:
+        next(p for p in self.model.parameters() if p.requires_grad).grad.fill_(float('inf'))
+    return loss
+train.Trainer.backward = spike
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("backend", ["single", "ddp", "fsdp"])
+def test_skipped_steps_are_counted(tmp_path, backend):
+    """One infinite gradient, as hardware or a loss spike might bring: that step changes nothing, nor does AdamW count
+    it, so a run that is resumed behind it goes on as the uninterrupted one."""
+    (tmp_path / "spike.py").write_text(SPIKE)
+    ranks, wiring = (0, []) if backend == "single" else (2, BACKENDS[backend])
+
+    def run(folder: Path, *options: str) -> str:
+        command = ["train", *RUN, *wiring, "--save_total_limit", "null", *options, "--output_dir", folder]
+        return crossrank(*command, ranks=ranks, script=tmp_path / "spike.py", check=False).said
+
+    assert "step 4 is skipped" in run(tmp_path / "a", "--skip_nonfinite", "1")
     assert json.loads((tmp_path / "a" / "results.json").read_text())["train"]["skipped_steps"] == 1
     assert len(events(tmp_path / "a", "train")) == 12
-    result = crossrank("train", *RUN, "--output_dir", tmp_path / "b", script=script, check=False)
-    assert result.returncode == 1
-    assert "step 4: the gradient norm is not finite" in result.stderr
+    folder = interrupted(tmp_path / "again", tmp_path / "a", 6)
+    assert "resuming at step 6" in run(folder, "--skip_nonfinite", "1")
+    assert bit_equal(folder, tmp_path / "a")
+    assert losses(folder) == losses(tmp_path / "a")
+    assert "step 4: the gradient norm is not finite" in run(tmp_path / "b")

@@ -54,11 +54,13 @@ class Single:
         loss.backward()
 
     def step(self, learning_rate: float, max_grad_norm: float) -> torch.Tensor:
-        """Clips, steps, clears. Returns the global gradient norm before clipping, still on the device."""
+        """Clips, steps, clears. Returns the global gradient norm before clipping, still on the device.
+
+        Where steps may be skipped, one whose norm is not finite changes nothing, not even the optimizer's count.
+        """
         norm = self.clip(max_grad_norm)
-        if self.config.skip_nonfinite and not torch.isfinite(norm):
-            self.optimizer.zero_grad()
-            return norm
+        if self.config.skip_nonfinite:  # the fused optimizer looks at it on the device
+            self.optimizer.found_inf = (~norm.isfinite()).float()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()

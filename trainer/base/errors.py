@@ -1,6 +1,7 @@
 """The three ways in which a run ends early, and the words in which it says so."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 EXIT_CODE = 85  # preempted: start the same command again
@@ -16,6 +17,12 @@ class TrainingFailed(RuntimeError):
 
 class Preempted(Exception):
     """The ranks have agreed to stop, since one was asked to; the message is for the user."""
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether the GPU's memory is used up. Only torch's own allocator raises torch.OutOfMemoryError."""
+    own = type(error).__name__ == "OutOfMemoryError"
+    return own or bool(re.search(r"out of memory|CU[A-Z]+_STATUS_\w*ALLOC\w*_FAILED", str(error)))
 
 
 def first_line(error: Exception) -> str:

@@ -4,12 +4,14 @@ It comes in through the library's extension point (`AttentionInterface.register`
 that, in place of its attention modules' own forward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
 from trainer.model import kernels
@@ -86,7 +88,7 @@ def _of_groups(
     for group, (q, k, v) in enumerate(parts):
         if dropout == 0 and bias is None and not _short_on_cpu(k):
             visible = layout.visible(group, window)
-            mixed.append(scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling))
+            mixed.append(fused(q, k, v, attn_mask=visible, scale=scaling))
         else:
             mixed.append(_mixed(site, group, (q * scaling, k, v), window, dropout, bias))
     if layout.unpad and not site.first_only:
@@ -115,6 +117,33 @@ def _mixed(
         of_queries = site.layout.keys(group)[:, : q.shape[2]]
         weights = site.layout.dropout.attention_mask(site.dropout, dropout, weights, of_queries)
     return weights @ v
+
+
+def fused(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """torch's scaled_dot_product_attention, with a backward that gives the same bits each time.
+
+    The flash and the memory-efficient kernels for CUDA add up gradients in any order, unless torch is in its
+    deterministic mode when their backward starts (ATen's attention_backward.cu); it is, for as long as that takes.
+    """
+    mixed = scaled_dot_product_attention(*args, **kwargs)
+    before = torch.get_deterministic_debug_mode()
+    node = mixed.grad_fn
+    if node is not None and node.name().startswith("Slice"):  # of heads that were padded to a multiple of 8
+        node = node.next_functions[0][0]
+    if node is not None and node.name().startswith("ScaledDotProduct"):
+        node.register_prehook(lambda gradients: torch.set_deterministic_debug_mode("error"))
+        node.register_hook(lambda inputs, outputs: torch.set_deterministic_debug_mode(before))
+    return mixed
+
+
+@contextmanager
+def library_fused() -> Iterator[None]:
+    """While it lasts, the library's own attention is `fused`, where it calls torch's."""
+    functional.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = scaled_dot_product_attention
 
 
 def _short_on_cpu(keys: torch.Tensor) -> bool:

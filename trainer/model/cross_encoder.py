@@ -15,6 +15,7 @@ from trainer.base.errors import UserError
 from trainer.base.files import replacing
 from trainer.data.sources import Pairs
 from trainer.data.tokens import Tokens
+from trainer.model.attention import library_fused
 from trainer.model.batch import Batch, assemble
 from trainer.model.calls import DropoutCalls
 from trainer.model.embedding import UsedRows
@@ -30,6 +31,7 @@ class CrossEncoder(nn.Module):
         tokenizer, max_length (longest pair in tokens): what `save` writes beside the model; no forward needs them.
         layout: None where the model's family is unknown: it then runs as it is, padded.
         calls: its dropout then, once probe.py has looked at the model.
+        draws: whether training draws random numbers from torch's stream, which no sample has of its own.
         one_length: whether every pair of a step is padded to the longest of them, on whichever rank: where padding
             changes scores, or comes first.
         note: for the user, where the model runs padded unasked.
@@ -50,6 +52,7 @@ class CrossEncoder(nn.Module):
         self.tokenizer, self.max_length, self.lora = tokenizer, max_length, lora
         self.layout: Layout | None = None
         self.calls = DropoutCalls()
+        self.draws = False
         self.note = ""
         if attn_implementation is None:
             self.layout, self.note = adopt(model, unpad)
@@ -163,7 +166,7 @@ class CrossEncoder(nn.Module):
         if self.num_types > 1:
             inputs["token_type_ids"] = types
         self.calls.set(batch.keys[batch.first], batch.step_key)
-        with self.calls.active():
+        with self.calls.active(), library_fused():
             return self.model(**inputs).logits
 
     def check(self, pairs: Pairs, tokens: Tokens) -> None:

@@ -129,6 +129,8 @@ def adopt(model: PreTrainedModel, unpad: bool) -> tuple[Layout | None, str]:
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
     if family.forward is None:
         model.set_attn_implementation(NAME)
+        if config._attn_implementation != NAME:  # as that of ModernBERT before transformers 5.7: the library only warns
+            return None, f"{config.model_type} runs padded: this version of transformers keeps its attention to itself"
     base: Any = model.base_model
     end = base.get_submodule(family.end)
     layers = list(end.children()) if isinstance(end, nn.ModuleList) else [end]

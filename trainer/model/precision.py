@@ -61,5 +61,9 @@ def check_bf16(device: torch.device) -> str | None:
     return "this CPU has no bfloat16 instructions: its products are computed in fp32, so --bf16 false is no slower"
 
 
-def allow_tf32(allowed: bool) -> None:
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
+def settle_products(tf32: bool = False) -> None:
+    """Whether fp32 products may be of TF32 numbers; products of 16-bit numbers are summed in fp32 throughout."""
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    # By default cuBLAS may add up the parts of a long sum in 16 bits.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.base.errors import UserError, first_line
+from trainer.base.errors import UserError, first_line, out_of_memory
 from trainer.base.log import log
 from trainer.data.tokens import Tokens
 from trainer.model.cross_encoder import CrossEncoder
@@ -27,9 +27,9 @@ def examine(model: CrossEncoder, tokens: Tokens, attention_is_given: bool) -> No
             log.info(f"{len(unused)} tensors get no gradient, such as {unused[0]}: they are frozen")
         if model.layout is None:
             _examine_dropout(model, tokens, attention_is_given)
-    except torch.OutOfMemoryError:
-        raise
     except (ValueError, IndexError, TypeError, NotImplementedError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         advice = "leave --attn_implementation out" if attention_is_given else "look at its config.json"
         raise UserError(f"{name} cannot take these pairs ({first_line(error)}); {advice}") from None
 
@@ -40,7 +40,8 @@ def _examine_dropout(model: CrossEncoder, tokens: Tokens, attention_is_given: bo
         model.one_length = True
         log.warning(f"{name} sees padding: a pair's scores depend on its batch, by up to {size:.0e} of the largest, so "
                     "other programs, and another --per_device_eval_batch_size, give others")  # fmt: skip
-    if key_dropout(model, tokens, attention_is_given):
+    model.draws = not key_dropout(model, tokens, attention_is_given)
+    if not model.draws:
         # Some dropout's coordinates, as those of relative positions, can depend on the longest pair.
         model.one_length = model.one_length or seen_padding(model.train(), tokens) > 0
         if seen_padding(model, tokens):
