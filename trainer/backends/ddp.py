@@ -26,12 +26,15 @@ def in_bf16(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.
 class DDP(Single):
     name = "ddp"
 
+    last = True
+
     def prepare(self, module: nn.Module) -> Callable[[Batch], torch.Tensor]:
         super().prepare(module)
         return self._forward if self.world.size > 1 else module
 
     def _forward(self, batch: Batch) -> torch.Tensor:
-        return self.replica(batch)  # type: ignore[no-any-return]
+        """Of a micro-batch that is not the last, gradients stay where they are."""
+        return (self.replica if self.last else self.module)(batch)  # type: ignore[no-any-return]
 
     @cached_property
     def replica(self) -> DistributedDataParallel:
@@ -46,7 +49,8 @@ class DDP(Single):
         return replica
 
     def accumulate(self, last: bool) -> AbstractContextManager[object]:
-        return nullcontext() if last or self.world.size == 1 else self.replica.no_sync()
+        self.last = last
+        return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
         # DDP averages over ranks; ours are parts of one sum.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-from trainer.base.errors import first_line
+from trainer.base.errors import TrainingFailed, first_line, out_of_memory
 
 Function = Callable[[], None]
 Recorder = Callable[[Function], Function]
@@ -55,9 +55,15 @@ class Graphs:
             self.replays[key]()
 
     def undo(self) -> None:
-        """Puts everything back to where it was before what was new."""
-        if self.before is not None:
-            _put_back(self.changing(), self.before)
+        """Puts everything back to where it was before what was new. Raises TrainingFailed where a GPU is beyond that."""
+        try:
+            if self.before is not None:
+                _put_back(self.changing(), self.before)
+        except RuntimeError as error:
+            raise TrainingFailed(
+                f"the GPU does not answer after an error ({first_line(error)}); start the same command again with "
+                "--step_form plain"
+            ) from None
         self.before = None
 
     def keep(self) -> None:
@@ -70,25 +76,26 @@ class Graphs:
 
     def _first(self, key: Hashable, function: Function, check: Function) -> None:
         try:
+            check()
             start = [tensor.clone() for tensor in self.changing()]
             self.before = self.before or start
-            check()
             function()
             once = self._bits()
             self._again(start, function, once, "a second time")
             if self.record is not None and len(self.replays) < self.most:
                 try:
                     function = self.record(function)
-                except torch.OutOfMemoryError:
+                except RuntimeError as error:
+                    if not out_of_memory(error):
+                        raise
                     self.most = len(self.replays)
                 else:
                     self._again(start, function, once, "as a CUDA graph")
-        except torch.OutOfMemoryError:
-            raise NotAsExpected("it needs more memory than there is") from None
         except NotAsExpected:
             raise
         except Exception as error:  # of CUDA, of Triton, of ptxas
-            raise NotAsExpected(f"{type(error).__name__}: {first_line(error)}") from error
+            lacking = out_of_memory(error)
+            raise NotAsExpected("it needs more memory than there is" if lacking else first_line(error)) from error
         self.replays[key] = function
 
     def _again(self, start: list[torch.Tensor], function: Function, once: torch.Tensor, how: str) -> None:
