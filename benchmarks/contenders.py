@@ -58,11 +58,12 @@ def crossrank_config(options: argparse.Namespace, folder: Path) -> Any:
 def crossrank(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from trainer import ranks
     from trainer.model.precision import products
-    from trainer.train import prepare
+    from trainer.train import prepare, settle_step
 
     config = crossrank_config(options, folder)
     world = ranks.start(600)
     trainer = prepare(config, world)
+    settle_step(trainer)
     with products(world.device, config.bf16):
         trainer.loop()
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] if world.is_main else []
@@ -70,6 +71,7 @@ def crossrank(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     pairs = options.batch * options.window
     seconds = [pairs / event["samples_per_second"] for event in events]
     tokens = [event["tokens_per_second"] * s for event, s in zip(events, seconds, strict=True)]
+    form = trainer.state.step_form
     # The model goes before the ranks part: between hosts, gloo's end would wait for a peer that has left.
     del trainer
     gc.collect()
@@ -77,7 +79,8 @@ def crossrank(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if not world.is_main:
         return {}
     return speed([(pairs, t, s) for t, s in zip(tokens, seconds, strict=True)]) | {
-        "losses": [event["loss"] for event in events]
+        "losses": [event["loss"] for event in events],
+        "step_form": form,
     }
 
 

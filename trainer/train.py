@@ -192,17 +192,22 @@ def complete(trainer: Trainer) -> dict[str, Any]:
     """From the first step that is left to results.json, and whatever comes in between."""
     try:
         with failures(trainer.config, trainer.world, trainer.output.folder, trainer.state):
-            if trainer.world.device.type == "cuda":
-                fit_micro_batches(trainer)
-            trainer.static = make_step(trainer)
-            if trainer.world.is_main:
-                note(trainer.output.folder, step_form=trainer.state.step_form)
+            settle_step(trainer)
             trainer.loop()
             return finish(trainer)
     except Preempted:
         save_and_stop(trainer)
     finally:
         trainer.output.close()
+
+
+def settle_step(trainer: Trainer) -> None:
+    """How many pairs a forward has, and how a step is taken."""
+    if trainer.world.device.type == "cuda":
+        fit_micro_batches(trainer)
+    trainer.static = make_step(trainer)
+    if trainer.world.is_main:
+        note(trainer.output.folder, step_form=trainer.state.step_form)
 
 
 @contextmanager

@@ -55,7 +55,7 @@ class Graphs:
             self.replays[key]()
 
     def undo(self) -> None:
-        """Puts everything back to where it was before what was new. Raises TrainingFailed where a GPU is beyond that."""
+        """Puts everything back to where it was before what was new. Raises TrainingFailed if the GPU is beyond that."""
         try:
             if self.before is not None:
                 _put_back(self.changing(), self.before)
