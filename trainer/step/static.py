@@ -130,8 +130,9 @@ class StaticStep:
         host = self.trainer.batch(current, rows, torch.device("cpu"), num_pairs=self.trainer.micro_batch_size)
         numbers = np.array([0, len(current.rows), current.step + 1])
         numbers[:1].view(np.float64)[0] = rate
-        flat = torch.empty(NUMBERS + len(host.flat), dtype=torch.int64, pin_memory=self.inputs.is_cuda)
-        flat[:NUMBERS], flat[NUMBERS:] = torch.from_numpy(numbers), host.flat
+        flat = torch.cat([torch.from_numpy(numbers), host.flat])
+        if self.inputs.is_cuda:
+            flat = flat.pin_memory()
         self.inputs[: len(flat)].copy_(flat, non_blocking=True)
         return host.on(self.inputs[NUMBERS : len(flat)])
 
