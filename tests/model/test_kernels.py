@@ -4,6 +4,7 @@ The kernels need Triton, which torch's build for CPUs comes without. `make` puts
 only the processes that these tests start see it.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -45,6 +46,20 @@ def test_kernels_by_the_interpreter(with_triton):
     assert result.returncode == 0, result.stdout + result.stderr
     assert "passed" in result.stdout
     assert "skipped" not in result.stdout
+
+
+def test_kernels_fit_gpus(with_triton, tmp_path):
+    """Built for a desktop's GPU and a server's: their memory is enough, and threads keep their numbers in registers."""
+    command = [sys.executable, "-m", "benchmarks.kernels", "--targets", "86", "90", "--types", "bf16",
+               "--longest", "128", "--results", tmp_path]  # fmt: skip
+    env = with_triton | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    result = subprocess.run([*map(str, command)], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    built = json.loads((tmp_path / "kernels.json").read_text())["builds"]
+    assert len(built) == 2 * 8
+    for row in built:
+        assert row["shared"] <= 99 * 1024, row
+        assert row["spilled"] <= 128, row  # bytes a thread
 
 
 def of_layout(lengths: list[int], p: float):
@@ -149,7 +164,7 @@ def test_as_operators_of_torch():
 def test_what_the_kernels_do_not_take(beyond, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(kernels, "has_triton", lambda: True)
-    assert kernels.available(CPU, **{name: 64 for name in beyond})
+    assert kernels.available(CPU, **dict.fromkeys(beyond, 64))
     assert not kernels.available(CPU, **beyond)
 
 

@@ -12,7 +12,7 @@ same as a power of two, HIDDEN: features of all heads, DROP: whether there is dr
 import triton
 import triton.language as tl
 
-from trainer.model.triton_rows import factors, scaled
+from trainer.model.triton_rows import ANY, factors, scaled
 
 EXACT = tl.constexpr("ieee")  # fp32 is multiplied as fp32: next to the linear layers this costs little
 
@@ -59,7 +59,7 @@ def _attend_pair(
         tl.store(out + row[:, None] * HIDDEN + own[None, :], mixed, mask=there)
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(**ANY)
 def attend_kernel(
     qkv, out, first, lengths, keys, columns, stride, column_stride, scaling, threshold, inverse,
     SMALL: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr,
@@ -117,7 +117,7 @@ def _attend_pair_backward(
     tl.store(out + HIDDEN, gv.to(v.dtype), mask=of_keys)
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(**ANY)
 def attend_backward_kernel(
     gradient, qkv, out, first, lengths, keys, columns, gradient_stride, stride, column_stride, scaling, threshold,
     inverse, SMALL: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr,
@@ -135,7 +135,7 @@ def attend_backward_kernel(
                               DROP)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(**ANY)
 def attend_first_kernel(
     q, kv, out, first, lengths, keys, columns, q_stride, stride, column_stride, scaling, threshold, inverse,
     BLOCK: tl.constexpr, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, HIDDEN: tl.constexpr, DROP: tl.constexpr,
@@ -158,7 +158,7 @@ def attend_first_kernel(
     tl.store(out + pair * HIDDEN + own, mixed.to(v.dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(**ANY)
 def attend_first_backward_kernel(
     gradient, q, kv, of_q, of_kv, first, lengths, keys, columns, gradient_stride, q_stride, stride, column_stride,
     scaling, threshold, inverse,

@@ -9,6 +9,12 @@ import triton.language as tl
 
 from trainer.model import dropout
 
+# What differs from step to step takes any value, so that a kernel is compiled once: sizes, and where in a batch's one
+# array an array begins.
+ANY = {
+    "do_not_specialize": ["threshold", "rows", "share", "programs"],
+    "do_not_specialize_on_alignment": ["first", "lengths", "keys"],
+}
 MULTIPLIER = tl.constexpr(dropout.MULTIPLIER)
 
 
@@ -28,7 +34,7 @@ def scaled(x, factors):
     return (x.to(tl.float32) * factors).to(x.dtype)
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(**ANY)
 def drop_kernel(
     x, out, keys, columns, rows, stride, threshold, inverse,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, DROP: tl.constexpr,
@@ -57,7 +63,7 @@ def _normed(x, residual, kept, inside, eps, WIDTH: tl.constexpr, DROP: tl.conste
     return centred * scale, scale
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(**ANY)
 def add_norm_kernel(
     x, residual, weight, bias, exact, rounded, keys, columns, rows, stride, residual_stride, eps, threshold, inverse,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, DROP: tl.constexpr,
@@ -81,7 +87,7 @@ def add_norm_kernel(
         tl.store(rounded + row * WIDTH + feature, y.to(of_x.dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=["threshold", "share"])
+@triton.jit(**ANY)
 def add_norm_backward_kernel(
     of_exact, of_rounded, x, residual, weight, gx, gresidual, parts, keys, columns, rows, share, exact_stride,
     rounded_stride, stride, residual_stride, eps, threshold, inverse,
@@ -126,7 +132,7 @@ def add_norm_backward_kernel(
     tl.store(parts + WIDTH, gbias, mask=inside)
 
 
-@triton.jit(do_not_specialize=["programs"])
+@triton.jit(**ANY)
 def sum_kernel(parts, gweight, gbias, programs, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """Sums `parts` over its programs, always in the same order: the weight's or the bias's, BLOCK features of it."""
     feature = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
