@@ -22,16 +22,17 @@ class Pairs:
     dtype: torch.dtype = torch.float32
     longest: int = 0
     more: int = 0  # numbers of a row beside its own
+    device: torch.device = CPU
 
     def __post_init__(self) -> None:
         self.hidden, self.tokens = self.heads * self.size, sum(self.lengths)
-        self.counts = torch.tensor(self.lengths)
+        self.counts = torch.tensor(self.lengths, device=self.device)
         self.first = self.counts.cumsum(0) - self.counts
         self.longest = self.longest or max(self.lengths)
         pair = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        positions = np.arange(self.tokens) - self.first.numpy()[pair]
-        self.keys = torch.from_numpy(token_keys(1, 2, pair + 7, positions))
-        self.columns = columns_of(5, self.heads, self.longest, CPU)
+        positions = np.arange(self.tokens) - self.first.cpu().numpy()[pair]
+        self.keys = torch.from_numpy(token_keys(1, 2, pair + 7, positions)).to(self.device)
+        self.columns = columns_of(5, self.heads, self.longest, self.device)
 
     def arguments(self, scaling: float | None = None) -> tuple:
         scaling = self.size**-0.5 if scaling is None else scaling
@@ -40,8 +41,8 @@ class Pairs:
 
     def random(self, rows: int, width: int, seed: int = 0) -> torch.Tensor:
         """A leaf (rows, width) whose rows lie in wider ones."""
-        wide = torch.randn(rows, width + self.more, generator=torch.Generator().manual_seed(seed)).to(self.dtype)
-        return wide[:, :width].requires_grad_()
+        wide = torch.randn(rows, width + self.more, generator=torch.Generator().manual_seed(seed))
+        return wide.to(self.device, self.dtype)[:, :width].requires_grad_()
 
     def reference(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         """In fp64: `q` (tokens or pairs, hidden), `kv` (tokens, 2 * hidden)."""
@@ -104,29 +105,27 @@ class Norm:
     dtype: torch.dtype = torch.float32
     residual: torch.dtype = torch.float32
     more: int = 0
+    device: torch.device = CPU
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
 
         def random(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-            wide = torch.randn(*shape[:-1], shape[-1] + self.more, generator=generator).to(dtype)
+            wide = torch.randn(*shape[:-1], shape[-1] + self.more, generator=generator).to(self.device, dtype)
             return wide[..., : shape[-1]].requires_grad_()
 
         self.x = random(self.dtype, self.rows, self.width)
         self.res = random(self.residual, self.rows, self.width)
         self.weight, self.bias = (random(torch.float32, self.width).detach().clone().requires_grad_() for _ in "wb")
-        self.gradients = (
-            random(torch.float32, self.rows, self.width).detach(),
-            random(self.dtype, self.rows, self.width).detach(),
-        )
-        self.keys = torch.from_numpy(token_keys(3, 4, np.arange(self.rows), np.arange(self.rows) + 1))
-        self.columns = columns_of(6, 1, self.width, CPU)[0]
+        self.gradients = [random(dtype, self.rows, self.width).detach() for dtype in (torch.float32, self.dtype)]
+        self.keys = torch.from_numpy(token_keys(3, 4, np.arange(self.rows), np.arange(self.rows) + 1)).to(self.device)
+        self.columns = columns_of(6, 1, self.width, self.device)[0]
         self.leaves = (self.x, self.res, self.weight, self.bias)
 
     def run(self, used: tuple[bool, bool] = (True, True)) -> list[torch.Tensor]:
         """Both results and four gradients, through the results that are `used`."""
         results = kernels.add_norm(*self.leaves, 1e-5, self.keys, self.columns, self.p)
-        return self._with_gradients(results, self.leaves, self.gradients, used)
+        return self.with_gradients(results, self.leaves, self.gradients, used)
 
     def exact(self, used: tuple[bool, bool] = (True, True)) -> list[torch.Tensor]:
         """The same in fp64."""
@@ -134,9 +133,10 @@ class Norm:
         x, residual, weight, bias = leaves
         dropped = x if self.p == 0 else masked(x, self.p, self.keys[:, None], self.columns)
         y = torch.nn.functional.layer_norm(dropped + residual, (self.width,), weight, bias, 1e-5)
-        return self._with_gradients((y, y + 0), leaves, [g.double() for g in self.gradients], used)
+        return self.with_gradients((y, y + 0), leaves, [g.double() for g in self.gradients], used)
 
-    def _with_gradients(self, results, leaves, gradients, used) -> list[torch.Tensor]:
+    def with_gradients(self, results, leaves, gradients, used) -> list[torch.Tensor]:
+        """The results, and the leaves' gradients, given those of the results that are `used`."""
         some = [(y, g) for y, g, wanted in zip(results, gradients, used, strict=True) if wanted]
         gradients = torch.autograd.grad([y for y, _ in some], leaves, [g for _, g in some])
         return [*(y.detach() for y in results), *gradients]

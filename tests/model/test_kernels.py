@@ -132,7 +132,7 @@ def test_add_norm_is_the_models(p, dtype, used):
     dropped = case.x if p == 0 else masked(case.x, p, case.keys[:, None], case.columns)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         y = torch.nn.functional.layer_norm(dropped + case.res, (case.width,), case.weight, case.bias, 1e-5)
-    expected = case._with_gradients((y, y.to(dtype) + 0), case.leaves, case.gradients, used)
+    expected = case.with_gradients((y, y.to(dtype) + 0), case.leaves, case.gradients, used)
     # Where only one of them rounds up, numbers of 8 bits differ by 2**-8.
     bounds = [1e-6, *[1e-6 if dtype == torch.float32 else 1e-3] * 2, *[1e-6] * 3]
     for ours, theirs, bound in zip(case.run(used), expected, bounds, strict=True):

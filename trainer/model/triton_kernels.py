@@ -11,6 +11,7 @@ from triton import next_power_of_2
 
 from trainer.model import triton_attention, triton_rows
 
+TILE = 16  # queries at a time: with more, threads run out of registers
 PARTS = 256  # programs of the norm's backward, on any device: another number would give other bits
 
 
@@ -52,11 +53,9 @@ class Attention(NamedTuple):
     constants: dict[str, Any]
     warps: int
 
-    def tiled(self, tile: int) -> dict[str, Any]:
-        """The constants, with `tile` queries at a time. Most pairs are short: for them half a block is enough."""
-        block = self.constants["BLOCK"]
-        tile = min(tile, block)
-        return self.constants | {"TILE": tile, "SMALL": max(block // 2, tile)}
+    def tiled(self) -> dict[str, Any]:
+        """The constants where there are many queries. Most pairs are short: for them half a block is enough."""
+        return self.constants | {"TILE": TILE, "SMALL": max(self.constants["BLOCK"] // 2, TILE)}
 
 
 def _attention(
@@ -85,8 +84,7 @@ def attend(qkv: torch.Tensor, *pairs: Any) -> torch.Tensor:
     out = _empty(len(qkv), hidden, like=qkv)
     grid, arguments, _, warps = shared = _attention(qkv, hidden, *pairs)
     arguments |= {"qkv": qkv, "out": out, "stride": qkv.stride(0)}
-    constants = shared.tiled(32 if qkv.itemsize == 2 else 16)
-    launch(triton_attention.attend_kernel, grid, arguments, constants, warps, qkv.device)
+    launch(triton_attention.attend_kernel, grid, arguments, shared.tiled(), warps, qkv.device)
     return out
 
 
@@ -95,7 +93,7 @@ def attend_backward(gradient: torch.Tensor, qkv: torch.Tensor, *pairs: Any) -> t
     grid, arguments, _, warps = shared = _attention(qkv, qkv.shape[1] // 3, *pairs)
     arguments |= {"gradient": gradient, "qkv": qkv, "out": out, "gradient_stride": gradient.stride(0),
                   "stride": qkv.stride(0)}  # fmt: skip
-    launch(triton_attention.attend_backward_kernel, grid, arguments, shared.tiled(16), warps, qkv.device)
+    launch(triton_attention.attend_backward_kernel, grid, arguments, shared.tiled(), warps, qkv.device)
     return out
 
 
