@@ -23,7 +23,8 @@ lint: .venv/test
 
 venv: .venv/test       ## .venv with what constraints.txt pins, for training and tests
 
-# What a target does not need, it does not install: DeepSpeed, sentence-transformers and W&B are for the tests.
+# What a target does not need, it does not install: DeepSpeed, sentence-transformers and W&B are for the tests. Triton
+# lies by itself, where only the tests of the kernels look: torch's build for CPUs comes without it.
 .venv/run: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "crossrank needs Python 3.10 or later; say make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -33,6 +34,7 @@ venv: .venv/test       ## .venv with what constraints.txt pins, for training and
 
 .venv/test: .venv/run
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	test "$$(uname)" != Linux || $(BIN)/pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .venv/triton triton
 	touch $@
 
 clean:

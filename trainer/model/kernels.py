@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-LONGEST = 128  # tokens of a pair: all its keys and values are held at once
-WIDEST_HEAD = 128
+LONGEST, WIDEST_HEAD = 128, 128  # tokens of a pair, features of a head
+HELD = 128 * 64  # numbers of a pair's keys in a head: they are held at once, and a GPU of 99 KiB has no room for more
 WIDEST = 4096  # features of a normed row, which is held at once
 
 
@@ -42,18 +42,21 @@ def interpreted() -> bool:
 
 
 def available(device: torch.device, longest: int = 1, head_size: int = 1, width: int = 1) -> bool:
-    """Whether kernels of `device` take pairs of `longest` tokens, heads of `head_size` and norms of `width` features.
+    """Whether the operators here take pairs of `longest` tokens, heads of `head_size` and norms of `width` features.
 
-    Where they do not, torch's own operations are to be used: the operators here bring nothing without their kernels.
+    On CUDA they need Triton. On a CPU they bring nothing, and are what tests go through.
     """
-    if longest > LONGEST or head_size > WIDEST_HEAD or width > WIDEST:
+    if longest > LONGEST or head_size > WIDEST_HEAD or width > WIDEST or _power(longest) * _power(head_size) > HELD:
         return False
     if device.type != "cuda":
         return True
-    if torch.version.hip is not None:
-        return False
     # Before Ampere there is no bfloat16.
-    return torch.cuda.get_device_capability(device) >= (8, 0) and has_triton()
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0) and has_triton()
+
+
+def _power(number: int) -> int:
+    """The next power of two, at least 16: the shapes that kernels of attention work in."""
+    return max(16, 1 << (number - 1).bit_length())
 
 
 def _of(x: torch.Tensor) -> ModuleType:

@@ -1,6 +1,9 @@
-"""The operators of kernels.py in torch's own operations, for a device without the kernels; arguments as there."""
+"""The operators of kernels.py in torch's own operations, for a device without the kernels; arguments as there.
 
-from typing import NamedTuple
+`pairs` are the arguments that all of attention share: first, lengths, keys, columns, p, scaling, longest, heads.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import layer_norm
@@ -9,15 +12,16 @@ from trainer.model.dropout import masked
 
 
 class Grid(NamedTuple):
-    """The padded grid of pairs: `places` (pairs, longest) of the tokens, and which of them are `real`."""
+    """The padded grid of pairs: `places` (pairs, longest) of the tokens, which of them are `real`, and `heads`."""
 
     places: torch.Tensor
     real: torch.Tensor
+    heads: int
 
-    def of(self, rows: torch.Tensor, parts: int, heads: int) -> list[torch.Tensor]:
+    def of(self, rows: torch.Tensor, parts: int) -> list[torch.Tensor]:
         """Rows (tokens, parts * hidden) as `parts` grids (pairs, heads, longest, size), zeros at the padding."""
         padded = rows[self.places].masked_fill(~self.real[..., None], 0.0)
-        return list(padded.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4))
+        return list(padded.unflatten(2, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4))
 
     def rows(self, grids: list[torch.Tensor], tokens: int) -> torch.Tensor:
         """The way back, to (tokens, parts * hidden)."""
@@ -71,80 +75,38 @@ def _laid_out(
     p: float,
     scaling: float,
     longest: int,
+    heads: int,
 ) -> tuple[Grid, Attention]:
     place = torch.arange(longest, device=first.device)
     real = place < lengths[:, None]
-    grid = Grid((first[:, None] + place).where(real, 0), real)
+    grid = Grid((first[:, None] + place).where(real, 0), real, heads)
     of_heads = columns[:, None, : -(-longest // 4)]
     return grid, Attention(real[:, None, None], keys[grid.places][:, None, :, None], of_heads, p, scaling)
 
 
-def attend(
-    qkv: torch.Tensor,
-    first: torch.Tensor,
-    lengths: torch.Tensor,
-    keys: torch.Tensor,
-    columns: torch.Tensor,
-    p: float,
-    scaling: float,
-    longest: int,
-    heads: int,
-) -> torch.Tensor:
-    grid, attention = _laid_out(first, lengths, keys, columns, p, scaling, longest)
-    return grid.rows([attention.forward(*grid.of(qkv, 3, heads))], len(qkv))
+def attend(qkv: torch.Tensor, *pairs: Any) -> torch.Tensor:
+    grid, attention = _laid_out(*pairs)
+    return grid.rows([attention.forward(*grid.of(qkv, 3))], len(qkv))
 
 
-def attend_backward(
-    gradient: torch.Tensor,
-    qkv: torch.Tensor,
-    first: torch.Tensor,
-    lengths: torch.Tensor,
-    keys: torch.Tensor,
-    columns: torch.Tensor,
-    p: float,
-    scaling: float,
-    longest: int,
-    heads: int,
-) -> torch.Tensor:
-    grid, attention = _laid_out(first, lengths, keys, columns, p, scaling, longest)
-    gradients = attention.backward(*grid.of(gradient, 1, heads), *grid.of(qkv, 3, heads))
-    return grid.rows(list(gradients), len(qkv))
+def attend_backward(gradient: torch.Tensor, qkv: torch.Tensor, *pairs: Any) -> torch.Tensor:
+    grid, attention = _laid_out(*pairs)
+    return grid.rows(list(attention.backward(*grid.of(gradient, 1), *grid.of(qkv, 3))), len(qkv))
 
 
-def attend_first(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    first: torch.Tensor,
-    lengths: torch.Tensor,
-    keys: torch.Tensor,
-    columns: torch.Tensor,
-    p: float,
-    scaling: float,
-    longest: int,
-    heads: int,
-) -> torch.Tensor:
-    grid, attention = _laid_out(first, lengths, keys, columns, p, scaling, longest)
+def attend_first(q: torch.Tensor, kv: torch.Tensor, *pairs: Any) -> torch.Tensor:
+    grid, attention = _laid_out(*pairs)
     attention = attention._replace(keys=attention.keys[:, :, :1])
-    return attention.forward(q.unflatten(1, (heads, 1, -1)), *grid.of(kv, 2, heads)).flatten(1)
+    return attention.forward(q.unflatten(1, (grid.heads, 1, -1)), *grid.of(kv, 2)).flatten(1)
 
 
 def attend_first_backward(
-    gradient: torch.Tensor,
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    first: torch.Tensor,
-    lengths: torch.Tensor,
-    keys: torch.Tensor,
-    columns: torch.Tensor,
-    p: float,
-    scaling: float,
-    longest: int,
-    heads: int,
+    gradient: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, *pairs: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    grid, attention = _laid_out(first, lengths, keys, columns, p, scaling, longest)
+    grid, attention = _laid_out(*pairs)
     attention = attention._replace(keys=attention.keys[:, :, :1])
-    one = (heads, 1, -1)
-    of_q, *of_kv = attention.backward(gradient.unflatten(1, one), q.unflatten(1, one), *grid.of(kv, 2, heads))
+    one = (grid.heads, 1, -1)
+    of_q, *of_kv = attention.backward(gradient.unflatten(1, one), q.unflatten(1, one), *grid.of(kv, 2))
     return of_q.flatten(1), grid.rows(of_kv, len(kv))
 
 
