@@ -50,6 +50,8 @@ def stages(shared: Path, minilm: Path, out: Path, tiny: bool) -> dict[str, list[
         "recipe": recipe("crossrank", model),
         "recipe-sentence_transformers": recipe("sentence_transformers", model),
         "training": ["benchmarks.vs_sentence_transformers", *sizes, *steps],
+        "forms": ["benchmarks.forms", *sizes, *steps],
+        **({} if tiny else {"kernels": ["benchmarks.kernels", *sizes, "--types", "bf16"]}),
         "roofline": ["benchmarks.roofline", *sizes, *short],
         "recipe-24GiB": [*recipe("crossrank", model, *enough), "--memory-gib", RTX_3090_GIB],
         "recipe-minilm": recipe("crossrank", minilm),

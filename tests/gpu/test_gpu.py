@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, events, losses, weights_equal
-from test_attention import assert_equal, library_logits, make, make_tokens
+from test_attention import assert_equal, gradients, library_logits, make, make_tokens
 
 from benchmarks.encoders import make_tiny, tiny_config
-from trainer.data.sources import Pairs
-from trainer.evaluate import predict_logits
 from trainer.loop import Trainer
+from trainer.model.attention import input_layers
+from trainer.model.batch import IGNORED
 from trainer.model.cross_encoder import CrossEncoder
 from trainer.model.families import FAMILIES
+from trainer.model.products import Products
 from trainer.ranks import World
-from trainer.run.state import Window
 
 ON = torch.device(os.environ.get("CROSSRANK_GPU_TESTS_ON", "cuda"))
 pytestmark = [
@@ -145,42 +145,76 @@ def test_the_same_run(whole, tmp_path, backend):
 
 
 @cuda_alone
-def test_a_step_does_not_wait_for_the_device(tmp_path):
+@pytest.mark.parametrize("form", ["plain", "captured"])
+def test_a_step_does_not_wait_for_the_device(tmp_path, form):
     """torch raises at every call that would."""
     from trainer.cli import parse_train
-    from trainer.train import prepare
+    from trainer.train import prepare, settle_step
 
-    trainer: Trainer = prepare(parse_train([*RUN, "--output_dir", str(tmp_path / "run")]), World(0, 1, 0, ON))
+    options = [*RUN, "--bf16", "true", "--step_form", form, "--output_dir", str(tmp_path / "run")]
+    trainer: Trainer = prepare(parse_train(options), World(0, 1, 0, ON))
+    settle_step(trainer)
     trainer.model.train()
-    window = Window.new(ON)
-    for current in trainer.sampler.steps():
-        if current.step == 3:  # before, tables are made and kept
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            loss = sum(trainer.backward(current, rows, last=True) for rows in trainer.micro_batches(current))
-            norm = trainer.backend.step(1e-4, 1.0)
-            window.add(current.step, loss, norm, len(current.rows), 0)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    for _ in range(2):  # the second time, tables are made and graphs are recorded
+        for current in trainer.sampler.steps():
+            trainer.take(current, 1e-4)
+        torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+    assert trainer.state.step_form == form
+    trainer.output.close()
+
+
+def form_of(folder: Path) -> str:
+    return json.loads((folder / "about.json").read_text())["step_form"]
+
+
+@pytest.mark.parametrize("bf16", ["true", "false"])
+@pytest.mark.parametrize("options", [[], ["--per_device_train_batch_size", "24"]], ids=["whole", "parts"])
+def test_a_captured_step_is_the_plain_one(tmp_path, bf16, options):
+    """As a graph, and as the function that it is recorded from, which gives the same bits."""
+    forms = ["plain", "static", *(["captured"] if ON.type == "cuda" else [])]
+    for form in forms:
+        folder = tmp_path / form
+        crossrank("train", *RUN, *options, "--bf16", bf16, "--step_form", form, "--output_dir", folder)
+        assert form_of(folder) == form
+        assert np.allclose(losses(folder), losses(tmp_path / "plain"), rtol=0, atol=2e-2 if bf16 == "true" else 1e-3)
+    bits = {form: (tmp_path / form / "model" / "model.safetensors").read_bytes() for form in forms[1:]}
+    assert len(set(bits.values())) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_static_step_of_every_family(family):
+    """What it is checked by before it is trusted, in bf16, with the kernels."""
+    lengths = list(range(3, 67))
+    encoder = CrossEncoder(make(family, dropout=0.1).to(ON)).train()
+    found = {}
+    for name, (bf16, static) in {"exact": (False, False), "plain": (True, False), "static": (True, True)}.items():
+        if static:
+            Products(encoder.model, encoder.layout, input_layers(encoder.model), torch.bfloat16)
+        encoder.layout.fast = static
+        shape = {"num_pairs": 64} if static else {}
+        batch = encoder.batch(make_tokens(lengths), np.arange(64) % 3, np.arange(64), ON, seed=1, step=2, **shape)
+        with torch.autocast(ON.type, torch.bfloat16, enabled=bf16):
+            logits = encoder(batch)
+        loss = torch.nn.functional.cross_entropy(logits.float(), batch.labels, ignore_index=IGNORED)
+        found[name] = gradients(encoder.model, loss)
+    exact = torch.cat([g.flatten() for g in found["exact"].values()])
+    plain, static = (torch.cat([g.flatten() for g in found[name].values()]) - exact for name in ("plain", "static"))
+    assert static.norm() <= 1.5 * plain.norm()
 
 
 @cuda_alone
-def test_evaluation_waits_for_the_device_once():
-    model, tokens = CrossEncoder(make("roberta")).to(ON), make_tokens([7, 30, 12, 3, 25] * 8)
-    pairs = Pairs("x", [""] * 40, [""] * 40, np.zeros(40, int), np.arange(40), None, ("a", "b", "c"))
-    batches: list[int] = []
-
-    def check() -> None:
-        if len(batches) == 9:  # the last one reads
-            torch.cuda.set_sync_debug_mode("default")
-        elif len(batches) == 1:  # the first one makes tables
-            torch.cuda.set_sync_debug_mode("error")
-        batches.append(0)
-
-    try:
-        predict_logits(model, pairs, tokens, World(0, 1, 0, ON), 4, True, check)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+def test_a_wrong_kernel_is_found_on_the_card(tmp_path):
+    script = (
+        "import sys\nfrom trainer import __main__\nfrom trainer.model import triton_kernels\n"
+        "right = triton_kernels.attend_backward\n"
+        "triton_kernels.attend_backward = lambda *args: right(*args) * 1.1\nsys.exit(__main__.main(sys.argv[1:]))\n"
+    )
+    options = [*RUN, "--bf16", "true", "--output_dir"]
+    crossrank("train", *options, tmp_path / "plain", "--step_form", "plain")
+    said = crossrank("train", *options, tmp_path / "wrong", script=script)
+    assert "the captured step is not used, all steps are plain: the gradient of" in said
+    assert losses(tmp_path / "wrong") == losses(tmp_path / "plain")
 
 
 @cuda_alone

@@ -76,7 +76,7 @@ def of_layout(lengths: list[int], p: float):
 def test_attend_is_the_models_attention(p):
     layout, shared = of_layout([7, 40, 12, 3, 25], p)
     module = SimpleNamespace(site=AttentionSite(layout, SITE, first_only=False))
-    rows = [torch.randn(layout.num_tokens, 3 * HIDDEN, requires_grad=True)]
+    rows = [torch.randn(len(layout.batch.ids), 3 * HIDDEN, requires_grad=True)]
     rows.append(rows[0].detach().clone().requires_grad_())
     q, k, v = (projected(x[None], HEADS) for x in rows[0].chunk(3, 1))
     expected = attention(module, q, k, v, None, dropout=p)[0].flatten(2)[0]
@@ -92,7 +92,10 @@ def test_attend_is_the_models_attention(p):
 def test_attend_first_is_the_models_attention(p):
     layout, shared = of_layout([7, 40, 12, 3, 25], p)
     module = SimpleNamespace(site=AttentionSite(layout, SITE, first_only=True))
-    q, kv = torch.randn(5, HIDDEN, requires_grad=True), torch.randn(layout.num_tokens, 2 * HIDDEN, requires_grad=True)
+    q, kv = (
+        torch.randn(5, HIDDEN, requires_grad=True),
+        torch.randn(len(layout.batch.ids), 2 * HIDDEN, requires_grad=True),
+    )
     keys, values = (projected(x[None], HEADS) for x in kv.chunk(2, 1))
     expected = attention(module, projected(q[:, None], HEADS), keys, values, None, dropout=p)[0].flatten(1)
     got = kernels.attend_first(q, kv, *shared)
