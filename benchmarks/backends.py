@@ -74,8 +74,8 @@ def worker(argv: list[str]) -> None:
         for current in trainer.sampler.steps():
             world.barrier()
             started, before = time.perf_counter(), sent_bytes()
-            for rows in trainer.micro_batches(current):
-                trainer.backward(current, rows, last=True)
+            for rows in trainer.plain.micro_batches(current):
+                trainer.plain.backward(current, rows, last=True)
             if current.step == 2:
                 kept = tensor_bytes()
             trainer.backend.step(1e-5, 1.0)

@@ -37,8 +37,8 @@ def main() -> None:
         seconds: dict[str, list[float]] = {"stall": [], "step while writing": [], "step": [], "write": []}
         for current in trainer.sampler.steps():
             started = time.perf_counter()
-            for rows in trainer.micro_batches(current):
-                trainer.backward(current, rows, last=True)
+            for rows in trainer.plain.micro_batches(current):
+                trainer.plain.backward(current, rows, last=True)
             trainer.backend.step(1e-5, 1.0)
             if current.step < 2:
                 continue

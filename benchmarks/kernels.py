@@ -27,8 +27,8 @@ from benchmarks import common
 from trainer.model import kernels
 from trainer.model.attention import AttentionSite, attention, projected
 from trainer.model.batch import Batch, assemble
-from trainer.model.dropout import columns_of, masked
 from trainer.model.layout import Layout
+from trainer.model.masks import columns_of, masked
 
 HEADS, HIDDEN, P, SCALING, SITE = 12, 768, 0.1, 64**-0.5, 1
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -212,13 +212,13 @@ def test_a_micro_batch_that_does_not_fit_is_split(tmp_path):
     script = tmp_path / "small_gpu.py"
     script.write_text(
         "import sys, torch\nfrom trainer import __main__, train\n"
-        "prepare, backward = train.prepare, train.Trainer.backward\n"
+        "prepare, backward = train.prepare, train.PlainStep.backward\n"
         "def on_a_gpu(*args):\n"
-        "    trainer = prepare(*args)\n    train.fit_micro_batches(trainer)\n    return trainer\n"
+        "    trainer = prepare(*args)\n    train.fit_micro_batches(trainer.plain, trainer.sampler)\n    return trainer\n"
         "def small(self, current, rows, last):\n"
         "    if len(rows) > 10:\n        raise torch.OutOfMemoryError\n"
         "    return backward(self, current, rows, last)\n"
-        "train.prepare, train.Trainer.backward = on_a_gpu, small\nsys.exit(__main__.main(sys.argv[1:]))\n"
+        "train.prepare, train.PlainStep.backward = on_a_gpu, small\nsys.exit(__main__.main(sys.argv[1:]))\n"
     )
     crossrank("train", *SHORT, "--output_dir", tmp_path / "whole")
     result = crossrank("train", *SHORT, "--output_dir", tmp_path / "split", script=script)

@@ -6,33 +6,29 @@ hyperparameters' meaning as in transformers' TrainingArguments.
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
 from trainer.backends import Single
 from trainer.backends.optim import learning_rate
 from trainer.base.errors import TrainingFailed
 from trainer.base.log import log
 from trainer.config import Config
-from trainer.data.sampler import GlobalBatchSampler, Step, deal, num_forwards
+from trainer.data.sampler import GlobalBatchSampler, Step
 from trainer.data.sources import Role
 from trainer.data.tokens import Split
 from trainer.evaluate import Evaluation, evaluate
-from trainer.model.batch import IGNORED, Batch
 from trainer.model.cross_encoder import CrossEncoder
-from trainer.model.dropout import hash_key
-from trainer.model.precision import autocast, products
 from trainer.ranks import World
 from trainer.run.about import note
 from trainer.run.output import Output
 from trainer.run.preempt import Preemption
 from trainer.run.state import Identity, State
 from trainer.step.graphs import NotAsExpected
+from trainer.step.plain import PlainStep
 from trainer.step.static import StaticStep
 
 
@@ -41,9 +37,7 @@ class Trainer:
     """A run under way: what the loop needs.
 
     Attributes:
-        forward: the model as the backend calls it.
-        micro_batch_size: pairs in one forward of one rank, at most.
-        static: what takes the steps; None = they are plain.
+        static: what takes the steps in place of `plain`, if anything does.
     """
 
     config: Config
@@ -53,11 +47,10 @@ class Trainer:
     identity: Identity
     model: CrossEncoder
     backend: Single
-    forward: Callable[[Batch], torch.Tensor]
     output: Output
     state: State
     preemption: Preemption
-    micro_batch_size: int
+    plain: PlainStep
     static: StaticStep | None = None
 
     def loop(self) -> None:
@@ -80,27 +73,13 @@ class Trainer:
             self.preemption.check()
 
     def take(self, current: Step, rate: float) -> torch.Tensor:
-        """Takes an optimizer step. Returns the gradient's norm, on the device."""
-        size, tokens = len(current.rows), int(self.data["train"].tokens.lengths[current.rows].sum())
+        """Takes an optimizer step, in the form that is trusted. Returns the gradient's norm, on the device."""
         if self.static is not None:
             try:
-                self.static(current, rate)
+                return self.static(current, rate)
             except NotAsExpected as error:
                 self.distrust(str(error))
-            else:
-                self.state.window.add(size, tokens)
-                return self.static.norm
-        if self.model.draws:
-            seed_torch(self.config.seed, current.step, self.world.rank)
-        loss = torch.zeros((), device=self.world.device)
-        micro_batches = self.micro_batches(current)
-        for rows in micro_batches:
-            loss += self.backward(current, rows, last=rows is micro_batches[-1])
-        norm = self.backend.step(rate, self.config.max_grad_norm)
-        if not self.skipped(norm):
-            self.state.window.count(current.step + 1, loss, norm)
-            self.state.window.add(size, tokens)
-        return norm
+        return self.plain(current, rate)
 
     def distrust(self, reason: str) -> None:
         """From now on steps are plain."""
@@ -120,55 +99,6 @@ class Trainer:
             return last
         return self.state.step % (every if strategy == "steps" else self.sampler.steps_per_epoch) == 0
 
-    def micro_batches(self, current: Step, rank: int | None = None) -> list[np.ndarray]:
-        """The rows of each of a rank's micro-batches, this one's by default; an empty one still takes part."""
-        rank = self.world.rank if rank is None else rank
-        lengths = self.data["train"].tokens.lengths[current.rows]
-        count = num_forwards(self.micro_batch_size, len(current.rows), self.world.size)
-        parts = deal(lengths, self.world.size * count)
-        return [current.rows[part] for part in parts[rank * count :][:count]]
-
-    def backward(self, current: Step, rows: np.ndarray, last: bool) -> torch.Tensor:
-        """Forward and backward of one micro-batch. Returns its part of the step's loss, on the device."""
-        config, device = self.config, self.world.device
-        batch = self.batch(current, rows)
-        with products(device, config.bf16), self.backend.accumulate(last):
-            with autocast(device, config.bf16):
-                logits = self.forward(batch)
-            # A sum over these pairs divided by the global count: any split gives the same gradient.
-            loss = self.loss(logits, batch) / len(current.rows)
-            self.backend.backward(loss)
-        return loss.detach()
-
-    def batch(
-        self, current: Step, rows: np.ndarray, device: torch.device | None = None, num_pairs: int | None = None
-    ) -> Batch:
-        """The micro-batch `rows` of a step; see CrossEncoder.batch."""
-        split = self.data["train"]
-        longest = int(split.tokens.lengths[current.rows].max())
-        keys = {"seed": self.config.seed, "step": current.step}
-        device = device or self.world.device
-        return self.model.batch(split.tokens, split.pairs.label, rows, device, longest, num_pairs, **keys)
-
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Summed over the pairs of a batch, given their logits (pairs, classes)."""
-        smoothing = self.config.label_smoothing_factor
-        return cross_entropy(
-            logits.float(), batch.labels, reduction="sum", ignore_index=IGNORED, label_smoothing=smoothing
-        )
-
-    def skipped(self, norm: torch.Tensor) -> bool:
-        """Whether the step was left out for its gradient, as skip_nonfinite allows. Raises TrainingFailed."""
-        allowed, totals, step = self.config.skip_nonfinite, self.state.totals, self.state.step
-        if allowed == 0 or math.isfinite(float(norm)):
-            return False
-        totals.skipped_steps += 1
-        if totals.skipped_steps > allowed:
-            raise TrainingFailed(f"step {step}: gradient norm {float(norm)}, and {allowed} such steps were skipped "
-                                 "before; lower --learning_rate")  # fmt: skip
-        log.warning(f"step {step} is skipped: its gradient norm is {float(norm)}")
-        return True
-
     def refuse_nonfinite(self) -> None:
         """Raises TrainingFailed, on every rank, where a loss or gradient norm was not finite since the last log."""
         found = torch.zeros(self.world.size, 2, dtype=torch.int64)
@@ -179,7 +109,9 @@ class Trainer:
         step = int(found[found > 0].min()) - 1
         where = [rank for rank in range(self.world.size) if found[rank, 0] == step + 1]
         current, pairs = self.sampler.at(step), self.data["train"].pairs
-        rows = np.concatenate([part for rank in where for part in self.micro_batches(current, rank)] or [current.rows])
+        rows = np.concatenate(
+            [part for rank in where for part in self.plain.micro_batches(current, rank)] or [current.rows]
+        )
         shown = ", ".join(map(str, np.sort(pairs.row[rows])[:16])) + (", ..." if len(rows) > 16 else "")
         what = f"loss on rank {', '.join(map(str, where))}" if where else "gradient norm"
         raise TrainingFailed(
@@ -265,8 +197,3 @@ class Trainer:
         if self.world.is_main:
             self.model.save(weights, self.output.model)
         self.world.barrier()
-
-
-def seed_torch(seed: int, step: int, rank: int) -> None:
-    """torch's own random stream, for what does not draw by sample: a function of (seed, step, rank)."""
-    torch.manual_seed(int(hash_key(seed, step, rank)) >> 1)

@@ -21,7 +21,6 @@ from trainer.data.sources import Pairs, Role, load_splits, split_name
 from trainer.data.tokens import Split, cache_folder, tokenize
 from trainer.finish import finish
 from trainer.loop import Trainer
-from trainer.memory import fit_micro_batches
 from trainer.metrics import listed
 from trainer.model.cross_encoder import CrossEncoder, checkpoint_activations, compile_layers, model_facts
 from trainer.model.loading import load_for_training
@@ -40,6 +39,8 @@ from trainer.run.state import Identity, State
 from trainer.run.trackers import start_trackers
 from trainer.run.versions import code_hash, versions
 from trainer.step.form import make_step
+from trainer.step.memory import fit_micro_batches
+from trainer.step.plain import PlainStep
 
 
 def train(config: Config, report: Callable[[Path], None] | None = None) -> dict[str, Any]:
@@ -89,6 +90,16 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
         wiring = {"backend": backend.name, "num_nodes": world.num_nodes()}
         described = about(config, data, sampler.batch_size, model, world, wiring) if world.is_main else None
         journal = open_journal(config, opened.path, sampler.num_steps, start, described)
+    plain = PlainStep(
+        config=config,
+        world=world,
+        split=data["train"],
+        model=model,
+        backend=backend,
+        forward=forward,
+        state=start.state,
+        micro_batch_size=config.per_device_train_batch_size,
+    )
     return Trainer(
         config=config,
         world=world,
@@ -97,11 +108,10 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
         identity=identity,
         model=model,
         backend=backend,
-        forward=forward,
         output=Output(opened.path, journal, checkpoints, meter, lock),
         state=start.state,
         preemption=preemption,
-        micro_batch_size=config.per_device_train_batch_size,
+        plain=plain,
     )
 
 
@@ -204,8 +214,8 @@ def complete(trainer: Trainer) -> dict[str, Any]:
 def settle_step(trainer: Trainer) -> None:
     """How many pairs a forward has, and how a step is taken."""
     if trainer.world.device.type == "cuda":
-        fit_micro_batches(trainer)
-    trainer.static = make_step(trainer)
+        fit_micro_batches(trainer.plain, trainer.sampler)
+    trainer.static = make_step(trainer.plain)
     if trainer.world.is_main:
         note(trainer.output.folder, step_form=trainer.state.step_form)
 

@@ -8,6 +8,7 @@ from benchmarks.common import ROOT
 RULES = (
     ("trainer/model/products.py", "", "linear"),
     ("trainer/model/dropout.py", "", "dropout"),
+    ("trainer/model/masks.py", "", "dropout"),
     ("trainer/model/calls.py", "", "dropout"),
     ("torch/nn/modules/dropout.py", "", "dropout"),
     ("torch/nn/functional.py", "dropout", "dropout"),
@@ -30,7 +31,7 @@ RULES = (
     ("torch/nn/modules/activation.py", "", "activation"),
     ("torch/nn/modules/sparse.py", "", "embeddings"),
     ("torch/nn/functional.py", "cross_entropy", "loss"),
-    ("trainer/loop.py", "", "loss"),
+    ("trainer/step/plain.py", "", "loss"),
     ("trainer/step/static.py", "update", "optimizer"),
     ("trainer/step/static.py", "", "loss"),
     ("transformers/activations.py", "", "activation"),

@@ -7,7 +7,7 @@ import torch
 from kernel_cases import Norm, Pairs, attend_differences, attend_first_differences, difference
 
 from trainer.model import kernels
-from trainer.model.dropout import masked
+from trainer.model.masks import masked
 
 ON = torch.device(os.environ.get("CROSSRANK_GPU_TESTS_ON", "cuda"))
 pytestmark = [

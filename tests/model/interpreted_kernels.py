@@ -5,7 +5,7 @@ import torch
 from kernel_cases import CPU, Norm, Pairs, attend_differences, attend_first_differences, difference
 
 from trainer.model import kernels
-from trainer.model.dropout import columns_of, keep, masked
+from trainer.model.masks import columns_of, keep, masked
 
 # The interpreter computes on bfloat16's bits as if they were integers, so fp16 stands for the 16-bit types.
 BOUNDS = {torch.float32: 1e-6, torch.float16: 2e-3}

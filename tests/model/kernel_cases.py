@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from trainer.model import kernels
-from trainer.model.dropout import columns_of, masked, token_keys
+from trainer.model.masks import columns_of, masked, token_keys
 
 CPU = torch.device("cpu")
 

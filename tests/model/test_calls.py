@@ -12,8 +12,8 @@ from torch.nn import functional
 from benchmarks.encoders import ASKED, make_tiny, table, tiny_config
 from trainer.model.calls import SHARED, UNCLEAR, DropoutCalls, _counted
 from trainer.model.cross_encoder import CrossEncoder, checkpoint_activations
-from trainer.model.dropout import token_keys
 from trainer.model.families import FAMILIES
+from trainer.model.masks import token_keys
 from trainer.model.probe import examine
 
 LENGTHS = [9, 30, 12, 6, 25, 17]

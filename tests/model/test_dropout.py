@@ -6,7 +6,8 @@ import torch
 from torch.nn import functional
 
 from trainer.model.calls import DropoutCalls
-from trainer.model.dropout import DropoutKeys, KeyedDropout, token_keys
+from trainer.model.dropout import DropoutKeys, KeyedDropout
+from trainer.model.masks import token_keys
 
 TOKENS, FEATURES = 2000, 512
 

@@ -22,8 +22,8 @@ from torch.library import opcheck
 from trainer.model import kernels
 from trainer.model.attention import AttentionSite, attention, projected
 from trainer.model.batch import assemble
-from trainer.model.dropout import columns_of, masked
 from trainer.model.layout import Layout
+from trainer.model.masks import columns_of, masked
 
 HEADS, SIZE, SITE = 2, 16, 5
 HIDDEN = HEADS * SIZE

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from trainer.data.tokens import Tokens
-from trainer.model.dropout import token_keys
+from trainer.model.masks import token_keys
 
 IGNORED = -100  # label that cross_entropy gives neither loss nor gradient: of a pair that fills up
 NO_ROW = 2**62  # no row of a data set: of what belongs to all pairs of a step

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from trainer.model.dropout import columns_of, hash_key, masked, mixed, numbers
+from trainer.model.masks import columns_of, hash_key, masked, mixed, numbers
 
 Shape = tuple[int, ...]
 SHARED, UNCLEAR = -1, -2  # in place of a dimension

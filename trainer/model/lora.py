@@ -27,7 +27,7 @@ from trainer.base.errors import UserError
 from trainer.base.files import replacing
 from trainer.base.log import log
 from trainer.config import Config
-from trainer.model.dropout import hash_key
+from trainer.model.masks import hash_key
 
 ALL = ["all-linear"]  # peft's word for it
 PREFIX = "base_model.model."  # peft's, of a name in its files

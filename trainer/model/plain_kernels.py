@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import layer_norm
 
-from trainer.model.dropout import masked
+from trainer.model.masks import masked
 
 
 class Grid(NamedTuple):

@@ -1,13 +1,13 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Keyed dropout, and dropout + residual + norm, in Triton. In a kernel, types are Triton's to infer.
 
-BLOCK: features held, WIDTH: features of a row, ROWS: rows of a program, DROP: whether there is dropout.
+BLOCK: features held, WIDTH: features of a row, ROWS: rows of a program, DROP: whether there is masks.
 """
 
 import triton
 import triton.language as tl
 
-from trainer.model import dropout
+from trainer.model import masks
 
 # What differs from step to step takes any value, so that a kernel is compiled once: sizes, and where in a batch's one
 # array an array begins.
@@ -15,7 +15,7 @@ ANY = {
     "do_not_specialize": ["threshold", "rows", "share", "programs"],
     "do_not_specialize_on_alignment": ["first", "lengths", "keys"],
 }
-MULTIPLIER = tl.constexpr(dropout.MULTIPLIER)
+MULTIPLIER = tl.constexpr(masks.MULTIPLIER)
 
 
 @triton.jit

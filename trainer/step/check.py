@@ -7,7 +7,6 @@ way is no farther from fp32 than the old one, in any part of the model.
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,23 +15,21 @@ from torch import nn
 from trainer.data.sampler import Step
 from trainer.model.precision import autocast, products
 from trainer.step.graphs import NotAsExpected
-
-if TYPE_CHECKING:
-    from trainer.loop import Trainer
+from trainer.step.plain import PlainStep
 
 FARTHER = 2.0  # how much farther from fp32 than the plain step's a gradient may be
 ROUNDING = 1e-4  # of a gradient's norm: more than the order of sums does in fp32
 
 
-def compare(trainer: "Trainer", current: Step, rows: np.ndarray, fast: Callable[[], object]) -> None:
+def compare(plain: PlainStep, current: Step, rows: np.ndarray, fast: Callable[[], object]) -> None:
     """Raises NotAsExpected where `fast` leaves wrong gradients of the micro-batch `rows`.
 
     Of each layer's parameters together, the distance from fp32 may be at most FARTHER times the plain step's.
     """
-    named = [(name, p) for name, p in trainer.model.model.named_parameters() if p.requires_grad]
+    named = [(name, p) for name, p in plain.model.model.named_parameters() if p.requires_grad]
     parameters = [p for _, p in named]
     with _full_fp32():
-        exact = _gradients(parameters, lambda: _plain(trainer, current, rows, bf16=False))
+        exact = _gradients(parameters, lambda: _plain(plain, current, rows, bf16=False))
     sizes = _norms(named, exact)
 
     def distances_of(work: Callable[[], object]) -> dict[str, float]:
@@ -40,7 +37,7 @@ def compare(trainer: "Trainer", current: Step, rows: np.ndarray, fast: Callable[
         torch._foreach_sub_(found, exact)
         return _norms(named, found)
 
-    allowed = distances_of(lambda: _plain(trainer, current, rows, trainer.config.bf16))
+    allowed = distances_of(lambda: _plain(plain, current, rows, plain.config.bf16))
     distances = distances_of(fast)
     limits = {part: FARTHER * allowed[part] + ROUNDING * size for part, size in sizes.items()}
     worst = max(limits, key=lambda part: _times(distances[part], limits[part]))
@@ -53,12 +50,12 @@ def _times(distance: float, limit: float) -> float:
     return float("inf") if np.isnan(distance) or limit == 0 else distance / limit
 
 
-def _plain(trainer: "Trainer", current: Step, rows: np.ndarray, bf16: bool) -> None:
-    batch, device = trainer.batch(current, rows), trainer.world.device
+def _plain(plain: PlainStep, current: Step, rows: np.ndarray, bf16: bool) -> None:
+    batch, device = plain.batch(current, rows), plain.world.device
     with products(device, bf16):
         with autocast(device, bf16):
-            logits = trainer.model(batch)
-        (trainer.loss(logits, batch) / len(current.rows)).backward()
+            logits = plain.model(batch)
+        (plain.loss(logits, batch) / len(current.rows)).backward()
 
 
 def _gradients(parameters: list[nn.Parameter], work: Callable[[], object]) -> list[torch.Tensor]:

@@ -1,25 +1,23 @@
 """Which form a run's steps have: plain, static, or captured as CUDA graphs."""
 
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 from trainer.base.log import log
 from trainer.config import StepForm
 from trainer.model import kernels
 from trainer.step.graphs import captured
+from trainer.step.plain import PlainStep
 from trainer.step.static import StaticStep
 
-if TYPE_CHECKING:
-    from trainer.loop import Trainer
 
-
-def make_step(trainer: "Trainer") -> StaticStep | None:
+def make_step(plain: PlainStep) -> StaticStep | None:
     """The step that the config asks for, None = the plain one; notes it in the run's state."""
-    config, device, state = trainer.config, trainer.world.device, trainer.state
+    config, device, state = plain.config, plain.world.device, plain.state
     before, state.step_form = state.step_form, "plain"
     if config.step_form == "plain" or (config.step_form == "auto" and device.type == "cpu"):
         return None
     failed = before if before not in get_args(StepForm) else ""
-    if reason := _why_plain(trainer) or failed:
+    if reason := _why_plain(plain) or failed:
         log.info(f"steps are plain, not captured: {reason}")
         state.step_form = failed or "plain"
         return None
@@ -29,16 +27,16 @@ def make_step(trainer: "Trainer") -> StaticStep | None:
     state.step_form = "captured" if record else "static"
     if state.step > 0 and before != state.step_form:
         log.warning(f"the steps before were {before}, and these are {state.step_form}, which round differently")
-    return StaticStep(trainer, record)
+    return StaticStep(plain, record)
 
 
-def _why_plain(trainer: "Trainer") -> str:
+def _why_plain(plain: PlainStep) -> str:
     """What of the run no static step can do, or ""."""
-    config, layout = trainer.config, trainer.model.layout
+    config, layout = plain.config, plain.model.layout
     if layout is None or not layout.unpad:
         return "the model runs padded"
-    if trainer.backend.name not in ("single", "ddp"):
-        return f"{trainer.backend.name} keeps its own"
+    if plain.backend.name not in ("single", "ddp"):
+        return f"{plain.backend.name} keeps its own"
     for name in ("torch_compile", "gradient_checkpointing", "skip_nonfinite"):
         if getattr(config, name):
             return f"{name} is set"

@@ -8,7 +8,6 @@ with the plain step before it is trusted.
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,9 +20,7 @@ from trainer.model.precision import autocast, products
 from trainer.model.products import Products
 from trainer.step.check import compare
 from trainer.step.graphs import Graphs, NotAsExpected, Recorder
-
-if TYPE_CHECKING:
-    from trainer.loop import Trainer
+from trainer.step.plain import PlainStep
 
 NUMBERS = 3  # of a step: its learning rate, as float64, its pairs, and its place in the run, counted from 1
 
@@ -32,7 +29,7 @@ class StaticStep:
     """The static step of one run.
 
     Args:
-        trainer: whose weights, optimizer and counters it works on.
+        plain: the step that it takes the place of, with whose weights, optimizer and counters it works.
         record: makes of a function another one that does the same again; None = functions run as they are.
 
     Attributes:
@@ -40,28 +37,31 @@ class StaticStep:
         norm: () the last step's gradient norm, over all ranks.
     """
 
-    def __init__(self, trainer: "Trainer", record: Recorder | None) -> None:
-        self.trainer, device = trainer, trainer.world.device
-        assert trainer.model.layout is not None
-        self.layout, optimizer = trainer.model.layout, trainer.backend.optimizer
+    def __init__(self, plain: PlainStep, record: Recorder | None) -> None:
+        self.plain, device = plain, plain.world.device
+        assert plain.model.layout is not None
+        self.layout, optimizer = plain.model.layout, plain.backend.optimizer
         self.products: Products | None = None
-        if trainer.config.bf16:
-            model = trainer.model.model
+        if plain.config.bf16:
+            model = plain.model.model
             self.products = Products(model, self.layout, input_layers(model), torch.bfloat16)
         self.rate, self.loss, self.norm = (torch.zeros((), device=device) for _ in range(3))
         for group in optimizer.param_groups:
             group["lr"], group["capturable"] = self.rate, device.type == "cuda"
         if not optimizer.state:
-            trainer.backend.make_moments(trainer.state.num_updates)
+            plain.backend.make_moments(plain.state.num_updates)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.inputs = torch.zeros(NUMBERS + self._most_numbers(), dtype=torch.int64, device=device)
         self.sums: torch.Tensor | None = None  # of gradients, where a step is more than one forward of one rank
         self.graphs = Graphs(record, self._changing)
         self.shapes: set[Shape] = set()  # that any rank has met
 
-    def __call__(self, current: Step, rate: float) -> None:
-        """Takes a step. Raises NotAsExpected, on every rank and with nothing changed, if it cannot be trusted."""
-        world, micro_batches = self.trainer.world, self.trainer.micro_batches(current)
+    def __call__(self, current: Step, rate: float) -> torch.Tensor:
+        """Takes the step. Returns the gradient's norm, on the device.
+
+        Raises NotAsExpected, on every rank and with nothing changed, where it cannot be trusted.
+        """
+        world, micro_batches = self.plain.world, self.plain.micro_batches(current)
         new, alone = self._meets_new(current, micro_batches), world.size * len(micro_batches) == 1
 
         def forwards() -> None:
@@ -77,6 +77,8 @@ class StaticStep:
             self._reduce()
             self._together(new, partial(self.graphs.run, "update", self.update_by_sums))
         self.graphs.keep()
+        self.plain.add_to_window(current)
+        return self.norm
 
     # What is recorded.
 
@@ -97,27 +99,27 @@ class StaticStep:
         self.update(self.loss)
 
     def update(self, loss: torch.Tensor) -> None:
-        backend, config = self.trainer.backend, self.trainer.config
+        backend, config = self.plain.backend, self.plain.config
         self.rate.copy_(self.inputs[0:1].view(torch.float64)[0])
         norm = backend.clip(config.max_grad_norm)
         backend.optimizer.step()
         self._forget_gradients()
         if self.products is not None:
             self.products.refresh()
-        self.trainer.state.window.count(self.inputs[2], loss, norm)
+        self.plain.state.window.count(self.inputs[2], loss, norm)
         self.loss.copy_(loss)
         self.norm.copy_(norm)
 
     def _backward(self, batch: Batch) -> torch.Tensor:
         """Forward and backward. Returns its part of the loss."""
-        device, bf16 = batch.ids.device, self.trainer.config.bf16
+        device, bf16 = batch.ids.device, self.plain.config.bf16
         self.layout.fast = True
         try:
             # Weights that autocast rounds and keeps would be those of the step that was recorded.
             with products(device, bf16), torch.enable_grad():
                 with autocast(device, bf16, keep=False):
-                    logits = self.trainer.model(batch)
-                loss = self.trainer.loss(logits, batch) / self.inputs[1]
+                    logits = self.plain.model(batch)
+                loss = self.plain.loss(logits, batch) / self.inputs[1]
                 loss.backward()
         finally:
             self.layout.fast = False
@@ -127,7 +129,7 @@ class StaticStep:
 
     def _load(self, current: Step, rows: np.ndarray, rate: float) -> Batch:
         """The micro-batch `rows`, in its place on the device, by one copy."""
-        host = self.trainer.batch(current, rows, torch.device("cpu"), num_pairs=self.trainer.micro_batch_size)
+        host = self.plain.batch(current, rows, torch.device("cpu"), num_pairs=self.plain.micro_batch_size)
         numbers = np.array([0, len(current.rows), current.step + 1])
         numbers[:1].view(np.float64)[0] = rate
         flat = torch.cat([torch.from_numpy(numbers), host.flat])
@@ -138,16 +140,16 @@ class StaticStep:
 
     def _most_numbers(self) -> int:
         """Of the largest micro-batch that there can be."""
-        pairs, longest = self.trainer.micro_batch_size, int(self.trainer.data["train"].tokens.lengths.max())
+        pairs, longest = self.plain.micro_batch_size, int(self.plain.split.tokens.lengths.max())
         shape = shape_of(np.full(pairs, longest), pairs)
         return 8 * shape.tokens + 2 * shape.pairs * shape.longest + 3 * shape.pairs + 1
 
     def _check(self, current: Step, rows: np.ndarray, batch: Batch) -> None:
-        compare(self.trainer, current, rows, partial(self._backward, batch))
+        compare(self.plain, current, rows, partial(self._backward, batch))
 
     def _changing(self) -> list[torch.Tensor]:
         """Every tensor that a step changes, but for gradients."""
-        optimizer, window = self.trainer.backend.optimizer, self.trainer.state.window
+        optimizer, window = self.plain.backend.optimizer, self.plain.state.window
         moments = [value for p in self.parameters for value in optimizer.state[p].values()]
         copies = [copy for copy, _ in self.products.copies] if self.products else []
         sums = [] if self.sums is None else [self.sums]
@@ -156,12 +158,12 @@ class StaticStep:
 
     def _meets_new(self, current: Step, own: list[np.ndarray]) -> bool:
         """Whether any rank meets a shape in this step that none has met. `own` are this rank's micro-batches."""
-        trainer = self.trainer
-        parts, lengths = own, trainer.data["train"].tokens.lengths
-        if trainer.world.size > 1:
-            parts = [rows for rank in range(trainer.world.size) for rows in trainer.micro_batches(current, rank)]
+        plain = self.plain
+        parts, lengths = own, plain.split.tokens.lengths
+        if plain.world.size > 1:
+            parts = [rows for rank in range(plain.world.size) for rows in plain.micro_batches(current, rank)]
         # An empty micro-batch is row 0.
-        found = {shape_of(lengths[rows if len(rows) else [0]], trainer.micro_batch_size) for rows in parts}
+        found = {shape_of(lengths[rows if len(rows) else [0]], plain.micro_batch_size) for rows in parts}
         new = not found <= self.shapes
         self.shapes |= found
         return new
@@ -175,7 +177,7 @@ class StaticStep:
             reason = str(error)
         if not new:
             return
-        world = self.trainer.world
+        world = self.plain.world
         gathered = world.gather(np.frombuffer(reason.encode(), np.uint8))
         if found := world.broadcast(None if gathered is None else gathered.tobytes().decode()):
             self.graphs.undo()
@@ -196,9 +198,9 @@ class StaticStep:
     def _reduce(self) -> None:
         """Adds up what the ranks have."""
         assert self.sums is not None
-        if self.trainer.world.size == 1:
+        if self.plain.world.size == 1:
             return
-        if self.trainer.config.ddp_comm_hook == "bf16":
+        if self.plain.config.ddp_comm_hook == "bf16":
             low = self.sums.bfloat16()
             dist.all_reduce(low)
             self.sums.copy_(low)

@@ -10,10 +10,10 @@ from trainer.cli import parse_train
 from trainer.data.sources import Pairs
 from trainer.evaluate import predict_logits
 from trainer.loop import Trainer
-from trainer.memory import fits
 from trainer.model.cross_encoder import CrossEncoder
 from trainer.model.probe import examine
 from trainer.ranks import World
+from trainer.step.memory import fits
 from trainer.train import failures, prepare
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
@@ -45,28 +45,28 @@ def trainer(tmp_path):
 
 @each_error
 def test_a_forward_does_not_fit(trainer, monkeypatch, error):
-    monkeypatch.setattr(trainer, "backward", raising(error))
-    assert not fits(trainer, trainer.sampler.at(0))
+    monkeypatch.setattr(trainer.plain, "backward", raising(error))
+    assert not fits(trainer.plain, trainer.sampler.at(0))
 
 
 def test_another_error_is_no_lack_of_memory(trainer, monkeypatch):
-    monkeypatch.setattr(trainer, "backward", raising(RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED")))
+    monkeypatch.setattr(trainer.plain, "backward", raising(RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED")))
     with pytest.raises(RuntimeError, match="EXECUTION"):
-        fits(trainer, trainer.sampler.at(0))
+        fits(trainer.plain, trainer.sampler.at(0))
 
 
 @pytest.mark.parametrize(("per_device", "held"), [(16, [False]), (4, [False, True])])
 def test_gradients_are_held_as_in_a_step(trainer, monkeypatch, per_device, held):
     """A step's second forward runs beside the gradients of its first one."""
-    found, backward = [], trainer.backward
+    found, backward = [], trainer.plain.backward
 
     def watched(*args, **kwargs):
         found.append(all(p.grad is not None for p in trainer.model.parameters() if p.requires_grad))
         return backward(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, "backward", watched)
-    trainer.micro_batch_size = per_device
-    assert fits(trainer, trainer.sampler.at(0))
+    monkeypatch.setattr(trainer.plain, "backward", watched)
+    trainer.plain.micro_batch_size = per_device
+    assert fits(trainer.plain, trainer.sampler.at(0))
     assert found == held
     assert all(p.grad is None for p in trainer.model.parameters())
 

@@ -1,0 +1,112 @@
+"""The plain step: forward and backward of each micro-batch, one after the other, and the backend's step."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from trainer.backends import Single
+from trainer.base.errors import TrainingFailed
+from trainer.base.log import log
+from trainer.config import Config
+from trainer.data.sampler import Step, deal, num_forwards
+from trainer.data.tokens import Split
+from trainer.model.batch import IGNORED, Batch
+from trainer.model.cross_encoder import CrossEncoder
+from trainer.model.masks import hash_key
+from trainer.model.precision import autocast, products
+from trainer.ranks import World
+from trainer.run.state import State
+
+
+@dataclass(kw_only=True)
+class PlainStep:
+    """An optimizer step of one rank, and what any other form of it needs.
+
+    Attributes:
+        split: the training pairs.
+        forward: the model as the backend calls it.
+        micro_batch_size: pairs in one forward of one rank, at most.
+    """
+
+    config: Config
+    world: World
+    split: Split
+    model: CrossEncoder
+    backend: Single
+    forward: Callable[[Batch], torch.Tensor]
+    state: State
+    micro_batch_size: int
+
+    def __call__(self, current: Step, rate: float) -> torch.Tensor:
+        """Takes the step. Returns the gradient's norm, on the device."""
+        if self.model.draws:
+            seed_torch(self.config.seed, current.step, self.world.rank)
+        loss = torch.zeros((), device=self.world.device)
+        micro_batches = self.micro_batches(current)
+        for rows in micro_batches:
+            loss += self.backward(current, rows, last=rows is micro_batches[-1])
+        norm = self.backend.step(rate, self.config.max_grad_norm)
+        if not self.skipped(norm):
+            self.state.window.count(current.step + 1, loss, norm)
+            self.add_to_window(current)
+        return norm
+
+    def micro_batches(self, current: Step, rank: int | None = None) -> list[np.ndarray]:
+        """The rows of each of a rank's micro-batches, this one's by default; an empty one still takes part."""
+        rank = self.world.rank if rank is None else rank
+        lengths = self.split.tokens.lengths[current.rows]
+        count = num_forwards(self.micro_batch_size, len(current.rows), self.world.size)
+        parts = deal(lengths, self.world.size * count)
+        return [current.rows[part] for part in parts[rank * count :][:count]]
+
+    def backward(self, current: Step, rows: np.ndarray, last: bool) -> torch.Tensor:
+        """Forward and backward of one micro-batch. Returns its part of the step's loss, on the device."""
+        config, device = self.config, self.world.device
+        batch = self.batch(current, rows)
+        with products(device, config.bf16), self.backend.accumulate(last):
+            with autocast(device, config.bf16):
+                logits = self.forward(batch)
+            # A sum over these pairs divided by the global count: any split gives the same gradient.
+            loss = self.loss(logits, batch) / len(current.rows)
+            self.backend.backward(loss)
+        return loss.detach()
+
+    def batch(
+        self, current: Step, rows: np.ndarray, device: torch.device | None = None, num_pairs: int | None = None
+    ) -> Batch:
+        """The micro-batch `rows` of a step; see CrossEncoder.batch."""
+        tokens, keys = self.split.tokens, {"seed": self.config.seed, "step": current.step}
+        longest, device = int(tokens.lengths[current.rows].max()), device or self.world.device
+        return self.model.batch(tokens, self.split.pairs.label, rows, device, longest, num_pairs, **keys)
+
+    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Summed over the pairs of a batch, given their logits (pairs, classes)."""
+        smoothing = self.config.label_smoothing_factor
+        return cross_entropy(
+            logits.float(), batch.labels, reduction="sum", ignore_index=IGNORED, label_smoothing=smoothing
+        )
+
+    def skipped(self, norm: torch.Tensor) -> bool:
+        """Whether the step was left out for its gradient, as skip_nonfinite allows. Raises TrainingFailed."""
+        allowed, totals, step = self.config.skip_nonfinite, self.state.totals, self.state.step
+        if allowed == 0 or math.isfinite(float(norm)):
+            return False
+        totals.skipped_steps += 1
+        if totals.skipped_steps > allowed:
+            raise TrainingFailed(f"step {step}: gradient norm {float(norm)}, and {allowed} such steps were skipped "
+                                 "before; lower --learning_rate")  # fmt: skip
+        log.warning(f"step {step} is skipped: its gradient norm is {float(norm)}")
+        return True
+
+    def add_to_window(self, current: Step) -> None:
+        """What the host counts of a step."""
+        self.state.window.add(len(current.rows), int(self.split.tokens.lengths[current.rows].sum()))
+
+
+def seed_torch(seed: int, step: int, rank: int) -> None:
+    """torch's own random stream, for what does not draw by sample: a function of (seed, step, rank)."""
+    torch.manual_seed(int(hash_key(seed, step, rank)) >> 1)
