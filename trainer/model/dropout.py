@@ -99,7 +99,7 @@ class DropoutKeys:
     """
 
     def __init__(self) -> None:
-        self.by_shape: dict[tuple[int, ...], torch.Tensor] = {}
+        self.kinds: tuple[torch.Tensor, ...] = ()
         self.step: torch.Tensor
         self.num_sites = 0
         self.passes = 0
@@ -107,17 +107,19 @@ class DropoutKeys:
     def set(self, tokens: torch.Tensor, first: torch.Tensor, step: torch.Tensor) -> None:
         """`tokens` (batch, length) keys of every token, `first` (pairs,) those of each pair's first token, `step` (1,)
         one that all pairs of the step share."""
-        self.by_shape = {tuple(first.shape): first, (len(first), 1): first[:, None], tuple(tokens.shape): tokens}
+        self.kinds = (tokens, first[:, None], first)
         self.step, self.passes = step, 0
 
     def new_site(self) -> int:
         self.num_sites += 1
         return self.num_sites
 
-    def mask(self, site: int, p: float, x: torch.Tensor) -> torch.Tensor:
-        """x (..., features) after dropout."""
-        keys = self.by_shape[tuple(x.shape[:-1])].unsqueeze(-1)
-        return masked(x, p, keys, columns_of(self._now(site), 1, x.shape[-1], x.device)[0])
+    def mask(self, site: int, p: float, x: torch.Tensor, columns: torch.Tensor | None = None) -> torch.Tensor:
+        """x (..., features) after dropout; `columns` are the site's, for as many features or more, if at hand."""
+        if columns is None:
+            columns = columns_of(self._now(site), 1, x.shape[-1], x.device)[0]
+        keys = next(kind for kind in self.kinds if kind.shape == x.shape[:-1])  # no table: shapes can be symbols
+        return masked(x, p, keys.unsqueeze(-1), columns[: -(-x.shape[-1] // DRAWS)])
 
     def attention_mask(self, site: int, p: float, weights: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
         """The same for attention weights (batch, heads, queries, keys), given the `queries`' keys (batch, queries)."""
@@ -134,16 +136,22 @@ class DropoutKeys:
 
 
 class KeyedDropout(nn.Module):
-    """Takes the place of an nn.Dropout."""
+    """Takes the place of an nn.Dropout.
+
+    Attributes:
+        columns: as in `keep`, of more features than there are. Only compiled code has them beforehand: it can make
+            none, and would be another one for each site, if it had to know its number.
+    """
 
     def __init__(self, p: float, keys: DropoutKeys) -> None:
         super().__init__()
         self.p, self.keys, self.site = p, keys, keys.new_site()
+        self.columns: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0:
             return x
-        return self.keys.mask(self.site, self.p, x)
+        return self.keys.mask(self.site, self.p, x, self.columns)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, site={self.site}"
