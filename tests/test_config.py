@@ -28,6 +28,7 @@ FIELDS = [
     "dataset_revision",
     "train_file",
     "validation_file",
+    "step_form",
     "test_file",
     "premise_column",
     "hypothesis_column",

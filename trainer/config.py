@@ -152,8 +152,8 @@ class RunConfig(Fields):
     """Compute only real tokens: no padding outside attention, and only first tokens in the last layer. Exact; for
     the families of docs/models.md, others run padded."""
     step_form: StepForm = option("auto", kind="method")
-    """plain; static = few shapes and fused kernels; captured = the same as CUDA graphs, for a GPU. auto = captured on a
-    GPU, plain on a CPU. A form that fails its check against plain, at its first step, is not used."""
+    """plain; static = few shapes and fused kernels; captured = the same as CUDA graphs; auto = captured on a GPU, plain
+    on a CPU. A form that fails its check against plain is not used."""
     torch_compile: bool = option(False, kind="method")
     """Compile the model's layers; the first steps take a minute or more."""
     gradient_checkpointing: bool = option(False, kind="method")

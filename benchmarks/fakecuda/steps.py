@@ -24,6 +24,7 @@ from trainer.model.cross_encoder import CrossEncoder
 from trainer.model.probe import examine
 from trainer.ranks import World
 from trainer.run.state import State, Window
+from trainer.step.plain import PlainStep
 from trainer.step.static import StaticStep
 
 WARM = 1  # steps before the counted one: optimizer state and tables of random numbers are made once
@@ -79,15 +80,16 @@ def train(encoder: CrossEncoder, config: Config, split: Split, form: str, after_
         "identity": None,
         "model": encoder,
         "backend": backend,
-        "forward": backend.prepare(encoder),
         "output": SimpleNamespace(journal=SimpleNamespace(bar=bar)),
         "state": State(Window.new(DEVICE)),
         "preemption": SimpleNamespace(check=after_step),
-        "micro_batch_size": config.per_device_train_batch_size,
     }
-    trainer = Trainer(**parts)
+    own = {name: parts[name] for name in ("config", "world", "model", "backend", "state")}
+    forward, size = backend.prepare(encoder), config.per_device_train_batch_size
+    plain = PlainStep(**own, split=split, forward=forward, micro_batch_size=size)
+    trainer = Trainer(**parts, plain=plain)
     with mock.patch.object(kernels, "available", return_value=form == "kernels"):
-        trainer.static = None if form == "plain" else StaticStep(trainer, record=None)
+        trainer.static = None if form == "plain" else StaticStep(plain, record=None)
         trainer.loop()
 
 

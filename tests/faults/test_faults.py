@@ -329,11 +329,11 @@ def test_a_rank_that_does_not_come(tmp_path):
     """The time limit of a collective ends the job with an error that says who is missing."""
     script = tmp_path / "late.py"
     script.write_text(
-        "import os, sys, time\nfrom trainer import __main__, train\nbackward = train.Trainer.backward\n"
+        "import os, sys, time\nfrom trainer import __main__, train\nbackward = train.PlainStep.backward\n"
         "def late(self, current, rows, last):\n"
         "    if current.step == 5 and self.world.rank == 1:\n        time.sleep(1000)\n"
         "    return backward(self, current, rows, last)\n"
-        "train.Trainer.backward = late\nsys.exit(__main__.main(sys.argv[1:]))\n"
+        "train.PlainStep.backward = late\nsys.exit(__main__.main(sys.argv[1:]))\n"
     )
     result = crossrank("train", *RUN, "--ddp_timeout", "5", "--output_dir", tmp_path / "run", ranks=2, script=script,
                        check=False)  # fmt: skip

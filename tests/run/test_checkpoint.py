@@ -451,13 +451,13 @@ def test_numbers_that_go_wrong(tmp_path):
 SPIKE = """
 import sys, torch
 from trainer import __main__, train
-backward = train.Trainer.backward
+backward = train.PlainStep.backward
 def spike(self, current, rows, last):
     loss = backward(self, current, rows, last)
     if current.step == 3:
         next(p for p in self.model.parameters() if p.requires_grad).grad.fill_(float('inf'))
     return loss
-train.Trainer.backward = spike
+train.PlainStep.backward = spike
 sys.exit(__main__.main(sys.argv[1:]))
 """
 

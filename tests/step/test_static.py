@@ -162,14 +162,14 @@ def forgetting(function):
 
 def test_what_is_replayed_is_tried(trainer, said):
     before = copy.deepcopy(trainer.model.state_dict())
-    trainer.static = StaticStep(trainer, forgetting)
+    trainer.static = StaticStep(trainer.plain, forgetting)
     current = trainer.sampler.at(0)
     with pytest.raises(NotAsExpected, match="computed as a CUDA graph, it gives other bits"):
         trainer.static(current, 1e-3)
     after = trainer.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert float(trainer.state.window.loss) == 0
-    trainer.static = StaticStep(trainer, replaying)
+    trainer.static = StaticStep(trainer.plain, replaying)
     trainer.static(current, 1e-3)
     assert float(trainer.state.window.loss) > 0
 
@@ -207,7 +207,7 @@ def test_a_step_that_is_not_repeatable_is_not_trusted(trainer, monkeypatch):
 
     monkeypatch.setattr(plain_kernels, "add_norm", random)
     with pytest.raises(NotAsExpected, match="computed a second time, it gives other bits"):
-        StaticStep(trainer, None)(trainer.sampler.at(0), 1e-3)
+        StaticStep(trainer.plain, None)(trainer.sampler.at(0), 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_a_step_that_is_not_repeatable_is_not_trusted(trainer, monkeypatch):
 )
 def test_what_a_static_step_cannot_do_is_said(tmp_path, said, options, reason):
     trainer = prepare(parse_train([*STATIC, *options, "--output_dir", str(tmp_path / "run")]), World(0, 1, 0, CPU))
-    assert make_step(trainer) is None
+    assert make_step(trainer.plain) is None
     assert f"steps are plain, not captured: {reason}" in said
     trainer.output.close()
 

@@ -18,10 +18,12 @@ from trainer.data.tokens import Tokens
 from trainer.model.attention import library_fused
 from trainer.model.batch import Batch, assemble
 from trainer.model.calls import DropoutCalls
+from trainer.model.dropout import KeyedDropout
 from trainer.model.embedding import UsedRows
 from trainer.model.families import adopt
 from trainer.model.layout import Layout
 from trainer.model.lora import Lora, is_adapter
+from trainer.model.masks import columns_of
 
 
 class CrossEncoder(nn.Module):
@@ -249,18 +251,24 @@ def checkpoint_activations(model: CrossEncoder) -> None:
     enable({"use_reentrant": False, "context_fn": model.calls.replay})
 
 
-def compile_layers(model: CrossEncoder) -> None:
-    """Compiles what is computed for every token: the feed-forward, dense and norm modules of each layer.
+def compile_layers(model: CrossEncoder, **options: Any) -> None:
+    """Compiles what is computed for every token alike: the feed-forward modules of each layer, on their device.
 
-    They are the leaves that hold weights. Attention and dropout, which depend on the batch's layout, stay as they are.
-    Raises UserError where there are none, or dropout is not a module of ours.
+    No table of embeddings is among them: compiled, its backward would add up in any order. Attention, which depends on
+    the batch's layout, stays as it is. `options` of torch.compile. Raises UserError where there are no such modules, or
+    dropout is not of ours.
     """
     parts = [part for part in model.modules() if type(part).__name__.endswith(("Intermediate", "FFN", "MLP"))]
     if model.layout is None or not parts:
         name = model.model.config.model_type
         raise UserError(f"torch_compile needs a family of docs/models.md that has feed-forward modules; {name} is none")
+    inside = {module for part in parts for module in part.modules()}
+    widest = max(max(module.weight.shape) for module in inside if isinstance(module, nn.Linear))
+    for module in inside:
+        if isinstance(module, KeyedDropout):
+            module.columns = columns_of(module.site, 1, widest, next(model.parameters()).device)[0]
     for part in parts:
-        part.compile(dynamic=True)
+        part.compile(dynamic=True, **options)
 
 
 def num_rows(model: Any) -> int:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from trainer.model import kernels
-from trainer.model.masks import columns_of, masked, mixed, numbers
+from trainer.model.masks import DRAWS, columns_of, masked, mixed, numbers
 
 
 class DropoutKeys:
@@ -19,7 +19,7 @@ class DropoutKeys:
     """
 
     def __init__(self) -> None:
-        self.by_shape: dict[tuple[int, ...], torch.Tensor] = {}
+        self.kinds: tuple[torch.Tensor, ...] = ()
         self.step: torch.Tensor
         self.num_sites = 0
         self.passes = 0
@@ -28,7 +28,7 @@ class DropoutKeys:
     def set(self, tokens: torch.Tensor, first: torch.Tensor, step: torch.Tensor) -> None:
         """`tokens` (batch, length) keys of every token, `first` (pairs,) those of each pair's first token, `step` (1,)
         one that all pairs of the step share."""
-        self.by_shape = {tuple(first.shape): first, (len(first), 1): first[:, None], tuple(tokens.shape): tokens}
+        self.kinds = (tokens, first[:, None], first)
         self.step, self.passes = step, 0
 
     def new_site(self) -> int:
@@ -37,18 +37,20 @@ class DropoutKeys:
 
     def keys(self, x: torch.Tensor) -> torch.Tensor:
         """(...) keys of the rows of x (..., features)."""
-        return self.by_shape[tuple(x.shape[:-1])]
+        return next(kind for kind in self.kinds if kind.shape == x.shape[:-1])  # no table: shapes can be symbols
 
     def columns(self, site: int, num_rows: int, width: int, device: torch.device) -> torch.Tensor:
         """`columns_of` a site, in this pass."""
         return columns_of(site + self.passes * self.num_sites, num_rows, width, device)
 
-    def mask(self, site: int, p: float, x: torch.Tensor) -> torch.Tensor:
-        """x (..., features) after dropout."""
-        keys, columns = self.keys(x), self.columns(site, 1, x.shape[-1], x.device)[0]
+    def mask(self, site: int, p: float, x: torch.Tensor, columns: torch.Tensor | None = None) -> torch.Tensor:
+        """x (..., features) after dropout; `columns` are the site's, for as many features or more, if at hand."""
+        keys = self.keys(x)
+        if columns is None:
+            columns = self.columns(site, 1, x.shape[-1], x.device)[0]
         if self.fast:
             return kernels.drop(x.flatten(0, -2), keys.flatten(), columns, p).view(x.shape)
-        return masked(x, p, keys.unsqueeze(-1), columns)
+        return masked(x, p, keys.unsqueeze(-1), columns[: -(-x.shape[-1] // DRAWS)])
 
     def attention_mask(self, site: int, p: float, weights: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
         """The same for attention weights (batch, heads, queries, keys), given the `queries`' keys (batch, queries)."""
@@ -62,16 +64,22 @@ class DropoutKeys:
 
 
 class KeyedDropout(nn.Module):
-    """Takes the place of an nn.Dropout."""
+    """Takes the place of an nn.Dropout.
+
+    Attributes:
+        columns: as in `keep`, of more features than there are. Only compiled code has them beforehand: it can make
+            none, and would be another one for each site, if it had to know its number.
+    """
 
     def __init__(self, p: float, keys: DropoutKeys) -> None:
         super().__init__()
         self.p, self.keys, self.site = p, keys, keys.new_site()
+        self.columns: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0:
             return x
-        return self.keys.mask(self.site, self.p, x)
+        return self.keys.mask(self.site, self.p, x, self.columns)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, site={self.site}"
