@@ -149,8 +149,7 @@ class RunConfig(Fields):
     tf32: bool = False
     """Allow TF32 in fp32 matrix products on CUDA."""
     unpad: bool = option(True, kind="method")
-    """Compute only real tokens: no padding outside attention, and only first tokens in the last layer. Exact; for
-    the families of docs/models.md, others run padded."""
+    """Compute only real tokens, and only first tokens in the last layer, in the families of docs/models.md. Exact."""
     step_form: StepForm = option("auto", kind="method")
     """plain; static = few shapes and fused kernels; captured = the same as CUDA graphs; auto = captured on a GPU, plain
     on a CPU. A form that fails its check against plain is not used."""

@@ -57,8 +57,13 @@ def attention(
     """
     site: AttentionSite = module.site
     layout, heads = site.layout, query.shape[1]
+    scaling = scaling or query.shape[-1] ** -0.5
     if key.shape[1] < heads:  # each serves several of the queries' heads
         key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
+    whole = sliding_window is None or sliding_window >= layout.longest
+    if whole and bias is None and not site.first_only and _fits_kernel(layout, query):
+        rows = torch.cat([x.to(value.dtype).transpose(1, 2).flatten(2) for x in (query, key, value)], -1)
+        return _by_kernel(site, [rows[0]], heads, scaling, dropout).unflatten(-1, (heads, -1)), None
 
     def grouped(x: torch.Tensor) -> list[torch.Tensor]:
         rows = x.transpose(1, 2).reshape(-1, x.shape[-1])
@@ -72,7 +77,7 @@ def attention(
     else:
         queries, keys, values = [query], [key], [value]
     parts = list(zip(queries, keys, values, strict=True))
-    return _of_groups(site, parts, scaling or query.shape[-1] ** -0.5, dropout, sliding_window, bias), None
+    return _of_groups(site, parts, scaling, dropout, sliding_window, bias), None
 
 
 def _of_groups(
@@ -161,10 +166,12 @@ def own_attention(module: Any, hidden: torch.Tensor, heads: int, bias: Bias | No
     site: AttentionSite = module.site
     layers = [getattr(module, name) for name in site.inputs]
     dropout = module.dropout.p if module.training else 0.0
-    size = layers[0].out_features // heads
-    if site.layout.fast and bias is None and kernels.available(hidden.device, site.layout.longest, size):
-        return _by_kernel(site, layers, hidden, heads, dropout)
     source = site.layout.hidden if site.first_only else hidden
+    if bias is None and _fits_kernel(site.layout, hidden, layers[0].out_features // heads):
+        rows = [side_by_side(layers, hidden)[0]]
+        if site.first_only:
+            rows = [layers[0](hidden)[:, 0], side_by_side(layers[1:], source)[0]]
+        return _by_kernel(site, rows, heads, (layers[0].out_features // heads) ** -0.5, dropout)
     query, key, value = (projected(x, heads) for x in (layers[0](hidden), layers[1](source), layers[2](source)))
     mixed, _ = attention(module, query, key, value, None, dropout=dropout, bias=bias)
     return mixed.flatten(2)
@@ -181,19 +188,23 @@ def input_layers(model: nn.Module) -> list[list[nn.Linear]]:
     return found  # type: ignore[return-value]
 
 
+def _fits_kernel(layout: Layout, x: torch.Tensor, size: int | None = None) -> bool:
+    """Whether a kernel computes attention with heads of `size`, by default the last dimension of x."""
+    size = x.shape[-1] if size is None else size
+    return layout.fast and layout.unpad and kernels.available(x.device, layout.longest, size)
+
+
 def _by_kernel(
-    site: AttentionSite, layers: list[nn.Module], hidden: torch.Tensor, heads: int, dropout: float
+    site: AttentionSite, rows: list[torch.Tensor], heads: int, scaling: float, dropout: float
 ) -> torch.Tensor:
-    """`own_attention` without the grid."""
+    """Attention without the grid: (1, tokens, hidden), or (pairs, 1, hidden) where queries are the first tokens.
+
+    `rows`: queries, keys and values side by side, (tokens, 3 * hidden); or queries, and keys and values.
+    """
     layout, batch = site.layout, site.layout.batch
-    if site.first_only:
-        rows = [layers[0](hidden)[:, 0], side_by_side(layers[1:], layout.hidden)[0]]
-    else:
-        rows = [side_by_side(layers, hidden)[0]]
-    size = rows[0].shape[-1] // heads // (1 if site.first_only else 3)
-    columns = layout.dropout.columns(site.dropout, heads, layout.longest, hidden.device)
+    columns = layout.dropout.columns(site.dropout, heads, layout.longest, rows[0].device)
     attend = kernels.attend_first if site.first_only else kernels.attend
-    mixed = attend(*rows, batch.first, batch.lengths, batch.keys, columns, dropout, size**-0.5, layout.longest, heads)
+    mixed = attend(*rows, batch.first, batch.lengths, batch.keys, columns, dropout, scaling, layout.longest, heads)
     return mixed[:, None] if site.first_only else mixed[None]
 
 
