@@ -63,7 +63,7 @@ def attention(
     whole = sliding_window is None or sliding_window >= layout.longest
     if whole and bias is None and not site.first_only and _fits_kernel(layout, query):
         rows = torch.cat([x.to(value.dtype).transpose(1, 2).flatten(2) for x in (query, key, value)], -1)
-        return _by_kernel(site, [rows[0]], heads, scaling, dropout).unflatten(-1, (heads, -1)), None
+        return _by_kernel(site, [rows], heads, scaling, dropout).unflatten(-1, (heads, -1)), None
 
     def grouped(x: torch.Tensor) -> list[torch.Tensor]:
         rows = x.transpose(1, 2).reshape(-1, x.shape[-1])
@@ -168,9 +168,9 @@ def own_attention(module: Any, hidden: torch.Tensor, heads: int, bias: Bias | No
     dropout = module.dropout.p if module.training else 0.0
     source = site.layout.hidden if site.first_only else hidden
     if bias is None and _fits_kernel(site.layout, hidden, layers[0].out_features // heads):
-        rows = [side_by_side(layers, hidden)[0]]
+        rows = [side_by_side(layers, hidden)]
         if site.first_only:
-            rows = [layers[0](hidden)[:, 0], side_by_side(layers[1:], source)[0]]
+            rows = [layers[0](hidden), side_by_side(layers[1:], source)]
         return _by_kernel(site, rows, heads, (layers[0].out_features // heads) ** -0.5, dropout)
     query, key, value = (projected(x, heads) for x in (layers[0](hidden), layers[1](source), layers[2](source)))
     mixed, _ = attention(module, query, key, value, None, dropout=dropout, bias=bias)
@@ -199,12 +199,14 @@ def _by_kernel(
 ) -> torch.Tensor:
     """Attention without the grid: (1, tokens, hidden), or (pairs, 1, hidden) where queries are the first tokens.
 
-    `rows`: queries, keys and values side by side, (tokens, 3 * hidden); or queries, and keys and values.
+    `rows`: queries, keys and values side by side, (1, tokens, 3 * hidden); or queries, and keys and values.
     """
     layout, batch = site.layout, site.layout.batch
     columns = layout.dropout.columns(site.dropout, heads, layout.longest, rows[0].device)
     attend = kernels.attend_first if site.first_only else kernels.attend
-    mixed = attend(*rows, batch.first, batch.lengths, batch.keys, columns, dropout, scaling, layout.longest, heads)
+    # Flattened, not indexed, whose backward would fill zeros.
+    flat = [part.flatten(0, 1) for part in rows]
+    mixed = attend(*flat, batch.first, batch.lengths, batch.keys, columns, dropout, scaling, layout.longest, heads)
     return mixed[:, None] if site.first_only else mixed[None]
 
 

@@ -169,7 +169,7 @@ def _convolved(conv: Any, layout: Layout, hidden: torch.Tensor, residual: torch.
     """ConvLayer's forward, inside each pair: zeros between two pairs are all that it sees of another."""
     # In one call, however many groups there are: ZeRO-3's ranks meet at each call of a module.
     between = conv.conv.padding[0]
-    batch, rows = layout.batch, hidden[0]
+    batch, rows = layout.batch, hidden.flatten(0, 1)
     places = torch.arange(len(rows), device=rows.device) + between * batch.pair
     spaced = rows.new_zeros(len(rows) + between * batch.num_pairs, rows.shape[1]).index_copy(0, places, rows)
     out = Taken.apply(conv.conv(spaced.T[None])[0].T, places)[None]

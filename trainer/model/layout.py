@@ -137,11 +137,11 @@ class Layout:
 
     def first_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
         """(1, tokens, hidden) to (pairs, 1, hidden)."""
-        return Taken.apply(hidden[0], self.batch.first)[:, None]
+        return Taken.apply(hidden.flatten(0, 1), self.batch.first)[:, None]
 
     def means(self, hidden: torch.Tensor) -> torch.Tensor:
         """(1, tokens, hidden) to the means over each pair's tokens, (pairs, 1, hidden)."""
-        rows = self.grid(hidden[0])
+        rows = self.grid(hidden.flatten(0, 1))
         if not self.is_full:
             rows = rows * self.batch.real[:, None].to(rows.dtype)
         sums = joined([group.sum(1, keepdim=True) for group in self.split(rows)])
