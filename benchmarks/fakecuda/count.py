@@ -1,5 +1,6 @@
 """Counts what is dispatched to the device: operations by cause, values that the host waits for, copies."""
 
+import hashlib
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.fakecuda.causes import cause_of, place_of
 from benchmarks.fakecuda.host import devices_of, name_of, waits
@@ -27,11 +29,13 @@ class Counted:
     operations: how many of each (cause, "forward" or "backward", operation).
     host_reads: where the host waits for a value of the device, in order.
     copies: of each copy from the host to the device, the place.
+    shapes: SHA-256 of all operations in order, with the shapes of what they are given.
     """
 
     operations: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     host_reads: list[str] = field(default_factory=list)
     copies: list[str] = field(default_factory=list)
+    shapes: Any = field(default_factory=hashlib.sha256)
 
     def to_json(self) -> dict[str, Any]:
         """Total, by cause (the most first), by operation, reads and copies."""
@@ -44,6 +48,7 @@ class Counted:
             "operations": self.operations.total(),
             "host_reads": self.host_reads,
             "copies_to_device": self.copies,
+            "shapes": self.shapes.hexdigest(),
             "by_cause": {k: dict(v) for k, v in sorted(causes.items(), key=lambda item: -item[1].total())},
             "by_operation": dict(names.most_common()),
         }
@@ -82,6 +87,8 @@ class Count(TorchDispatchMode):
             return result
         if name in ("_to_copy", "copy_") and given != {"cuda"} and not reads:
             self.counted.copies.append(place_of(sys._getframe(1)))
+        sizes = [tuple(x.shape) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        self.counted.shapes.update(f"{name} {sizes}".encode())
         self.counted.operations[cause, phase, name] += LAUNCHES.get(name, 1)
         return result
 
