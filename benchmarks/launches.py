@@ -1,6 +1,7 @@
 """What one training step sends to a GPU, counted without one: crossrank beside sentence-transformers and transformers.
 
     python -m benchmarks.launches [--model distilroberta|deberta-v3-small|modernbert-base] [--contenders NAME ...]
+    python -m benchmarks.launches --shapes          # those of the reference recipe: as many graphs are recorded
 
 crossrank's step is what a GPU with Triton captures as a CUDA graph; crossrank_static the same without Triton, and
 crossrank_plain the step that both are checked against. Operations as torch dispatches them, on 64 real pairs; see
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +48,38 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def shapes(settings: argparse.Namespace) -> dict[str, Any]:
+    """The shapes of an epoch of 100,000 pairs in the recipe's order, most frequent first, and what fills them up."""
+    import numpy as np
+    from pyarrow import parquet
+    from transformers import AutoTokenizer
+
+    from trainer.data.sampler import epoch_order
+    from trainer.model.batch import shape_of
+
+    rows = parquet.read_table(settings.data / "train.parquet", columns=["premise", "hypothesis"]).slice(0, 100_000)
+    tokenizer = AutoTokenizer.from_pretrained(common.model_folder(settings.model, settings.tokenizer))
+    pairs = list(zip(rows["premise"].to_pylist(), rows["hypothesis"].to_pylist(), strict=True))
+    lengths = np.array([len(ids) for ids in tokenizer(*map(list, zip(*pairs, strict=True)))["input_ids"]])
+    order = epoch_order(len(lengths), 42, 0)
+    steps = [lengths[order[i : i + settings.batch]] for i in range(0, len(order), settings.batch)]
+    found = Counter(shape_of(step, settings.batch) for step in steps)
+    computed = sum(shape.tokens * times for shape, times in found.items())
+    listed = [{"tokens": s.tokens, "pairs": s.pairs, "longest": s.longest, "steps": n} for s, n in found.most_common()]
+    return {"shapes": listed, "filled_up": computed / int(lengths.sum()) - 1, "longest_pair": int(lengths.max())}
+
+
 def main() -> None:
     options = common.parser(__doc__)
     options.add_argument("--contenders", nargs="+", choices=NAMES, default=[*NAMES])
     options.add_argument("--count", choices=NAMES, help="count this one in this process, and print JSON")
+    options.add_argument("--shapes", action="store_true", help="those of the recipe, in place of a step's operations")
     settings = options.parse_args()
+    if settings.shapes:
+        found = shapes(settings)
+        print(*found["shapes"], f"{len(found['shapes'])} shapes, {found['filled_up']:.1%} filled up", sep="\n")
+        common.save(f"shapes-{settings.model}", settings, found)
+        return
     if settings.count:
         print(json.dumps(count(settings.count, settings)))
         return
