@@ -83,13 +83,17 @@ class Trainer:
 
     def distrust(self, reason: str) -> None:
         """From now on steps are plain."""
-        assert self.static is not None
-        self.static.close()
-        self.static = None
+        self.settle(None)
         log.warning(f"the {self.state.step_form} step is not used, all steps are plain: {reason}")
         self.state.step_form = f"plain, since another form failed: {reason}"
         if self.world.is_main:
             note(self.output.folder, step_form=self.state.step_form)
+
+    def settle(self, static: StaticStep | None) -> None:
+        """Steps are taken by `static` from now on; by None, plain. What took them gives its memory back."""
+        if self.static is not None:
+            self.static.close()
+        self.static = static
 
     def due(self, strategy: str, every: int, last: bool) -> bool:
         """Whether something that happens every so often, and maybe at the last step, happens now."""

@@ -99,6 +99,7 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
         forward=forward,
         state=start.state,
         micro_batch_size=config.per_device_train_batch_size,
+        batch_size=sampler.batch_size,
     )
     return Trainer(
         config=config,
@@ -204,6 +205,7 @@ def complete(trainer: Trainer) -> dict[str, Any]:
         with failures(trainer.config, trainer.world, trainer.output.folder, trainer.state):
             settle_step(trainer)
             trainer.loop()
+            trainer.settle(None)
             return finish(trainer)
     except Preempted:
         save_and_stop(trainer)
@@ -215,7 +217,7 @@ def settle_step(trainer: Trainer) -> None:
     """How many pairs a forward has, and how a step is taken."""
     if trainer.world.device.type == "cuda":
         fit_micro_batches(trainer.plain, trainer.sampler)
-    trainer.static = make_step(trainer.plain)
+    trainer.settle(make_step(trainer.plain))
     if trainer.world.is_main:
         note(trainer.output.folder, step_form=trainer.state.step_form)
 

@@ -86,10 +86,10 @@ def train(encoder: CrossEncoder, config: Config, split: Split, form: str, after_
     }
     own = {name: parts[name] for name in ("config", "world", "model", "backend", "state")}
     forward, size = backend.prepare(encoder), config.per_device_train_batch_size
-    plain = PlainStep(**own, split=split, forward=forward, micro_batch_size=size)
+    plain = PlainStep(**own, split=split, forward=forward, micro_batch_size=size, batch_size=pairs)
     trainer = Trainer(**parts, plain=plain)
     with mock.patch.object(kernels, "available", return_value=form == "kernels"):
-        trainer.static = None if form == "plain" else StaticStep(plain, record=None)
+        trainer.static = None if form == "plain" else StaticStep(plain, recorder=None)
         trainer.loop()
 
 

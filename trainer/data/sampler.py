@@ -32,8 +32,9 @@ def deal(lengths: np.ndarray, num_parts: int) -> list[np.ndarray]:
     """
     by_length = np.argsort(-lengths, kind="stable")
     row, column = np.divmod(np.arange(len(lengths)), num_parts)
-    part = np.where(row % 2 == 0, column, num_parts - 1 - column)
-    return [np.sort(by_length[part == p]) for p in range(num_parts)]
+    part = np.empty(len(lengths), dtype=np.int64)
+    part[by_length] = np.where(row % 2 == 0, column, num_parts - 1 - column)
+    return np.split(np.argsort(part, kind="stable"), np.bincount(part, minlength=num_parts)[:-1].cumsum())
 
 
 @dataclass(frozen=True)

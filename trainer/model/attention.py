@@ -20,6 +20,7 @@ from trainer.model.products import side_by_side
 
 # Adds to a group's scores (pairs, heads, length, keys), given its queries and keys (pairs, heads, length, size).
 Bias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries, keys, values
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def attention(
 
 def _of_groups(
     site: AttentionSite,
-    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    parts: list[Parts],
     scaling: float,
     dropout: float,
     window: int | None = None,
@@ -105,7 +106,7 @@ def _of_groups(
 def _mixed(
     site: AttentionSite,
     group: int,
-    parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    parts: Parts,
     window: int | None,
     dropout: float,
     bias: Bias | None,
@@ -167,14 +168,27 @@ def own_attention(module: Any, hidden: torch.Tensor, heads: int, bias: Bias | No
     layers = [getattr(module, name) for name in site.inputs]
     dropout = module.dropout.p if module.training else 0.0
     source = site.layout.hidden if site.first_only else hidden
-    if bias is None and _fits_kernel(site.layout, hidden, layers[0].out_features // heads):
+    size = layers[0].out_features // heads
+    if site.layout.fast and site.layout.unpad:
         rows = [side_by_side(layers, hidden)]
         if site.first_only:
             rows = [layers[0](hidden), side_by_side(layers[1:], source)]
-        return _by_kernel(site, rows, heads, (layers[0].out_features // heads) ** -0.5, dropout)
+        if bias is None and _fits_kernel(site.layout, hidden, size):
+            return _by_kernel(site, rows, heads, size**-0.5, dropout)
+        return _of_groups(site, _on_grid(site, rows, heads, size), size**-0.5, dropout, bias=bias).flatten(2)
     query, key, value = (projected(x, heads) for x in (layers[0](hidden), layers[1](source), layers[2](source)))
     mixed, _ = attention(module, query, key, value, None, dropout=dropout, bias=bias)
     return mixed.flatten(2)
+
+
+def _on_grid(site: AttentionSite, rows: list[torch.Tensor], heads: int, size: int) -> list[Parts]:
+    """Of each group queries, keys and values (pairs, heads, length, size), given `rows` as `_by_kernel` takes them."""
+    layout, parts = site.layout, 2 if site.first_only else 3
+    moved = layout.grid(rows[-1].reshape(-1, size), heads, parts).view(parts, -1, size)
+    split = [layout.split(part, heads) for part in moved.unbind(0)]
+    if site.first_only:
+        split.insert(0, list(projected(rows[0], heads).split([group.pairs for group in layout.groups])))
+    return list(zip(*split, strict=True))
 
 
 def input_layers(model: nn.Module) -> list[list[nn.Linear]]:
@@ -248,5 +262,6 @@ def residual_forward(
     rows = (part.flatten(0, -2) for part in (x, input_tensor))
     exact, low = kernels.add_norm(*rows, norm.weight, norm.bias, norm.eps, keys.flatten(), columns, p)
     exact = exact.view(x.shape)
-    exact.low = low.view(x.shape)
+    if low.dtype != exact.dtype:
+        exact.low = low.view(x.shape)
     return exact

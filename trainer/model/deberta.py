@@ -6,10 +6,11 @@ added to the scores by moving each row on by one. Only the rows of the table of 
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
+from torch.nn import functional
 from transformers.activations import ACT2FN
 from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
 
@@ -32,7 +33,7 @@ class Distances:
     downwards: torch.Tensor
 
 
-@lru_cache(maxsize=1024)
+@cache
 def distances(span: int, buckets: int, farthest: int, longest: int, device: torch.device) -> Distances:
     """`span` is half the rows of the table, the others as in the library's build_relative_position."""
     below = build_relative_position(torch.empty(1, 1), torch.empty(longest, 1), buckets, farthest)[0, 0]  # 0, -1, ...
@@ -111,7 +112,8 @@ def _by_head(module: Any, rows: torch.Tensor | None, order: torch.Tensor) -> tor
     """(heads, distances, size)."""
     if rows is None:
         return None
-    return rows.index_select(0, order).unflatten(-1, (module.num_attention_heads, -1)).transpose(0, 1)
+    # Distances share rows: an embedding's gradient adds them up in a fixed order, that of an index on CUDA does not.
+    return functional.embedding(order, rows).unflatten(-1, (module.num_attention_heads, -1)).transpose(0, 1)
 
 
 def _bias(layout: Layout, by_query: torch.Tensor | None, by_key: torch.Tensor | None) -> Bias:

@@ -48,7 +48,7 @@ class DropoutKeys:
         keys = self.keys(x)
         if columns is None:
             columns = self.columns(site, 1, x.shape[-1], x.device)[0]
-        if self.fast:
+        if self.fast and kernels.available(x.device):
             return kernels.drop(x.flatten(0, -2), keys.flatten(), columns, p).view(x.shape)
         return masked(x, p, keys.unsqueeze(-1), columns[: -(-x.shape[-1] // DRAWS)])
 

@@ -76,6 +76,11 @@ class Layout:
         tokens = batch.keys[None] if self.unpad else self.keys(0)
         self.dropout.set(tokens, batch.keys[batch.first], batch.step_key)
 
+    def forget(self) -> None:
+        """Lets go of what a forward has left: it would keep the forward's graph."""
+        self._made = {}
+        self.__dict__.pop("hidden", None)
+
     @property
     def groups(self) -> tuple[Group, ...]:
         return self.batch.groups

@@ -11,7 +11,8 @@ once more. Each 64-bit result gives four 16-bit draws, so a probability is met t
 by the probability that was met.
 """
 
-from functools import lru_cache
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ def columns_of(site: int, num_rows: int, width: int, device: torch.device) -> to
     return _wide_columns(site, num_rows, -(-width // 128) * 128, device)[:, : -(-width // DRAWS)]
 
 
-@lru_cache(maxsize=4096)
+@cache  # for good: a recorded graph knows their places in memory
 def _wide_columns(site: int, num_rows: int, width: int, device: torch.device) -> torch.Tensor:
     columns = hash_key(site, np.arange(num_rows)[:, None], np.arange(-(-width // DRAWS))[None])
     return torch.from_numpy((columns | np.uint64(1)).view(np.int64)).to(device)
@@ -70,11 +71,28 @@ def keep(keys: torch.Tensor, columns: torch.Tensor, width: int, threshold: int) 
 def masked(x: torch.Tensor, p: float, keys: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """x (..., features) after dropout: 0, or x / P(survive). `keys` and `columns` as in `keep`."""
     dropped = round(p * 65536)
+    kept, scale = keep(keys, columns, x.shape[-1], dropped - 32768), 65536 / (65536 - dropped)
+    if x.is_cuda:
+        return Kept.apply(x, kept, scale)
     # By a Python number torch multiplies in fp32; in a bfloat16 tensor, 1 / 0.9 would be 1.1094.
-    return x * (65536 / (65536 - dropped)) * keep(keys, columns, x.shape[-1], dropped - 32768)
+    return x * scale * kept
 
 
-@lru_cache(maxsize=4096)
+class Kept(torch.autograd.Function):
+    """x where `kept`, times `scale`, by one of torch's kernels a direction, which multiplies in fp32; 0 elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, kept: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.save_for_backward(kept)
+        ctx.scale = scale
+        return torch.ops.aten.native_dropout_backward(x, kept, scale)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        return torch.ops.aten.native_dropout_backward(gradient, ctx.saved_tensors[0], ctx.scale), None, None
+
+
+@cache  # for good: a recorded graph knows their places in memory
 def _many_numbers(site: int, dim: int, size: int, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(hash_key(site, dim, np.arange(size), 1).view(np.int64)).to(device)
 

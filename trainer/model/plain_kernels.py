@@ -112,7 +112,7 @@ def attend_first_backward(
 
 def drop(x: torch.Tensor, keys: torch.Tensor, columns: torch.Tensor, p: float) -> torch.Tensor:
     # What an operator gives must be memory of its own, as the kernel's result is.
-    return x.clone(memory_format=torch.contiguous_format) if p == 0 else masked(x, p, keys[:, None], columns)
+    return x.clone(memory_format=torch.contiguous_format) if p == 0 else _dropped(x, keys, columns, p)
 
 
 def _dropped(x: torch.Tensor, keys: torch.Tensor, columns: torch.Tensor, p: float) -> torch.Tensor:

@@ -101,12 +101,18 @@ class Products:
         alone = [[layer] for layer in model.modules() if type(layer) is nn.Linear and layer not in grouped]
         joints = [Joint(layers, dtype) for layers in groups + alone]
         self.copies = [pair for joint in joints for pair in joint.copies()]
+        self.layers = [layer for joint in joints for layer in joint.layers]
         for joint in joints:
             for number, layer in enumerate(joint.layers):
                 layer.joint = (joint, number)  # type: ignore[assignment]
                 layer.forward = partial(self._forward, layer, joint, number)  # type: ignore[method-assign]
         self.refresh()
         self.copies = [(copy, parameter) for copy, parameter in self.copies if parameter.requires_grad]
+
+    def remove(self) -> None:
+        """The layers are as they were."""
+        for layer in self.layers:
+            del layer.joint, layer.forward
 
     @torch.no_grad()
     def refresh(self) -> None:

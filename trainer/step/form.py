@@ -2,32 +2,47 @@
 
 from typing import get_args
 
+from trainer.base.errors import out_of_memory
 from trainer.base.log import log
 from trainer.config import StepForm
 from trainer.model import kernels
-from trainer.step.graphs import captured
+from trainer.step.graphs import Captured
 from trainer.step.plain import PlainStep
 from trainer.step.static import StaticStep
 
 
 def make_step(plain: PlainStep) -> StaticStep | None:
-    """The step that the config asks for, None = the plain one; notes it in the run's state."""
+    """The step that the config asks for, None = the plain one; notes it in the run's state. Every rank takes part."""
     config, device, state = plain.config, plain.world.device, plain.state
     before, state.step_form = state.step_form, "plain"
     if config.step_form == "plain" or (config.step_form == "auto" and device.type == "cpu"):
         return None
     failed = before if before not in get_args(StepForm) else ""
-    if reason := _why_plain(plain) or failed:
-        log.info(f"steps are plain, not captured: {reason}")
+    form = "static" if config.step_form == "static" else "captured"
+    if reason := failed or _why_plain(plain):
+        log.info(f"no {form} steps: {reason}")
         state.step_form = failed or "plain"
         return None
+    static = _made(plain, form)
+    if not plain.world.all(static is not None):
+        log.warning(f"no {form} steps: they need more memory than there is")
+        return None
+    state.step_form = form
     if not kernels.available(device):
         log.info("no Triton for this GPU: attention and dropout run by torch's own operations")
-    record = None if config.step_form == "static" else captured(device)
-    state.step_form = "captured" if record else "static"
-    if state.step > 0 and before != state.step_form:
-        log.warning(f"the steps before were {before}, and these are {state.step_form}, which round differently")
-    return StaticStep(plain, record)
+    if state.step > 0 and before != form:
+        log.warning(f"the steps before were {before}, and these are {form}, which round differently")
+    return static
+
+
+def _made(plain: PlainStep, form: str) -> StaticStep | None:
+    """None where the memory does not suffice."""
+    try:
+        return StaticStep(plain, Captured(plain.world.device) if form == "captured" else None)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return None
 
 
 def _why_plain(plain: PlainStep) -> str:

@@ -30,6 +30,7 @@ class PlainStep:
         split: the training pairs.
         forward: the model as the backend calls it.
         micro_batch_size: pairs in one forward of one rank, at most.
+        batch_size: pairs in one step, at most.
     """
 
     config: Config
@@ -40,6 +41,7 @@ class PlainStep:
     forward: Callable[[Batch], torch.Tensor]
     state: State
     micro_batch_size: int
+    batch_size: int
 
     def __call__(self, current: Step, rate: float) -> torch.Tensor:
         """Takes the step. Returns the gradient's norm, on the device."""
@@ -57,11 +59,14 @@ class PlainStep:
 
     def micro_batches(self, current: Step, rank: int | None = None) -> list[np.ndarray]:
         """The rows of each of a rank's micro-batches, this one's by default; an empty one still takes part."""
-        rank = self.world.rank if rank is None else rank
+        return self.of_all_ranks(current)[self.world.rank if rank is None else rank]
+
+    def of_all_ranks(self, current: Step) -> list[list[np.ndarray]]:
+        """The rows of each rank's micro-batches."""
         lengths = self.split.tokens.lengths[current.rows]
         count = num_forwards(self.micro_batch_size, len(current.rows), self.world.size)
-        parts = deal(lengths, self.world.size * count)
-        return [current.rows[part] for part in parts[rank * count :][:count]]
+        parts = [current.rows[part] for part in deal(lengths, self.world.size * count)]
+        return [parts[start : start + count] for start in range(0, len(parts), count)]
 
     def backward(self, current: Step, rows: np.ndarray, last: bool) -> torch.Tensor:
         """Forward and backward of one micro-batch. Returns its part of the step's loss, on the device."""
@@ -73,7 +78,13 @@ class PlainStep:
             # A sum over these pairs divided by the global count: any split gives the same gradient.
             loss = self.loss(logits, batch) / len(current.rows)
             self.backend.backward(loss)
+        self.forget()
         return loss.detach()
+
+    def forget(self) -> None:
+        """Lets go of what a forward has left in the model."""
+        if self.model.layout:
+            self.model.layout.forget()
 
     def batch(
         self, current: Step, rows: np.ndarray, device: torch.device | None = None, num_pairs: int | None = None

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from trainer.base.errors import TrainingFailed
 from trainer.data.sampler import Step
 from trainer.model.attention import input_layers
 from trainer.model.batch import Batch, Shape, shape_of
@@ -30,14 +31,14 @@ class StaticStep:
 
     Args:
         plain: the step that it takes the place of, with whose weights, optimizer and counters it works.
-        record: makes of a function another one that does the same again; None = functions run as they are.
+        recorder: makes of a function another one that does the same again; None = functions run as they are.
 
     Attributes:
         loss: () this rank's part of the last step's loss.
         norm: () the last step's gradient norm, over all ranks.
     """
 
-    def __init__(self, plain: PlainStep, record: Recorder | None) -> None:
+    def __init__(self, plain: PlainStep, recorder: Recorder | None) -> None:
         self.plain, device = plain, plain.world.device
         assert plain.model.layout is not None
         self.layout, optimizer = plain.model.layout, plain.backend.optimizer
@@ -46,36 +47,48 @@ class StaticStep:
             model = plain.model.model
             self.products = Products(model, self.layout, input_layers(model), torch.bfloat16)
         self.rate, self.loss, self.norm = (torch.zeros((), device=device) for _ in range(3))
-        for group in optimizer.param_groups:
-            group["lr"], group["capturable"] = self.rate, device.type == "cuda"
         if not optimizer.state:
             plain.backend.make_moments(plain.state.num_updates)
+        for group in optimizer.param_groups:
+            group["lr"], group["capturable"] = self.rate, device.type == "cuda"
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.inputs = torch.zeros(NUMBERS + self._most_numbers(), dtype=torch.int64, device=device)
-        self.sums: torch.Tensor | None = None  # of gradients, where a step is more than one forward of one rank
-        self.graphs = Graphs(record, self._changing)
-        self.shapes: set[Shape] = set()  # that any rank has met
+        # Of gradients, where a step can be more than one forward of one rank; each part is aligned.
+        one = plain.world.size == 1 and plain.batch_size <= plain.micro_batch_size
+        sizes = [] if one else [-(-p.numel() // 32) * 32 for p in self.parameters]
+        self.sums = torch.zeros(sum(sizes), device=device)
+        self.parts_of_sums = [
+            part[: p.numel()].view(p.shape) for part, p in zip(self.sums.split(sizes), self.parameters, strict=False)
+        ]
+        self.graphs = Graphs(recorder)
+        self.met: set[tuple[Shape, bool]] = set()  # by any rank
 
     def __call__(self, current: Step, rate: float) -> torch.Tensor:
         """Takes the step. Returns the gradient's norm, on the device.
 
         Raises NotAsExpected, on every rank and with nothing changed, where it cannot be trusted.
         """
-        world, micro_batches = self.plain.world, self.plain.micro_batches(current)
-        new, alone = self._meets_new(current, micro_batches), world.size * len(micro_batches) == 1
+        of_ranks = self.plain.of_all_ranks(current)
+        alone = len(of_ranks) * len(of_ranks[0]) == 1
+        new = self._meets_new(of_ranks, alone)
 
         def forwards() -> None:
-            for rows in micro_batches:
+            for rows in of_ranks[self.plain.world.rank]:
                 batch = self._load(current, rows, rate)
                 work = partial(self.whole if alone else self.part, batch)
-                self.graphs.run((_shape(batch), alone), work, partial(self._check, current, rows, batch))
+                if len(rows) == 0:  # nothing by which it could be tried
+                    work()
+                    continue
+                changing = self._all if alone else self._of_a_part
+                self.graphs.run((_shape(batch), alone), work, changing, partial(self._check, current, rows, batch))
 
         if not alone:
-            self._clear_sums()
+            self.sums.zero_()
+            self.loss.zero_()
         self._together(new, forwards)
         if not alone:
             self._reduce()
-            self._together(new, partial(self.graphs.run, "update", self.update_by_sums))
+            self._together(new, partial(self.graphs.run, "update", self.update_by_sums, self._all))
         self.graphs.keep()
         self.plain.add_to_window(current)
         return self.norm
@@ -89,12 +102,12 @@ class StaticStep:
     def part(self, batch: Batch) -> None:
         """One of the forwards of a step."""
         self.loss += self._backward(batch)
-        torch._foreach_add_(self._parts_of_sums(), [p.grad for p in self.parameters])
+        torch._foreach_add_(self.parts_of_sums, [p.grad for p in self.parameters])
         self._forget_gradients()
 
     def update_by_sums(self) -> None:
         """The step, when all forwards have been."""
-        for parameter, total in zip(self.parameters, self._parts_of_sums(), strict=True):
+        for parameter, total in zip(self.parameters, self.parts_of_sums, strict=True):
             parameter.grad = total
         self.update(self.loss)
 
@@ -113,6 +126,7 @@ class StaticStep:
     def _backward(self, batch: Batch) -> torch.Tensor:
         """Forward and backward. Returns its part of the loss."""
         device, bf16 = batch.ids.device, self.plain.config.bf16
+        self._forget_gradients()  # which a recording that failed may have left
         self.layout.fast = True
         try:
             # Weights that autocast rounds and keeps would be those of the step that was recorded.
@@ -123,6 +137,7 @@ class StaticStep:
                 loss.backward()
         finally:
             self.layout.fast = False
+            self.layout.forget()
         return loss.detach()
 
     # What surrounds it.
@@ -147,57 +162,48 @@ class StaticStep:
     def _check(self, current: Step, rows: np.ndarray, batch: Batch) -> None:
         compare(self.plain, current, rows, partial(self._backward, batch))
 
-    def _changing(self) -> list[torch.Tensor]:
+    def _of_a_part(self) -> list[torch.Tensor]:
+        """Every tensor that a part changes."""
+        return [self.sums, self.loss]
+
+    def _all(self) -> list[torch.Tensor]:
         """Every tensor that a step changes, but for gradients."""
         optimizer, window = self.plain.backend.optimizer, self.plain.state.window
         moments = [value for p in self.parameters for value in optimizer.state[p].values()]
         copies = [copy for copy, _ in self.products.copies] if self.products else []
-        sums = [] if self.sums is None else [self.sums]
-        of_window = [window.loss, window.nonfinite]
-        return [*self.parameters, *moments, *copies, *of_window, self.rate, self.loss, self.norm, *sums]
+        own = [self.rate, self.loss, self.norm, self.sums]
+        return [*self.parameters, *moments, *copies, window.loss, window.nonfinite, *own]
 
-    def _meets_new(self, current: Step, own: list[np.ndarray]) -> bool:
-        """Whether any rank meets a shape in this step that none has met. `own` are this rank's micro-batches."""
-        plain = self.plain
-        parts, lengths = own, plain.split.tokens.lengths
-        if plain.world.size > 1:
-            parts = [rows for rank in range(plain.world.size) for rows in plain.micro_batches(current, rank)]
+    def _meets_new(self, of_ranks: list[list[np.ndarray]], alone: bool) -> bool:
+        """Whether any rank meets in this step what none has met. `of_ranks` are the ranks' micro-batches."""
+        lengths = self.plain.split.tokens.lengths
         # An empty micro-batch is row 0.
-        found = {shape_of(lengths[rows if len(rows) else [0]], plain.micro_batch_size) for rows in parts}
-        new = not found <= self.shapes
-        self.shapes |= found
+        parts = [rows if len(rows) else [0] for own in of_ranks for rows in own]
+        found = {(shape_of(lengths[rows], self.plain.micro_batch_size), alone) for rows in parts}
+        new = not found <= self.met
+        self.met |= found
         return new
 
     def _together(self, new: bool, work: Callable[[], None]) -> None:
-        """`work`, which fails on every rank if it does on one; it can only if there is something new."""
+        """`work`, which fails on every rank if it does on one; it should only if there is something new."""
         reason = ""
         try:
             work()
         except NotAsExpected as error:
+            if not new:
+                raise TrainingFailed(str(error)) from error
             reason = str(error)
         if not new:
             return
-        world = self.plain.world
-        gathered = world.gather(np.frombuffer(reason.encode(), np.uint8))
-        if found := world.broadcast(None if gathered is None else gathered.tobytes().decode()):
+        gathered = self.plain.world.gather(np.frombuffer(f"{reason}\n".encode(), np.uint8))
+        reasons = "" if gathered is None else gathered.tobytes().decode()
+        if found := self.plain.world.broadcast(next(filter(None, reasons.split("\n")), "")):
+            self._forget_gradients()
             self.graphs.undo()
             raise NotAsExpected(found)
 
-    def _clear_sums(self) -> None:
-        if self.sums is None:
-            total = sum(p.numel() for p in self.parameters)
-            self.sums = torch.zeros(total, device=self.inputs.device)
-        self.sums.zero_()
-        self.loss.zero_()
-
-    def _parts_of_sums(self) -> list[torch.Tensor]:
-        assert self.sums is not None
-        parts = self.sums.split([p.numel() for p in self.parameters])
-        return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
-
     def _reduce(self) -> None:
         """Adds up what the ranks have."""
-        assert self.sums is not None
         if self.plain.world.size == 1:
             return
         if self.plain.config.ddp_comm_hook == "bf16":
@@ -213,8 +219,17 @@ class StaticStep:
 
     def close(self) -> None:
         """Gives its memory back; the optimizer is the plain step's again."""
+        self._forget_gradients()
         self.graphs.clear()
-        self.sums = None
+        self.layout.forget()
+        if self.products is not None:
+            self.products.remove()
+        for group in self.plain.backend.optimizer.param_groups:
+            group["lr"], group["capturable"] = float(self.rate), False
+        self.plain.backend.optimizer.grad_scale = None
+        self.sums, self.parts_of_sums = self.sums[:0], []
+        if self.inputs.is_cuda:
+            torch.cuda.empty_cache()
 
 
 def _shape(batch: Batch) -> Shape:
