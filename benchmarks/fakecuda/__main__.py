@@ -1,4 +1,4 @@
-"""python -m benchmarks.fakecuda [CASE ...] prints {case: {"train": counts, "evaluation": counts}}; default: all."""
+"""python -m benchmarks.fakecuda [CASE ...] prints {case: {form: counts}}; default: all."""
 
 import json
 import sys

@@ -86,7 +86,9 @@ def train(encoder: CrossEncoder, config: Config, split: Split, form: str, after_
     }
     own = {name: parts[name] for name in ("config", "world", "model", "backend", "state")}
     forward, size = backend.prepare(encoder), config.per_device_train_batch_size
-    plain = PlainStep(**own, split=split, forward=forward, micro_batch_size=size, batch_size=pairs)
+    plain = PlainStep(
+        **own, split=split, forward=forward, micro_batch_size=size, batch_size=config.train_batch_size or pairs
+    )
     trainer = Trainer(**parts, plain=plain)
     with mock.patch.object(kernels, "available", return_value=form == "kernels"):
         trainer.static = None if form == "plain" else StaticStep(plain, recorder=None)

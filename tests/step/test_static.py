@@ -203,6 +203,7 @@ def test_a_recording_that_fails_leaves_nothing(tmp_path, said, error):
     distrusted = any("all steps are plain: RuntimeError: CUDA error" in line for line in said)
     # For want of memory the function runs as it is.
     assert distrusted == (not isinstance(error, torch.OutOfMemoryError))
+    assert (trainer.static is None) == distrusted
 
 
 def test_a_recording_meets_no_older_forward(trainer):

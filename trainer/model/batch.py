@@ -90,7 +90,7 @@ def shape_of(lengths: np.ndarray, num_pairs: int) -> Shape:
     longest = SHORTEST if longest <= SHORTEST else -(-longest // STEP) * STEP
     tokens = int(lengths.sum())
     step = max(STEP, 2 ** (tokens.bit_length() - 4))
-    pairs = num_pairs + -(-(step - 1) // (SHORTEST - 1))
+    pairs = num_pairs + -(-(step - 1) // (longest - 1))
     return Shape(-(-(tokens + pairs - len(lengths)) // step) * step, pairs, longest)
 
 

@@ -200,5 +200,5 @@ class State:
         totals.interruptions += 1
         best = saved["best"] if has_model else None
         step = sampler.seek(saved["sampler"])
-        form = saved.get("step_form", "plain")
+        form = str(saved.get("step_form", "plain"))
         return cls(window, step, totals, best and (best[0], best[1]), step, saved["pending_evaluation"], form)

@@ -40,6 +40,8 @@ def compare(plain: PlainStep, current: Step, rows: np.ndarray, fast: Callable[[]
 
     allowed = distances_of(lambda: _plain(plain, current, [rows], plain.config.bf16))
     distances = distances_of(fast)
+    if not np.isfinite([*sizes.values(), *allowed.values()]).all():
+        return  # it is not the form of the step: the run is about to end with its own error
     whole = float(np.sqrt(sum(size**2 for size in sizes.values())))
     # What is next to nothing is rounding of what is not.
     limits = {part: FARTHER * allowed[part] + ROUNDING * max(size, 1e-2 * whole) for part, size in sizes.items()}

@@ -15,10 +15,12 @@ def make_step(plain: PlainStep) -> StaticStep | None:
     """The step that the config asks for, None = the plain one; notes it in the run's state. Every rank takes part."""
     config, device, state = plain.config, plain.world.device, plain.state
     before, state.step_form = state.step_form, "plain"
-    if config.step_form == "plain" or (config.step_form == "auto" and device.type == "cpu"):
-        return None
     failed = before if before not in get_args(StepForm) else ""
-    form = "static" if config.step_form == "static" else "captured"
+    form = {"auto": "captured" if device.type == "cuda" else "plain"}.get(config.step_form, config.step_form)
+    if state.step > 0 and form != before and not failed:
+        log.warning(f"the steps before were {before}, and these are {form}, which round differently")
+    if form == "plain":
+        return None
     if reason := failed or _why_plain(plain):
         log.info(f"no {form} steps: {reason}")
         state.step_form = failed or "plain"
@@ -30,8 +32,6 @@ def make_step(plain: PlainStep) -> StaticStep | None:
     state.step_form = form
     if not kernels.available(device):
         log.info("no Triton for this GPU: attention and dropout run by torch's own operations")
-    if state.step > 0 and before != form:
-        log.warning(f"the steps before were {before}, and these are {form}, which round differently")
     return static
 
 
@@ -48,6 +48,8 @@ def _made(plain: PlainStep, form: str) -> StaticStep | None:
 def _why_plain(plain: PlainStep) -> str:
     """What of the run no static step can do, or ""."""
     config, layout = plain.config, plain.model.layout
+    if config.attn_implementation is not None:
+        return "attn_implementation is set"
     if layout is None or not layout.unpad:
         return "the model runs padded"
     if plain.backend.name not in ("single", "ddp"):

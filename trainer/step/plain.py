@@ -81,6 +81,11 @@ class PlainStep:
         self.forget()
         return loss.detach()
 
+    @property
+    def most_pairs(self) -> int:
+        """Of a micro-batch, over the run: a step that is one forward of each rank is dealt evenly."""
+        return min(self.micro_batch_size, -(-self.batch_size // self.world.size))
+
     def forget(self) -> None:
         """Lets go of what a forward has left in the model."""
         if self.model.layout:

@@ -144,7 +144,7 @@ class StaticStep:
 
     def _load(self, current: Step, rows: np.ndarray, rate: float) -> Batch:
         """The micro-batch `rows`, in its place on the device, by one copy."""
-        host = self.plain.batch(current, rows, torch.device("cpu"), num_pairs=self.plain.micro_batch_size)
+        host = self.plain.batch(current, rows, torch.device("cpu"), num_pairs=self.plain.most_pairs)
         numbers = np.array([0, len(current.rows), current.step + 1])
         numbers[:1].view(np.float64)[0] = rate
         flat = torch.cat([torch.from_numpy(numbers), host.flat])
@@ -155,7 +155,7 @@ class StaticStep:
 
     def _most_numbers(self) -> int:
         """Of the largest micro-batch that there can be."""
-        pairs, longest = self.plain.micro_batch_size, int(self.plain.split.tokens.lengths.max())
+        pairs, longest = self.plain.most_pairs, int(self.plain.split.tokens.lengths.max())
         shape = shape_of(np.full(pairs, longest), pairs)
         return 8 * shape.tokens + 2 * shape.pairs * shape.longest + 3 * shape.pairs + 1
 
@@ -179,7 +179,7 @@ class StaticStep:
         lengths = self.plain.split.tokens.lengths
         # An empty micro-batch is row 0.
         parts = [rows if len(rows) else [0] for own in of_ranks for rows in own]
-        found = {(shape_of(lengths[rows], self.plain.micro_batch_size), alone) for rows in parts}
+        found = {(shape_of(lengths[rows], self.plain.most_pairs), alone) for rows in parts}
         new = not found <= self.met
         self.met |= found
         return new
