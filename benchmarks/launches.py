@@ -2,6 +2,7 @@
 
     python -m benchmarks.launches [--model distilroberta|deberta-v3-small|modernbert-base] [--contenders NAME ...]
     python -m benchmarks.launches --shapes          # those of the reference recipe: as many graphs are recorded
+    python -m benchmarks.launches --host            # what the host does in a step that is replayed
 
 crossrank's step is what a GPU with Triton captures as a CUDA graph; crossrank_static the same without Triton, and
 crossrank_plain the step that both are checked against. Operations as torch dispatches them, on 64 real pairs; see
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -69,12 +71,47 @@ def shapes(settings: argparse.Namespace) -> dict[str, Any]:
     return {"shapes": listed, "filled_up": computed / int(lengths.sum()) - 1, "longest_pair": int(lengths.max())}
 
 
+def host(settings: argparse.Namespace) -> dict[str, float]:
+    """Microseconds of the host in a static step, median: from the sampler's rows to the copy, one thread; no replay."""
+    import numpy as np
+    import torch
+
+    from trainer.cli import parse_train
+    from trainer.ranks import World
+    from trainer.step.static import StaticStep
+    from trainer.train import prepare
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        fields = {
+            "recipe": "allnli-100k", "model_name_or_path": common.model_folder(settings.model, settings.tokenizer),
+            "train_file": settings.data / "train.parquet", "max_train_samples": 6400,
+            "train_batch_size": settings.batch, "eval_strategy": "no", "eval_on_start": "false", "output_dir": Path(folder) / "run",
+            "track_emissions": "false", "write_report": "false",
+        }  # fmt: skip
+        config = parse_train([f"--{name}={value}" for name, value in fields.items()])
+        trainer = prepare(config, World(0, 1, 0, torch.device("cpu")))
+        static, taken = StaticStep(trainer.plain, None), []
+        static.graphs.run = lambda *args: None  # type: ignore[method-assign]
+        for current in [trainer.sampler.at(number) for number in range(50)] * 10:
+            started = time.perf_counter()
+            static(current, 1e-5)
+            taken.append(1e6 * (time.perf_counter() - started))
+        trainer.output.close()
+    return {"microseconds": float(np.median(taken)), "lowest_tenth": float(np.quantile(taken, 0.1))}
+
+
 def main() -> None:
     options = common.parser(__doc__)
     options.add_argument("--contenders", nargs="+", choices=NAMES, default=[*NAMES])
     options.add_argument("--count", choices=NAMES, help="count this one in this process, and print JSON")
     options.add_argument("--shapes", action="store_true", help="those of the recipe, in place of a step's operations")
+    options.add_argument("--host", action="store_true", help="the host's work in a step that is replayed")
     settings = options.parse_args()
+    if settings.host:
+        print(found := host(settings))
+        common.save(f"host-{settings.model}", settings, found)
+        return
     if settings.shapes:
         found = shapes(settings)
         print(*found["shapes"], f"{len(found['shapes'])} shapes, {found['filled_up']:.1%} filled up", sep="\n")

@@ -1,6 +1,6 @@
 """Micro-batches: array operations from the flat tokens to tensors on the device."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class Batch:
         real: (slots,) int64 1 where a token lies.
         rows: (data set's pairs,) rows in the data set, on the host.
         groups: how attention groups the pairs, on the host, so that no shape waits for the device.
-        flat: all tensors, one after the other, in the order of the fields.
+        flat, sizes: all tensors, one after the other in the order of the fields, and how long they are.
     """
 
     ids: torch.Tensor
@@ -69,6 +69,7 @@ class Batch:
     rows: np.ndarray
     groups: tuple[Group, ...]
     flat: torch.Tensor
+    sizes: list[int]
 
     @property
     def num_pairs(self) -> int:
@@ -76,8 +77,7 @@ class Batch:
 
     def on(self, flat: torch.Tensor) -> "Batch":
         """The same batch, of which `flat` is to have the numbers."""
-        sizes = {own.name: len(getattr(self, own.name)) for own in fields(self)[:-3]}
-        return Batch(**_named(sizes, flat), rows=self.rows, groups=self.groups, flat=flat)
+        return _named(self.sizes, flat, self.rows, self.groups)
 
 
 def shape_of(lengths: np.ndarray, num_pairs: int) -> Shape:
@@ -125,39 +125,38 @@ def assemble(
     lengths = tokens.offsets[rows + 1] - tokens.offsets[rows]
     order = np.argsort(-lengths, kind="stable")
     rows, targets, lengths = rows[order], targets[order], lengths[order]
-    groups = make_groups(lengths, likeness)
-    if longest is not None:
-        groups = (Group(len(rows), max(longest, int(lengths[0])), int(lengths.sum())),)
-    pair, positions = _numbered(lengths)
-    places = tokens.offsets[rows][pair] + positions
-    ids, types = tokens.ids[places], tokens.types[places]
-    keys = token_keys(seed, step, rows, positions, pair)
+    count = int(lengths.sum())
     if num_pairs is not None:
-        shape, count = shape_of(lengths, num_pairs), len(places)
+        shape = shape_of(lengths, num_pairs)
         lengths = np.concatenate([lengths, _shares(shape.tokens - count, shape.pairs - len(rows))])
-        pair, positions = _numbered(lengths)
-        ids, types, keys = (_up_to(shape.tokens, *own) for own in ((ids, padding), (types, 0), (keys, 0)))
-        targets = _up_to(shape.pairs, targets, IGNORED)
         groups = (Group(shape.pairs, shape.longest, shape.tokens),)
-    first = np.cumsum(lengths) - lengths
+    elif longest is not None:
+        groups = (Group(len(rows), max(longest, int(lengths[0])), count),)
+    else:
+        groups = make_groups(lengths, likeness)
+    pair, positions, first = _numbered(lengths)
+    places = tokens.offsets[rows][pair[:count]] + positions[:count]
+    # One more key than tokens: that of the step.
+    numbers = (np.append(rows, NO_ROW), np.append(positions[:count], 0), np.append(pair[:count], len(rows)))
+    keys = token_keys(seed, step, *numbers)
+    ids = _up_to(len(pair), tokens.ids[places], padding)
     arrays = {
         "ids": ids,
         "positions": positions if first_position == 0 else _counted(ids, first, pair, first_position - 1),
-        "types": types,
-        "keys": keys,
-        "step_key": token_keys(seed, step, np.array([NO_ROW]), np.array([0])),
+        "types": _up_to(len(pair), tokens.types[places], 0),
+        "keys": _up_to(len(pair), keys[:-1], 0),
+        "step_key": keys[-1:],
         "pair": pair,
         "first": first,
         "lengths": lengths,
-        "labels": targets,
+        "labels": _up_to(len(lengths), targets, IGNORED),
+        **_grid(groups, pair, positions),
     }
-    arrays |= _grid(groups, pair, positions)
     flat = torch.from_numpy(np.concatenate(list(arrays.values()), dtype=np.int64))
     if device.type == "cuda":
         # From pinned memory the copy runs while the device computes the step before.
         flat = flat.pin_memory().to(device, non_blocking=True)
-    sizes = {name: len(values) for name, values in arrays.items()}
-    return Batch(**_named(sizes, flat), rows=rows, groups=groups, flat=flat)
+    return _named([len(values) for values in arrays.values()], flat, rows, groups)
 
 
 def make_groups(lengths: np.ndarray, likeness: float) -> tuple[Group, ...]:
@@ -171,10 +170,10 @@ def make_groups(lengths: np.ndarray, likeness: float) -> tuple[Group, ...]:
     return tuple(groups)
 
 
-def _numbered(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each token of pairs that long, (tokens,): its pair, and its place there."""
-    pair = np.repeat(np.arange(len(lengths)), lengths)
-    return pair, np.arange(len(pair)) - (np.cumsum(lengths) - lengths)[pair]
+def _numbered(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each token of pairs that long, (tokens,): its pair, and its place there; (pairs,) where each pair begins."""
+    pair, first = np.repeat(np.arange(len(lengths)), lengths), np.cumsum(lengths) - lengths
+    return pair, np.arange(len(pair)) - first[pair], first
 
 
 def _up_to(size: int, values: np.ndarray, filler: int) -> np.ndarray:
@@ -206,6 +205,6 @@ def _grid(groups: tuple[Group, ...], pair: np.ndarray, positions: np.ndarray) ->
     return {"place": place, "start": start, "width": width, "token": token, "real": real}
 
 
-def _named(sizes: dict[str, int], flat: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The parts of `flat` that long."""
-    return dict(zip(sizes, flat.split(list(sizes.values())), strict=True))
+def _named(sizes: list[int], flat: torch.Tensor, rows: np.ndarray, groups: tuple[Group, ...]) -> Batch:
+    """The batch whose tensors, in the order of its fields, are the parts of `flat` that long."""
+    return Batch(*flat.split(sizes), rows=rows, groups=groups, flat=flat, sizes=sizes)  # type: ignore[misc]
