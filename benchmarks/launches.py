@@ -86,8 +86,8 @@ def host(settings: argparse.Namespace) -> dict[str, float]:
         fields = {
             "recipe": "allnli-100k", "model_name_or_path": common.model_folder(settings.model, settings.tokenizer),
             "train_file": settings.data / "train.parquet", "max_train_samples": 6400,
-            "train_batch_size": settings.batch, "eval_strategy": "no", "eval_on_start": "false", "output_dir": Path(folder) / "run",
-            "track_emissions": "false", "write_report": "false",
+            "train_batch_size": settings.batch, "eval_strategy": "no", "eval_on_start": "false",
+            "output_dir": Path(folder) / "run", "track_emissions": "false", "write_report": "false",
         }  # fmt: skip
         config = parse_train([f"--{name}={value}" for name, value in fields.items()])
         trainer = prepare(config, World(0, 1, 0, torch.device("cpu")))

@@ -126,6 +126,7 @@ def assemble(
     order = np.argsort(-lengths, kind="stable")
     rows, targets, lengths = rows[order], targets[order], lengths[order]
     count = int(lengths.sum())
+    groups: tuple[Group, ...]
     if num_pairs is not None:
         shape = shape_of(lengths, num_pairs)
         lengths = np.concatenate([lengths, _shares(shape.tokens - count, shape.pairs - len(rows))])
