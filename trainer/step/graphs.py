@@ -45,6 +45,7 @@ class Captured(Recorder):
                 yield
             finally:
                 outside.wait_stream(self.stream)
+                torch.cuda.empty_cache()  # what was tried on this stream is of no use to others
 
     def record(self, function: Function) -> Function:
         gc.collect()  # what holds an older forward's graph would bring its stream into the capture
