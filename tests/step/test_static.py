@@ -301,6 +301,27 @@ def test_a_wrong_operator_is_found(tmp_path, monkeypatch, name, options):
     trainer.output.close()
 
 
+def another_rate(trainer):
+    trainer.backend.optimizer.param_groups[0]["lr"] = torch.tensor(2e-3)
+
+
+def not_clipped(trainer):
+    trainer.backend.clip = lambda limit: type(trainer.backend).clip(trainer.backend, 0)
+
+
+@pytest.mark.parametrize("per_device", [64, 20])
+@pytest.mark.parametrize("break_it", [another_rate, not_clipped])
+def test_a_wrong_update_is_found(trainer, per_device, break_it):
+    trainer.plain.micro_batch_size = per_device
+    trainer.model.train()
+    before = copy.deepcopy(trainer.model.state_dict())
+    static = StaticStep(trainer.plain, None)
+    break_it(trainer)
+    with pytest.raises(NotAsExpected, match="the update is"):
+        static(trainer.sampler.at(0), 1e-3)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
 @pytest.mark.parametrize("bf16", ["true", "false"])
 def test_without_kernels(tmp_path, monkeypatch, bf16):
     """Triton may be missing: the same by torch's own operations."""

@@ -19,6 +19,7 @@ from trainer.step.plain import PlainStep
 
 PARTS = 4  # in which the fp32 gradient is computed: it takes twice the memory, which no one has tried
 FARTHER = 2.0  # how much farther from fp32 than the plain step's a gradient may be
+UPDATE = 1e-2  # how far, relative to its size, an update may be off
 ROUNDING = 1e-4  # of a gradient's norm: more than the order of sums does in fp32
 
 
@@ -50,6 +51,33 @@ def compare(plain: PlainStep, current: Step, rows: np.ndarray, fast: Callable[[]
         worst = max(wrong, key=lambda part: distances[part] / sizes[part] if sizes[part] else np.inf)
         raise NotAsExpected(f"the gradient of {worst} is {distances[worst]:.1e} away from the one in fp32, which is "
                             f"{sizes[worst]:.1e} long; the plain step's is {allowed[worst]:.1e} away")  # fmt: skip
+
+
+def compare_update(
+    plain: PlainStep, old: Callable[[torch.Tensor], torch.Tensor], rate: float, norm: torch.Tensor
+) -> None:
+    """Raises NotAsExpected where weights and moments are not what AdamW at this `rate` makes of what they were, `old`.
+
+    `norm`: () that of the gradient, which is to be clipped. The gradient is told by the first moment.
+    """
+    optimizer, limit = plain.backend.optimizer, plain.config.max_grad_norm or np.inf
+    squares, errors = torch.zeros_like(norm), [torch.zeros_like(norm)]
+    for group in optimizer.param_groups:
+        beta1, beta2 = group["betas"]
+        for p in group["params"]:
+            number, first, second = (optimizer.state[p][name] for name in ("step", "exp_avg", "exp_avg_sq"))
+            gradient = (first - beta1 * old(first)) / (1 - beta1)
+            squares += gradient.square().sum()
+            expected = beta2 * old(second) + (1 - beta2) * gradient.square()
+            errors.append((second - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+            root = (second / (1 - beta2**number)).sqrt() + group["eps"]
+            expected = old(p) * (1 - rate * group["weight_decay"]) - rate / (1 - beta1**number) * first / root
+            errors.append((p - expected).abs().max() / (rate + 1e-3 * expected.abs().max()).clamp(min=1e-30))
+    clipped = norm.clamp(max=limit)
+    errors.append((squares.sqrt() - clipped).abs() / clipped.clamp(min=1e-30))
+    worst = torch.stack([error.detach() for error in errors]).max()
+    if worst > UPDATE:
+        raise NotAsExpected(f"the update is {float(worst):.1e} away from what AdamW makes of the gradient")
 
 
 def _plain(plain: PlainStep, current: Step, parts: list[np.ndarray], bf16: bool) -> None:

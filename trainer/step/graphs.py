@@ -108,7 +108,7 @@ class Graphs:
 
     def _tried(self, function: Function, changing: Tensors, check: Function) -> Function:
         check()
-        start = [(tensor.detach(), tensor.detach().clone()) for tensor in changing()]
+        start = [(tensor, tensor.detach().clone()) for tensor in changing()]
         self.before += start
         function()
         once = _bits(start)
@@ -137,13 +137,13 @@ class Graphs:
 def _bits(tensors: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     """(tensors,) of each one a sum of its bits, which any difference changes, but for odd luck."""
     sizes = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    numbers = (tensor.reshape(-1).view(sizes[tensor.element_size()]) for tensor, _ in tensors)
+    numbers = (tensor.detach().reshape(-1).view(sizes[tensor.element_size()]) for tensor, _ in tensors)
     return torch.stack([number.sum(dtype=torch.int64) for number in numbers]).cpu()
 
 
 def _put_back(tensors: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     for tensor, value in tensors:
-        tensor.copy_(value)
+        tensor.detach().copy_(value)
 
 
 def _out_of_memory(error: BaseException | None) -> bool:

@@ -19,7 +19,7 @@ from trainer.model.attention import input_layers
 from trainer.model.batch import Batch, Shape, shape_of
 from trainer.model.precision import autocast, products
 from trainer.model.products import Products
-from trainer.step.check import compare
+from trainer.step.check import compare, compare_update
 from trainer.step.graphs import Graphs, NotAsExpected, Recorder
 from trainer.step.plain import PlainStep
 
@@ -62,6 +62,7 @@ class StaticStep:
         ]
         self.graphs = Graphs(recorder)
         self.met: set[tuple[Shape, bool]] = set()  # by any rank
+        self.updated = False  # once, so that the update has been compared
 
     def __call__(self, current: Step, rate: float) -> torch.Tensor:
         """Takes the step. Returns the gradient's norm, on the device.
@@ -89,6 +90,8 @@ class StaticStep:
         if not alone:
             self._reduce()
             self._together(new, partial(self.graphs.run, "update", self.update_by_sums, self._all))
+        if not self.updated:
+            self._together(new, partial(self._check_update, rate))
         self.graphs.keep()
         self.plain.add_to_window(current)
         return self.norm
@@ -161,6 +164,11 @@ class StaticStep:
 
     def _check(self, current: Step, rows: np.ndarray, batch: Batch) -> None:
         compare(self.plain, current, rows, partial(self._backward, batch))
+
+    def _check_update(self, rate: float) -> None:
+        before = {id(tensor): value for tensor, value in self.graphs.before}
+        compare_update(self.plain, lambda tensor: before[id(tensor)], rate, self.norm)
+        self.updated = True
 
     def _of_a_part(self) -> list[torch.Tensor]:
         """Every tensor that a part changes."""
