@@ -170,6 +170,11 @@ class ParallelConfig(Fields):
     """A config of DeepSpeed: zero0, zero1, zero2, zero3, zero2_offload, zero3_offload, or a JSON file of your own."""
     ddp_comm_hook: Literal["none", "bf16"] = "none"
     """ddp: what travels between ranks; bf16 = gradients rounded to bfloat16, half the bytes, no longer the same run."""
+    exact_shards: int | None = option(None, above=0)
+    """Shards of a batch, a power of two such as 8: the same weights to the last bit on any number of ranks that divides
+    it, by sums in one order; None = the same to rounding. single and ddp; one kind of device, one version of torch."""
+    exact_threads: int = option(1, above=0)
+    """CPU threads of each rank under exact_shards: their number decides bits."""
     ddp_timeout: int = option(1800, above=0, below=10**7, kind="upkeep")
     """Seconds until a collective that not every rank reached is an error."""
 

@@ -13,6 +13,7 @@ def check(config: Any) -> None:
     """Raises UserError at the first contradiction, with what to change."""
     _check_run(config)
     _check_parts(config)
+    _check_exact(config)
 
 
 def _check_run(config: Any) -> None:
@@ -44,3 +45,35 @@ def _check_parts(config: Any) -> None:
         raise UserError("no data: give --train_file FILE, --dataset_name NAME, or a --recipe that names a data set")
     if config.label_names is not None and len(set(config.label_names)) != len(config.label_names):
         raise UserError(f"label_names holds a name twice: {config.label_names}")
+
+
+def _check_exact(config: Any) -> None:
+    """What cannot be the same to the last bit on any number of ranks."""
+    shards = config.exact_shards
+    if shards is None:
+        if config.exact_threads != 1:
+            raise UserError("exact_threads does nothing without exact_shards; give --exact_shards, such as 8, or leave "
+                            "it out")  # fmt: skip
+        return
+    if shards & (shards - 1):
+        lower = 1 << (shards.bit_length() - 1)
+        raise UserError(f"exact_shards must be a power of two, got {shards}; the nearest are {lower} and {2 * lower}")
+    if config.train_batch_size is None:
+        raise UserError("exact_shards needs train_batch_size: without it the batch grows with the number of ranks; "
+                        "give --train_batch_size, such as 64")  # fmt: skip
+    if shards > config.train_batch_size:
+        raise UserError(f"exact_shards {shards} is more than the {config.train_batch_size} pairs of train_batch_size; "
+                        "give fewer shards")  # fmt: skip
+    if config.backend in ("deepspeed", "fsdp") or config.deepspeed:
+        name = "fsdp" if config.backend == "fsdp" else "deepspeed"
+        raise UserError(
+            f"exact_shards works with the backends single and ddp; {name} adds gradients up in its own order"
+        )
+    if config.ddp_comm_hook != "none":
+        raise UserError(f"exact_shards adds gradients up in fp32; leave out ddp_comm_hook {config.ddp_comm_hook}")
+    if config.torch_compile:
+        raise UserError(
+            "torch_compile chooses kernels by itself, which exact_shards cannot hold; leave one of them out"
+        )
+    if config.step_form not in ("auto", "plain"):
+        raise UserError(f"exact_shards takes plain steps; leave out step_form {config.step_form}")
