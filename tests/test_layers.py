@@ -8,6 +8,7 @@ from pathlib import Path
 # Rooms are folders; the others are the few files beside them.
 ORDER = [
     "base",
+    "rules",
     "config",
     "metrics",
     "ranks",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from trainer import rules
 from trainer.base.errors import UserError
 from trainer.base.fields import Fields, checked, option
 from trainer.base.yaml_files import read_mapping
@@ -169,6 +170,11 @@ class ParallelConfig(Fields):
     """A config of DeepSpeed: zero0, zero1, zero2, zero3, zero2_offload, zero3_offload, or a JSON file of your own."""
     ddp_comm_hook: Literal["none", "bf16"] = "none"
     """ddp: what travels between ranks; bf16 = gradients rounded to bfloat16, half the bytes, no longer the same run."""
+    exact_shards: int | None = option(None, above=0)
+    """Shards of a batch, a power of two such as 8: the same weights to the last bit on any number of ranks that divides
+    it, by sums in one order; None = the same to rounding. single and ddp; one kind of device, one version of torch."""
+    exact_threads: int = option(1, above=0)
+    """CPU threads of each rank under exact_shards: their number decides bits."""
     ddp_timeout: int = option(1800, above=0, below=10**7, kind="upkeep")
     """Seconds until a collective that not every rank reached is an error."""
 
@@ -260,29 +266,7 @@ class Config(
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.run_name is not None and Path(self.run_name).name != self.run_name:
-            raise UserError(f"run_name {self.run_name!r} must be a plain name; a path goes into output_dir")
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise UserError(f"max_steps must be positive, or -1 for num_train_epochs, got {self.max_steps}")
-        if self.train_batch_size is not None and self.gradient_accumulation_steps != 1:
-            raise UserError("gradient_accumulation_steps follows from train_batch_size; set only one of them")
-        for name in ("lora_alpha", "lora_target_modules"):
-            if self.lora_r == 0 and getattr(self, name) is not None:
-                raise UserError(f"{name} does nothing while lora_r is 0; give --lora_r, such as 16, or leave it out")
-        if self.load_best_model_at_end and self.eval_strategy == "no":
-            raise UserError("load_best_model_at_end needs eval_strategy steps or epoch")
-        if self.deepspeed is not None and self.backend not in ("auto", "deepspeed"):
-            raise UserError(f"deepspeed is set, but backend is {self.backend}; leave one of them out")
-        if self.skip_nonfinite and (self.backend == "deepspeed" or self.deepspeed):
-            raise UserError("skip_nonfinite does not work with DeepSpeed, which steps by itself")
-        if self.country_iso_code and not (len(self.country_iso_code) == 3 and self.country_iso_code.isupper()):
-            raise UserError(f"country_iso_code {self.country_iso_code!r} must be three capital letters, such as FRA")
-        if self.push_to_hub and not self.write_report:
-            raise UserError("push_to_hub needs write_report, since a model goes there with its card")
-        if self.dataset_name is None and self.train_file is None:
-            raise UserError("no data: give --train_file FILE, --dataset_name NAME, or a --recipe that names a data set")
-        if self.label_names is not None and len(set(self.label_names)) != len(self.label_names):
-            raise UserError(f"label_names holds a name twice: {self.label_names}")
+        rules.check(self)
 
 
 GROUPS: tuple[type, ...] = Config.__bases__[::-1]

@@ -1,5 +1,7 @@
 """The end of a run: the model, its final scores and predictions, results.json."""
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 from trainer.base.files import write_json
@@ -78,4 +80,15 @@ def summarise(trainer: Trainer, metrics: dict[str, Any]) -> dict[str, Any]:
         "energy": energy.summarise(trainer.output.energy(totals.energy), totals.samples),
         "versions": versions(),
         "git": git_state(),
+        "model_sha256": sha256_of_weights(trainer.output.model) if trainer.world.is_main else None,
     }
+
+
+def sha256_of_weights(folder: Path) -> str:
+    """Of the bytes of a model's safetensors files, one after the other: of model.safetensors, where it is the only."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()

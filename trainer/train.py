@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from trainer import ranks
 from trainer.backends import make_backend
-from trainer.base.errors import Preempted, TrainingFailed, UserError, out_of_memory
+from trainer.base.errors import Preempted, TrainingFailed, UserError, first_line, out_of_memory
 from trainer.base.fields import rule
 from trainer.base.files import write_json
 from trainer.base.log import log
@@ -33,11 +33,13 @@ from trainer.run.energy import Meter
 from trainer.run.folder import claim, open_run, write_config
 from trainer.run.journal import Journal, rewind
 from trainer.run.output import Output
+from trainer.run.pins import pinned, pins
 from trainer.run.preempt import Preemption
 from trainer.run.resume import Start, resume
 from trainer.run.state import Identity, State
 from trainer.run.trackers import start_trackers
 from trainer.run.versions import code_hash, versions
+from trainer.step.exact import ExactStep
 from trainer.step.form import make_step
 from trainer.step.memory import fit_micro_batches
 from trainer.step.plain import PlainStep
@@ -51,8 +53,9 @@ def train(config: Config, report: Callable[[Path], None] | None = None) -> dict[
     world = ranks.start(config.ddp_timeout)
     preemption = Preemption(world, config.preemption_signals)
     try:
-        trainer = prepare(config, world, preemption)
-        results = complete(trainer)
+        with pinned(config, world):
+            trainer = prepare(config, world, preemption)
+            results = complete(trainer)
         if world.is_main:
             for split, scores in results["metrics"].items():
                 log.info(f"{split}: {listed(scores)}")
@@ -78,8 +81,8 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
     data = tokenize_splits(config, world, pairs, model, preemption)
     sampler = make_sampler(config, world, data["train"])
     with failures(config, world, opened.path):
-        identity = freeze(config, model, data, sampler)
-    world.agree(lambda: identity.data | model_facts(model) | {"device": world.device.type})
+        identity = freeze(config, model, data, sampler, pins(config, world))
+    world.agree(lambda: identity.data | model_facts(model) | {"device": world.device.type} | (identity.exact or {}))
     opened, lock = claim(opened, config, world)
     checkpoints = Checkpoints(opened.path / "checkpoints", config.save_total_limit)
     with failures(config, world, opened.path):
@@ -87,10 +90,10 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
         forward = backend.prepare(model)
         if start.tensors is not None:
             backend.load_state(start.tensors, start.state.num_updates)
-        wiring = {"backend": backend.name, "num_nodes": world.num_nodes()}
+        wiring = {"backend": backend.name, "num_nodes": world.num_nodes(), "exact": identity.exact}
         described = about(config, data, sampler.batch_size, model, world, wiring) if world.is_main else None
         journal = open_journal(config, opened.path, sampler.num_steps, start, described)
-    plain = PlainStep(
+    plain = (PlainStep if config.exact_shards is None else ExactStep)(
         config=config,
         world=world,
         split=data["train"],
@@ -169,7 +172,13 @@ def make_sampler(config: Config, world: World, train_split: Split) -> GlobalBatc
     )
 
 
-def freeze(config: Config, model: CrossEncoder, data: dict[Role, Split], sampler: GlobalBatchSampler) -> Identity:
+def freeze(
+    config: Config,
+    model: CrossEncoder,
+    data: dict[Role, Split],
+    sampler: GlobalBatchSampler,
+    exact: dict[str, Any] | None,
+) -> Identity:
     """Freezes what training cannot change. What the run is, is settled then."""
     examine(model, data["train"].tokens, config.attn_implementation is not None)
     if config.weight_decay == 0:
@@ -178,7 +187,7 @@ def freeze(config: Config, model: CrossEncoder, data: dict[Role, Split], sampler
         _, table = model.used_rows
         log.info(f"{len(table.frozen):,} of {len(table.place):,} tokens are in no training pair: their rows are frozen")
     fingerprints: dict[str, str] = {role: split.tokens.fingerprint for role, split in data.items()}
-    return Identity(sampler, fingerprints, model.frozen_fingerprint)
+    return Identity(sampler, fingerprints, model.frozen_fingerprint, exact)
 
 
 def open_journal(
@@ -237,6 +246,8 @@ def failures(config: Config, world: World, folder: Path, state: State | None = N
                 "the GPU's memory is used up; lower --per_device_train_batch_size "
                 f"({config.per_device_train_batch_size}), which does not change the run"
             ) from None
+        if "does not have a deterministic implementation" in str(error):
+            raise TrainingFailed(f"exact_shards: {first_line(error)}; leave exact_shards out for this model") from None
         if reason := ranks.explain(error, world, config.ddp_timeout):
             raise TrainingFailed(f"step {state.step}: {reason}" if state else reason) from None
         raise

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import re
@@ -18,6 +19,7 @@ from huggingface_hub import ModelCard
 
 from trainer.base.errors import UserError
 from trainer.cli import parse_train
+from trainer.report.bits import compared
 from trainer.report.card import command, interval, thinned
 from trainer.report.markdown import code, escape, table
 from trainer.report.plots import smooth
@@ -417,7 +419,8 @@ def test_several_runs_are_compared(demo, tmp_path):
     for name, options in others.items():
         crossrank("train", *DEMO, "--bf16", *options, "--track_emissions", "false", "--write_report", "false",
                   "--output_dir", tmp_path / name)  # fmt: skip
-    crossrank("report", demo, tmp_path / "seed", tmp_path / "rate", "--output_dir", tmp_path / "out")
+    said = crossrank("report", demo, tmp_path / "seed", tmp_path / "rate", "--output_dir", tmp_path / "out").said
+    assert f"{tmp_path / 'seed'} beside {demo}: they part at step 1: loss " in said
     text = (tmp_path / "out" / "README.md").read_text()
     values = [
         json.loads((f / "results.json").read_text())["metrics"]["builtin-test"]["f1_macro"]
@@ -428,6 +431,42 @@ def test_several_runs_are_compared(demo, tmp_path):
     assert "learning_rate 0.0003" in text
     assert "3 runs in 2 groups" in text
     assert "data:image/png;base64," in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_two_runs_to_the_last_bit(demo, tmp_path):
+    """Beside the first run of the same seed; or else beside the first of all."""
+    shutil.copytree(demo, tmp_path / "same")
+    shutil.copytree(demo, tmp_path / "another")
+    crossrank("train", *DEMO, "--bf16", "--seed", "1", "--track_emissions", "false", "--write_report", "false",
+              "--output_dir", tmp_path / "seed")  # fmt: skip
+    again = edited(tmp_path / "seed", tmp_path / "again", "results.json", lambda results: None)
+    digest = hashlib.sha256((demo / "model" / "model.safetensors").read_bytes()).hexdigest()
+    assert json.loads((demo / "results.json").read_text())["model_sha256"] == digest
+    assert f"- **SHA-256 of the weights:** <code>{digest}</code>" in (demo / "model" / "README.md").read_text()
+    lines = [json.loads(line) for line in (demo / "metrics.jsonl").read_text().splitlines()]
+    changed = [line | {"grad_norm": 1.0} if line["step"] >= 7 and "grad_norm" in line else line for line in lines]
+    (tmp_path / "another" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+    (tmp_path / "another" / "results.json").unlink()
+    folders = [str(folder) for folder in (demo, tmp_path / "same", tmp_path / "seed", again, tmp_path / "another")]
+    crossrank("report", *folders, "--output_dir", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert re.search(r"same +\| run +\| same bits", text)
+    assert re.search(r"again +\| seed +\| same bits", text)
+    assert re.search(r"seed +\| run +\| they part at step 1: loss [0-9.]+ and", text)
+    assert re.search(r"another +\| run +\| they part at step 7: grad_norm 1.0 and", text)
+
+
+def test_runs_that_logged_other_steps(demo):
+    run = read_run(demo)
+    lines = [dict(event) for event in run.of("train")]
+    sparse = dataclasses.replace(run, results={}, events=lines[9::10])
+    assert compared(run, sparse) == "they have logged no steps in common"
+    other = dataclasses.replace(run, results=run.results | {"model_sha256": "x"})
+    last = "every loss and gradient norm that both have logged is the same, up to step 24"
+    assert compared(run, other) == f"{last}, but not the weights"
+    assert compared(run, dataclasses.replace(run, results={})) == last
+    changed = [event | {"loss": 0.0} if event["step"] == 20 else event for event in lines[9::10]]
+    assert compared(sparse, dataclasses.replace(sparse, events=changed)).startswith("they part between steps 11 and 20")
 
 
 @pytest.fixture(scope="module")

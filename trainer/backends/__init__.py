@@ -11,6 +11,11 @@ __all__ = ["Single", "make_backend"]
 def make_backend(config: Config, world: World) -> Single:
     """The backend that `config` names; auto is single on one rank and ddp on several, or deepspeed if that is set."""
     name = config.backend
+    if config.exact_shards is not None and config.exact_shards % world.size:
+        fitting = ", ".join(str(1 << power) for power in range(config.exact_shards.bit_length()))
+        raise UserError(
+            f"exact_shards {config.exact_shards} cannot be dealt evenly to {world.size} ranks; start one of {fitting}"
+        )
     if name == "deepspeed" or (name == "auto" and config.deepspeed):
         from trainer.backends.deepspeed import DeepSpeed
 
@@ -23,6 +28,7 @@ def make_backend(config: Config, world: World) -> Single:
         if world.size > 1:
             raise UserError(f"backend single cannot wire {world.size} ranks; use --backend ddp")
         return Single(world, config)
-    from trainer.backends.ddp import DDP
+    from trainer.backends.ddp import DDP, Replicas
 
-    return DDP(world, config)
+    # The exact step adds gradients up by itself.
+    return DDP(world, config) if config.exact_shards is None else Replicas(world, config)

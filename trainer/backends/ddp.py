@@ -23,9 +23,13 @@ def in_bf16(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.
     return default_hooks.bf16_compress_hook(dist.distributed_c10d._get_default_group(), bucket)
 
 
-class DDP(Single):
+class Replicas(Single):
+    """Each rank has the full model, and nothing adds their gradients up: the step does."""
+
     name = "ddp"
 
+
+class DDP(Replicas):
     last = True
 
     def prepare(self, module: nn.Module) -> Callable[[Batch], torch.Tensor]:

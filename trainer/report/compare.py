@@ -12,6 +12,7 @@ from trainer.base.fields import rule
 from trainer.base.files import write_text
 from trainer.config import Config
 from trainer.report import markdown
+from trainer.report.bits import compared
 from trainer.report.card import hyperparameters, rounded
 from trainer.report.kept import is_ours, write_card
 from trainer.report.markdown import escape, table
@@ -34,12 +35,39 @@ def write_comparison(runs: list[Run], folder: Path) -> Path:
         with figure(12, 6.4) as drawn:
             draw_training(drawn, groups)
             save(drawn, folder / "plots" / "training")
-        text = markdown.render("compare.md.j2", groups=groups, scores=score_table(groups), runs=run_table(groups))
+        text = markdown.render("compare.md.j2", groups=groups, scores=score_table(groups), runs=run_table(groups),
+                               bits=bit_table(runs, groups))  # fmt: skip
         write_card(folder, text)
         write_text(folder / "report.html", markdown.to_html("Runs compared", text, folder))
     except OSError as error:
         raise UserError(f"cannot write the report into {folder}: {named(error)}") from None
     return folder / "report.html"
+
+
+def bit_table(runs: list[Run], groups: list[Group]) -> Markup:
+    """Each run but the first, beside another one: the first of its group and seeds, or else the first of all."""
+    rows = [
+        [escape(run.folder.name), escape(other.folder.name), escape(compared(run, other))]
+        for run, other in beside(runs, groups)
+    ]
+    return table(["Folder", "Beside", "Bits"], rows)
+
+
+def beside(runs: list[Run], groups: list[Group]) -> list[tuple[Run, Run]]:
+    """The runs but the first, each with the one that it is compared with."""
+    pairs = []
+    for number, run in enumerate(runs[1:], 1):
+        (own,) = (members for _, members in groups if any(run is member for member in members))
+        near = [other for other in runs[:number] if any(other is member for member in own)]
+        alike = [other for other in near if seeds(other) == seeds(run)]
+        pairs.append((run, (alike or runs)[0]))
+    return pairs
+
+
+def seeds(run: Run) -> tuple[int, int]:
+    """Of weights and dropout, and of the data's order."""
+    seed, of_data = run.config["seed"], run.config["data_seed"]
+    return seed, seed if of_data is None else of_data
 
 
 def grouped(runs: list[Run]) -> list[Group]:

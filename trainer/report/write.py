@@ -12,8 +12,9 @@ from trainer.base.errors import UserError, named
 from trainer.base.files import write_text
 from trainer.base.log import log
 from trainer.report import markdown
+from trainer.report.bits import compared
 from trainer.report.card import card, title
-from trainer.report.compare import write_comparison
+from trainer.report.compare import beside, grouped, write_comparison
 from trainer.report.kept import write_card
 from trainer.report.plots import draw
 from trainer.report.read import read_run
@@ -54,4 +55,8 @@ def report(folders: list[str], output_dir: str | None) -> None:
     target = Path(output_dir or "report")
     if own := next((name for name in ("config.yaml", "config.json") if (target / name).exists()), None):
         raise UserError(f"{target} holds {own}: a run or a model, whose report stays; choose another --output_dir")
-    log.info(f"report: {write_comparison([read_run(Path(folder)) for folder in folders], target)}")
+    runs = [read_run(Path(folder)) for folder in folders]
+    path = write_comparison(runs, target)
+    for run, other in beside(runs, grouped(runs)):
+        log.info(f"{run.folder} beside {other.folder}: {compared(run, other)}")
+    log.info(f"report: {path}")

@@ -33,10 +33,15 @@ class Window:
     def new(cls, device: torch.device) -> Window:
         return cls(torch.zeros((), device=device), torch.zeros(2, dtype=torch.int64, device=device))
 
-    def count(self, number: int | torch.Tensor, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """What of step `number`, counted from 1, is on the device."""
+    def count(
+        self, number: int | torch.Tensor, loss: torch.Tensor, norm: torch.Tensor, own: torch.Tensor | None = None
+    ) -> None:
+        """What of step `number`, counted from 1, is on the device.
+
+        `loss` adds up over ranks; `own` is what this rank has computed, if it is not that.
+        """
         self.loss += loss
-        bad = ~torch.isfinite(torch.stack([loss, norm.to(loss.device)]))
+        bad = ~torch.isfinite(torch.stack([loss if own is None else own, norm.to(loss.device)]))
         self.nonfinite.copy_(torch.where((self.nonfinite == 0) & bad, number, self.nonfinite))
 
     def add(self, samples: int, tokens: int) -> None:
@@ -100,6 +105,7 @@ class Saved(TypedDict):
     sampler: dict[str, int | str]  # GlobalBatchSampler.position
     data: dict[str, str]  # fingerprint of each role's split
     rest: str | None  # Identity.frozen
+    exact: dict[str, Any] | None  # Identity.exact
     num_updates: int
     totals: dict[str, Any]  # Totals
     best: tuple[float, int] | None
@@ -119,9 +125,11 @@ class Identity:
     sampler: GlobalBatchSampler
     data: dict[str, str]  # fingerprint of each role's split
     frozen: str | None  # fingerprint of what is in no checkpoint: embedding rows, or the base model of LoRA
+    exact: dict[str, Any] | None = None  # what decides bits, where the run promises the same on any number of ranks
 
     def check(self, saved: Saved, places: dict[str, str]) -> None:
-        """Raises UserError where a checkpoint's run had other data, named by `places`, or froze other weights."""
+        """Raises UserError where a checkpoint's run had other data, named by `places`, froze other weights, or was
+        computed in a way that gives other bits, where these shall be the same."""
         for role, fingerprint in saved.get("data", {}).items():
             if self.data.get(role, fingerprint) != fingerprint:
                 raise UserError(f"{places[role]} is not the {role} data with which the run began")
@@ -130,6 +138,11 @@ class Identity:
                 "the checkpoint cannot be resumed here: its run froze other rows of the embedding table, or all of "
                 "another model, under LoRA; give the same model_name_or_path, init, seed, weight_decay and lora fields"
             )
+        before, now = saved.get("exact") or {}, self.exact or {}
+        changed = [name for name in now if name in before and before[name] != now[name]]
+        if changed:
+            differing = "; ".join(f"{name}: saved {before[name]!r}, now {now[name]!r}" for name in changed)
+            raise UserError(f"under exact_shards the checkpoint cannot be resumed here, bits would differ: {differing}")
 
 
 @dataclass
@@ -166,6 +179,7 @@ class State:
             "sampler": identity.sampler.position(self.step),
             "data": identity.data,
             "rest": identity.frozen,
+            "exact": identity.exact,
             "num_updates": self.num_updates,
             "totals": dataclasses.asdict(self.totals) | {"energy": energy},
             "best": self.best,

@@ -16,7 +16,9 @@ def make_step(plain: PlainStep) -> StaticStep | None:
     config, device, state = plain.config, plain.world.device, plain.state
     before, state.step_form = state.step_form, "plain"
     failed = before if before not in get_args(StepForm) else ""
-    form = {"auto": "captured" if device.type == "cuda" else "plain"}.get(config.step_form, config.step_form)
+    # Kernels that are chosen by trying, and sums in the order of the ranks, are nothing for an exact run.
+    auto = "captured" if device.type == "cuda" and config.exact_shards is None else "plain"
+    form = {"auto": auto}.get(config.step_form, config.step_form)
     if state.step > 0 and form != before and not failed:
         log.warning(f"the steps before were {before}, and these are {form}, which round differently")
     if form == "plain":

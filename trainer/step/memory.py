@@ -12,16 +12,22 @@ def fit_micro_batches(plain: PlainStep, sampler: GlobalBatchSampler) -> None:
     """Halves the micro-batch until the heaviest one of the run fits into the GPU's memory, on every rank.
 
     The order of the samples is known beforehand, so this can be tried before the first step. A step is then
-    computed in more forwards: the same mathematics.
+    computed in more forwards: the same mathematics, but other bits, so that an exact run ends here.
     """
     if not plain.backend.replicated:
         return
     lengths = plain.split.tokens.lengths
     heaviest, longest = sampler.heaviest(lengths), sampler.longest(lengths)
+    exact = plain.config.exact_shards is not None
     while not plain.world.all(fits(plain, heaviest) and fits(plain, longest)):
         if plain.micro_batch_size == 1:
             raise TrainingFailed("a single pair does not fit into the GPU's memory; lower --max_length, or set "
                                  "--gradient_checkpointing true")  # fmt: skip
+        if exact:
+            raise TrainingFailed(
+                f"the GPU's memory does not hold {plain.micro_batch_size} pairs in a forward, and under exact_shards "
+                "fewer would be other bits; begin a new run with a lower --per_device_train_batch_size"
+            )
         plain.micro_batch_size = -(-plain.micro_batch_size // 2)
         log.info(f"not enough GPU memory: continuing with {plain.micro_batch_size} pairs per forward, which does not "
                  "change the run")  # fmt: skip
@@ -37,9 +43,11 @@ def fits(plain: PlainStep, step: Step) -> bool:
         # A resumed run has its moments already.
         new = [p for p in plain.model.parameters() if p.requires_grad and p not in plain.backend.optimizer.state]
         reserved = [torch.empty_like(p) for p in new for moment in range(2)]
+        size = sum(p.numel() for p in plain.model.parameters() if p.requires_grad)
+        sums = [torch.empty(size, device=plain.world.device) for _ in range(plain.num_sums)]
         for _ in micro_batches[:2]:  # the first one's gradients are there while the second one is computed
             plain.backward(step, rows, last=False)
-        del reserved
+        del reserved, sums
     except RuntimeError as error:
         if not out_of_memory(error):
             raise

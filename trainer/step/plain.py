@@ -86,6 +86,11 @@ class PlainStep:
         """Of a micro-batch, over the run: a step that is one forward of each rank is dealt evenly."""
         return min(self.micro_batch_size, -(-self.batch_size // self.world.size))
 
+    @property
+    def num_sums(self) -> int:
+        """Of all gradients, that a step holds beside them."""
+        return 0
+
     def forget(self) -> None:
         """Lets go of what a forward has left in the model."""
         if self.model.layout:
