@@ -5,19 +5,22 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Ranks, crossrank, events
+from conftest import ROOT, Ranks, crossrank, events, free_port
 from families import save_encoder
 
 from trainer.base.errors import TrainingFailed, UserError
 from trainer.cli import parse_train
 from trainer.ranks import World
 from trainer.run.pins import pinned, pins
+from trainer.run.state import Window
 from trainer.step import memory
 from trainer.step.exact import Tree
 from trainer.train import prepare, train
@@ -134,6 +137,64 @@ def test_killed_and_resumed_on_another_number_of_ranks(whole, tmp_path, before, 
     said = crossrank("train", *RUN, "--save_steps", "2", "--output_dir", folder, ranks=after).said
     assert re.search("resuming at step [24]", said)
     assert same_bits(folder, whole)
+
+
+@pytest.mark.full
+def test_a_rank_is_lost_for_good(tmp_path):
+    """torchrun with one or two nodes: one is killed, agent and rank, and the other goes on to the same bits."""
+    folder, port = tmp_path / "run", free_port()
+    run = [*RUN, "--num_train_epochs", "20", "--save_steps", "5"]
+    crossrank("train", *run, "--output_dir", tmp_path / "whole")
+    wiring = ["--nnodes", "1:2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "exact",
+              "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-conf", "join_timeout=120,last_call_timeout=3",
+              "--max-restarts", "3", "--local-addr", "127.0.0.1"]  # fmt: skip
+    start = [sys.executable, "-m", "torch.distributed.run", *wiring, "-m", "crossrank", "train"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    agents = []
+    for name in ("stays", "goes"):
+        with (tmp_path / name).open("w") as log:
+            command = [*map(str, [*start, *run, "--output_dir", folder])]
+            agents.append(subprocess.Popen(command, stdout=log, stderr=log, env=env))
+        time.sleep(2)  # the first one listens
+    while not saved(folder):
+        assert agents[0].poll() is None, (tmp_path / "stays").read_text()
+        time.sleep(0.01)
+    ranks = Path(f"/proc/{agents[1].pid}/task/{agents[1].pid}/children").read_text().split()
+    for process in (agents[1].pid, *map(int, ranks)):
+        os.kill(process, signal.SIGKILL)
+    agents[1].wait()
+    assert agents[0].wait(timeout=300) == 0, (tmp_path / "stays").read_text()
+    said = (tmp_path / "stays").read_text() + (tmp_path / "goes").read_text()
+    assert "2 rank(s), backend ddp" in said
+    assert "1 rank(s), backend single" in said
+    assert same_bits(folder, tmp_path / "whole")
+
+
+def test_adapters(minilm, tmp_path):
+    pytest.importorskip("peft")
+    options = [
+        "--model_name_or_path",
+        minilm,
+        "--lora_r",
+        "4",
+        "--max_steps",
+        "3",
+        "--per_device_train_batch_size",
+        "4",
+    ]
+    for ranks in (0, 2):
+        crossrank("train", *SHORT, *options, "--output_dir", tmp_path / str(ranks), ranks=ranks)
+    assert same_bits(tmp_path / "0", tmp_path / "2")
+
+
+def test_a_loss_is_counted_once_and_is_its_ranks():
+    """Rank 0 counts the loss of all; where it is not finite, the rank that has computed it is named."""
+    nan, norm = torch.tensor(torch.nan), torch.tensor(1.0)
+    sound, other = Window.new(CPU), Window.new(CPU)
+    sound.count(3, nan, norm, own=torch.tensor(0.5))
+    other.count(3, torch.tensor(0.0), norm, own=nan)
+    assert (sound.nonfinite.tolist(), other.nonfinite.tolist()) == ([0, 0], [3, 0])
+    assert float(other.loss) == 0.0
 
 
 CHANGES = {
