@@ -7,7 +7,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 from conftest import ROOT, crossrank, losses
 
@@ -16,6 +15,8 @@ from benchmarks import two_hosts
 RUN = ["--recipe", "demo", "--max_train_samples", "330", "--max_eval_samples", "101", "--max_test_samples", "101",
        "--logging_steps", "1", "--dropout", "0.1", "--max_steps", "12", "--track_emissions", "false",
        "--write_report", "false"]  # fmt: skip
+
+EXACT = [*RUN, "--exact_shards", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +28,20 @@ def possible():
 @pytest.mark.full
 @pytest.mark.parametrize(("nproc", "rate", "delay"), [(1, "200mbit", None), (2, "50mbit", "2ms")])
 def test_two_hosts(possible, tmp_path, nproc, rate, delay):
-    """The same command on both; the run is that of one process."""
+    """The same command on both; the run is that of one process, bit for bit."""
     if delay and not two_hosts.has_netem():
         delay = None  # the limit of bandwidth remains
     command = [sys.executable, "-m", "crossrank", "launch", "torchrun", "--nnodes", "2", "--nproc", str(nproc),
-               "--rdzv-endpoint", "host1:29500", "--", "train", *RUN, "--output_dir", f"{tmp_path}/run"]  # fmt: skip
+               "--rdzv-endpoint", "host1:29500", "--", "train", *EXACT, "--output_dir", f"{tmp_path}/run"]  # fmt: skip
     env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     with two_hosts.TwoHosts(rate, delay) as hosts:
         results = hosts.run([command, command], env)
     assert [result.returncode for result in results] == [0, 0], results
     assert f"{2 * nproc} rank(s), backend ddp" in results[0].stdout + results[1].stdout
-    crossrank("train", *RUN, "--output_dir", tmp_path / "local")
-    assert np.allclose(losses(tmp_path / "run"), losses(tmp_path / "local"), rtol=0, atol=1e-5)
+    crossrank("train", *EXACT, "--output_dir", tmp_path / "local")
+    assert losses(tmp_path / "run") == losses(tmp_path / "local")
+    weights = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("run", "local")]
+    assert weights[0] == weights[1]
 
 
 def test_a_host_without_a_name(tmp_path):

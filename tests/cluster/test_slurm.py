@@ -100,14 +100,14 @@ def test_two_nodes_by_launch(cluster, local):
     "gpus", ["--gpus-per-task=1", pytest.param("--gpus-per-node=2", marks=full), pytest.param("", marks=full)]
 )
 def test_two_nodes_by_srun(cluster, local, gpus):
-    """One task a rank; they find each other through Slurm's variables."""
-    folder = cluster.work / f"srun{gpus}"
+    """One task a rank; they find each other through Slurm's variables. Bit for bit the run of one process."""
+    folder, exact = cluster.work / f"srun{gpus}", [*SHORT, "--exact_shards", "4"]
     job = cluster.sbatch(
-        "--nodes=2", "--ntasks-per-node=2", *filter(None, [gpus]), *BY_SRUN, *SHORT, "--output_dir", folder
+        "--nodes=2", "--ntasks-per-node=2", *filter(None, [gpus]), *BY_SRUN, *exact, "--output_dir", folder
     )
     assert job.wait() == "0:0", job.log
     assert "4 rank(s), backend ddp" in job.log
-    assert np.allclose(losses(folder), losses(local(SHORT)), rtol=0, atol=1e-5)
+    assert_same_run(folder, local(exact))
 
 
 def preempted(cluster, job: fake_slurm.Job, folder: Path, step: int, name: str = "USR1") -> None:
