@@ -113,28 +113,17 @@ def assemble(
         likeness: shortest length of a group relative to its longest; 0 = all pairs are one group.
         longest: length that all pairs are padded to, if more than that of the longest of them.
         num_pairs: most pairs of a batch; given, the batch is filled up to one of few shapes, in one group.
-        padding: number of the padding token.
-        first_position: position of a pair's first token. If it is not 0, padding tokens are not counted, which a text
-            can hold written out: RoBERTa's kind.
+        padding, first_position: number of the padding token, and position of a pair's first token. If that is not 0,
+            padding tokens are not counted, which a text can hold written out: RoBERTa's kind.
 
     An empty micro-batch becomes row 0 with an ignored label: every rank takes part in every step.
     """
-    targets = labels[rows]
-    if len(rows) == 0:
-        rows, targets = np.zeros(1, dtype=np.int64), np.array([IGNORED])
+    rows, targets = (rows, labels[rows]) if len(rows) else (np.zeros(1, dtype=np.int64), np.array([IGNORED]))
     lengths = tokens.offsets[rows + 1] - tokens.offsets[rows]
     order = np.argsort(-lengths, kind="stable")
     rows, targets, lengths = rows[order], targets[order], lengths[order]
     count = int(lengths.sum())
-    groups: tuple[Group, ...]
-    if num_pairs is not None:
-        shape = shape_of(lengths, num_pairs)
-        lengths = np.concatenate([lengths, _shares(shape.tokens - count, shape.pairs - len(rows))])
-        groups = (Group(shape.pairs, shape.longest, shape.tokens),)
-    elif longest is not None:
-        groups = (Group(len(rows), max(longest, int(lengths[0])), count),)
-    else:
-        groups = make_groups(lengths, likeness)
+    lengths, groups = _grouped(lengths, likeness, longest, num_pairs)
     pair, positions, first = _numbered(lengths)
     places = tokens.offsets[rows][pair[:count]] + positions[:count]
     # One more key than tokens: that of the step.
@@ -153,11 +142,20 @@ def assemble(
         "labels": _up_to(len(lengths), targets, IGNORED),
         **_grid(groups, pair, positions),
     }
-    flat = torch.from_numpy(np.concatenate(list(arrays.values()), dtype=np.int64))
-    if device.type == "cuda":
-        # From pinned memory the copy runs while the device computes the step before.
-        flat = flat.pin_memory().to(device, non_blocking=True)
-    return _named([len(values) for values in arrays.values()], flat, rows, groups)
+    return _named([len(values) for values in arrays.values()], _copied(arrays, device), rows, groups)
+
+
+def _grouped(
+    lengths: np.ndarray, likeness: float, longest: int | None, num_pairs: int | None
+) -> tuple[np.ndarray, tuple[Group, ...]]:
+    """Descending `lengths` (pairs,), with those of the pairs that fill up, and how attention groups them all."""
+    if num_pairs is not None:
+        shape = shape_of(lengths, num_pairs)
+        filling = _shares(shape.tokens - int(lengths.sum()), shape.pairs - len(lengths))
+        return np.concatenate([lengths, filling]), (Group(shape.pairs, shape.longest, shape.tokens),)
+    if longest is not None:
+        return lengths, (Group(len(lengths), max(longest, int(lengths[0])), int(lengths.sum())),)
+    return lengths, make_groups(lengths, likeness)
 
 
 def make_groups(lengths: np.ndarray, likeness: float) -> tuple[Group, ...]:
@@ -204,6 +202,15 @@ def _grid(groups: tuple[Group, ...], pair: np.ndarray, positions: np.ndarray) ->
     token, real = np.zeros((2, widths.sum()), dtype=np.int64)
     token[place], real[place] = np.arange(len(pair)), 1
     return {"place": place, "start": start, "width": width, "token": token, "real": real}
+
+
+def _copied(arrays: dict[str, np.ndarray], device: torch.device) -> torch.Tensor:
+    """The arrays one after the other, on the device, by one copy."""
+    flat = torch.from_numpy(np.concatenate(list(arrays.values()), dtype=np.int64))
+    if device.type == "cuda":
+        # From pinned memory the copy runs while the device computes the step before.
+        flat = flat.pin_memory().to(device, non_blocking=True)
+    return flat
 
 
 def _named(sizes: list[int], flat: torch.Tensor, rows: np.ndarray, groups: tuple[Group, ...]) -> Batch:
