@@ -27,6 +27,19 @@ FIELDS = [
     "dataset_config_name",
     "dataset_revision",
     "train_file",
+    "objective",
+    "class_weights",
+    "pos_weight",
+    "layerwise_lr_decay",
+    "freeze_embeddings",
+    "freeze_layers",
+    "lr_scheduler_kwargs",
+    "label_map",
+    "eval_label_map",
+    "max_samples_per_source",
+    "source_weights",
+    "early_stopping_patience",
+    "early_stopping_threshold",
     "validation_file",
     "step_form",
     "test_file",
@@ -144,10 +157,18 @@ BAD = {
     "--max_train_samples 0": "max_train_samples must be above 0",
     "--dropout 1": "dropout must be at least 0 and below 1",
     "--learning_rate nan": "learning_rate must be a finite number",
-    "--metric_for_best_model f1": "valid: accuracy, f1_macro",
+    "--metric_for_best_model f2": "unknown metric_for_best_model 'f2'",
+    "--metric_for_best_model f1": "metric_for_best_model f1 is no score of objective cross_entropy; use f1_macro",
     "--label_names [a,a]": "twice",
     "--config /nowhere.yaml": "/nowhere.yaml",
-    "--load_best_model_at_end --eval_strategy no": "needs eval_strategy",
+    "--load_best_model_at_end --eval_strategy no": "load_best_model_at_end needs eval_strategy",
+    "--early_stopping_patience 3 --eval_strategy no": "early_stopping_patience needs eval_strategy",
+    "--early_stopping_threshold 0.1": "without early_stopping_patience",
+    "--objective mse --class_weights 1,2": "class_weights is for classes",
+    "--pos_weight 2": "pos_weight is for objective binary_cross_entropy",
+    "--label_map neutral": "neutral has no value",
+    "--label_map a=x,a=y": "gives 'a' two values",
+    "--label_map a=": "none of them empty",
     "--max_steps 0": "max_steps must be positive",
     "--max_steps -20": "max_steps must be positive, or -1 for num_train_epochs, got -20",
     "--ddp_timeout 100000000000": "ddp_timeout must be above 0 and below",
@@ -257,12 +278,13 @@ def test_values_of_a_file_mean_what_they_say(tmp_path, text):
 @pytest.mark.parametrize("value", ["#1.csv", "null", "&x", "1e-5", "a: b", "- a", "[a", "true", "-x.csv", "'q'"])
 def test_text_on_the_command_line_is_text(value):
     for name in ("train_file", "output_dir", "premise_column"):
-        assert getattr(parse_train(["--recipe", "demo", f"--{name}", value]), name) == value
-        assert getattr(parse_train([f"--{name}={value}", "--recipe", "demo"]), name) == value
+        expected = [value] if name == "train_file" else value
+        assert getattr(parse_train(["--recipe", "demo", f"--{name}", value]), name) == expected
+        assert getattr(parse_train([f"--{name}={value}", "--recipe", "demo"]), name) == expected
 
 
 BAD_FROM_PYTHON = {
-    "lr_scheduler_type": "polynomial", "backend": "dpp", "eval_strategy": "epochs", "learning_rate": "fast",
+    "lr_scheduler_type": "polynomials", "backend": "dpp", "eval_strategy": "epochs", "learning_rate": "fast",
     "seed": 1.5, "bf16": "maybe", "train_file": 3, "label_names": [1, 2], "max_steps": True, "init": None,
     "num_train_epochs": float("inf"), "weight_decay": float("nan"), "output_dir": ["a"], "label_names ": "a",
     "save_steps": np.array([1, 2]), "train_batch_size": pd.DataFrame({"a": [1, 2]}), "run_name": np.array(["a", "b"]),
@@ -283,7 +305,7 @@ def test_python_s_own_types(tmp_path):
     config = parse_train(
         [], {"train_file": tmp_path / "a.csv", "label_names": "no,yes", "learning_rate": 1, "seed": "7"}
     )
-    assert (config.train_file, config.label_names) == (str(tmp_path / "a.csv"), ["no", "yes"])
+    assert (config.train_file, config.label_names) == ([str(tmp_path / "a.csv")], ["no", "yes"])
     assert (config.learning_rate, config.seed) == (1.0, 7)
     fields = {"train_file": "a.csv", "label_names": pd.Series(["a", "b", "a"]).unique(), "max_steps": np.int64(5),
               "learning_rate": np.float32(0.5), "bf16": np.bool_(True), "seed": torch.tensor(7)}  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 # Rooms are folders; the others are the few files beside them.
 ORDER = [
     "base",
+    "options",
     "rules",
     "config",
     "metrics",
@@ -23,6 +24,7 @@ ORDER = [
     "finish",
     "train",
     "predict",
+    "score",
     "cli",
     "api",
     "doctor",

@@ -77,7 +77,8 @@ def scoring(verb: str, argv: list[str], *groups: Any) -> list[Any]:
 
 def evaluate(argv: list[str]) -> None:
     from trainer.metrics import listed
-    from trainer.predict import EvaluateConfig, InferenceConfig, evaluate_model
+    from trainer.predict import InferenceConfig
+    from trainer.score import EvaluateConfig, evaluate_model
 
     metrics = evaluate_model(*scoring("evaluate", argv, DataConfig, InferenceConfig, EvaluateConfig))
     if _place().rank == 0:

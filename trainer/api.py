@@ -23,9 +23,10 @@ from trainer.base.fields import typed
 from trainer.base.log import log
 from trainer.cli import grouped, parse_train
 from trainer.config import Config, DataConfig
-from trainer.predict import EvaluateConfig, InferenceConfig, evaluate_model, predict_pairs
+from trainer.predict import InferenceConfig, predict_pairs
 from trainer.report import hub
 from trainer.report.write import write_report
+from trainer.score import EvaluateConfig, evaluate_model
 
 
 def train(config: Config | None = None, *, recipe: str | None = None, **fields: Any) -> dict[str, Any]:

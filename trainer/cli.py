@@ -9,7 +9,7 @@ import dataclasses
 import os
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from trainer.base.environment import read_place
 from trainer.base.errors import UserError, unknown
@@ -36,7 +36,9 @@ def make_parser(prog: str, groups: tuple[type, ...], explained: bool = True, **k
     for group in groups:
         section, texts = parser.add_argument_group(group.__doc__), _help(group) if explained else {}
         for own in dataclasses.fields(group):
-            flag: dict[str, Any] = {"nargs": "?", "const": "true"} if kinds(group)[own.name] is bool else {}
+            flag: dict[str, Any] = (
+                {"nargs": "?", "const": "true"} if kinds(group)[own.name] in (bool, bool | None) else {}
+            )
             # argparse formats help with %, and shows a default only where it sets it.
             text = f"{texts.get(own.name, '')} (default: {default(own)})".replace("%", "%%")
             section.add_argument(f"--{own.name}", metavar=shown(kinds(group)[own.name]), help=text, **flag)
@@ -45,7 +47,7 @@ def make_parser(prog: str, groups: tuple[type, ...], explained: bool = True, **k
 
 def shown(kind: Any) -> str:
     """A field's type for --help: its words, or what kind of value it takes."""
-    if isinstance(kind, UnionType):
+    if get_origin(kind) in (Union, UnionType):
         return shown(get_args(kind)[0])
     if get_origin(kind) is Literal:
         return "{" + ",".join(get_args(kind)) + "}"

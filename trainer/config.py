@@ -6,131 +6,21 @@ card's hyperparameter list can be pasted into a config file. Nothing here import
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from trainer import rules
 from trainer.base.errors import UserError
 from trainer.base.fields import Fields, checked, option
 from trainer.base.yaml_files import read_mapping
+from trainer.options import MAIN_SCORE, Metric
+from trainer.options import SCORES as SCORES
+from trainer.options import BatchConfig as BatchConfig
+from trainer.options import DataConfig as DataConfig
+from trainer.options import ModelConfig as ModelConfig
+from trainer.options import OptimisationConfig as OptimisationConfig
 
-Metric = Literal["accuracy", "f1_macro", "f1_micro", "f1_weighted", "loss"]
-METRICS = get_args(Metric)
 StepForm = Literal["auto", "plain", "static", "captured"]
 Signal = Literal["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(Fields):
-    """Model"""
-
-    model_name_or_path: str = option("distilbert/distilroberta-base", path=True)
-    """Encoder to start from: a hub name, a local folder, or `builtin` (a tiny BERT made from scratch)."""
-    model_revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    init: Literal["pretrained", "random"] = "pretrained"
-    """`random` takes only the architecture and the tokenizer, and draws the weights from `seed`."""
-    max_length: int | None = option(None, above=0)
-    """Longest pair in tokens, longest text cut first; None = the tokenizer's own limit."""
-    dropout: float | None = option(None, at_least=0, below=1)
-    """Every dropout probability of the model; None = the model's own."""
-    attn_implementation: str | None = None
-    """Attention kernel of transformers (sdpa, eager, flash_attention_2 ...); None = crossrank's own where it knows
-    the family, whose dropout masks do not depend on the number of ranks."""
-    trust_remote_code: bool = False
-    """Run Python code that the model's repository brings."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(Fields):
-    """Data"""
-
-    dataset_name: str | None = option(None, path=True, kind="source")
-    """Hub name, a folder of `save_to_disk`, or `builtin`; only a name in reports where *_file fields are given."""
-    dataset_config_name: str | None = option(None, kind="source")
-    """Configuration of the hub data set, such as `pair-class`."""
-    dataset_revision: str | None = option(None, kind="source")
-    """Branch, tag or commit on the hub."""
-    train_file: str | None = option(None, path=True, kind="source")
-    """Training pairs: parquet, csv, tsv, jsonl (each also .gz), SNLI's or MultiNLI's own txt, jsonl or tsv, or a
-    `save_to_disk` folder. Where any *_file is given, nothing comes from the hub."""
-    validation_file: str | None = option(None, path=True, kind="source")
-    """Pairs of the dev split."""
-    test_file: str | None = option(None, path=True, kind="source")
-    """Pairs of the test split."""
-    premise_column: str | None = None
-    """None = `premise`, else `sentence1`."""
-    hypothesis_column: str | None = None
-    """None = `hypothesis`, else `sentence2`."""
-    label_column: str | None = None
-    """None = `label`, else `gold_label`."""
-    label_names: list[str] | None = None
-    """Class names, in the order of the integer labels, as `a,b,c`; None = from the data. Integers without names mean
-    entailment, neutral, contradiction where those are the classes."""
-    max_train_samples: int | None = option(None, above=0)
-    """Use the first N pairs of the training split."""
-    max_eval_samples: int | None = option(None, above=0)
-    """Use the first N pairs of the dev split."""
-    max_test_samples: int | None = option(None, above=0)
-    """Use the first N pairs of the test split."""
-
-    def file(self, role: str) -> str | None:
-        """Of the role train, dev or test."""
-        return {"train": self.train_file, "dev": self.validation_file, "test": self.test_file}[role]
-
-    @property
-    def has_files(self) -> bool:
-        return any((self.train_file, self.validation_file, self.test_file))
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchConfig(Fields):
-    """Batch"""
-
-    per_device_train_batch_size: int = option(64, above=0, kind="method")
-    """Largest number of pairs in one forward of one rank."""
-    per_device_eval_batch_size: int = option(64, above=0, kind="method")
-    """Pairs in one forward of evaluation and prediction."""
-    gradient_accumulation_steps: int = option(1, above=0, kind="method")
-    """Forwards of a rank before an optimizer step."""
-    train_batch_size: int | None = option(None, above=0)
-    """Pairs in one optimizer step, over all ranks. When given, gradient_accumulation_steps is derived, and the run is
-    the same on any number of ranks; None = per_device_train_batch_size * gradient_accumulation_steps * ranks."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimisationConfig(Fields):
-    """Optimisation"""
-
-    learning_rate: float = option(5e-5, at_least=0)
-    """Peak learning rate of AdamW."""
-    weight_decay: float = option(0.0, at_least=0)
-    """Decoupled weight decay; never on biases and norms."""
-    adam_beta1: float = option(0.9, at_least=0, below=1)
-    """Decay of AdamW's first moment."""
-    adam_beta2: float = option(0.999, at_least=0, below=1)
-    """Decay of AdamW's second moment."""
-    adam_epsilon: float = option(1e-8, above=0)
-    """AdamW's epsilon."""
-    max_grad_norm: float = option(1.0, at_least=0)
-    """Clip the global gradient norm to this; 0 = do not clip."""
-    num_train_epochs: float = option(1.0, above=0)
-    """Passes over the training data."""
-    max_steps: int = -1
-    """Optimizer steps; overrides num_train_epochs when positive."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """Course of the learning rate after warmup."""
-    warmup_ratio: float = option(0.0, at_least=0, below=1)
-    """Part of all steps over which the learning rate rises from 0."""
-    warmup_steps: int = option(0, at_least=0)
-    """The same in steps; overrides warmup_ratio when positive."""
-    label_smoothing_factor: float = option(0.0, at_least=0, below=1)
-    """Probability mass spread evenly over all classes."""
-    lora_r: int = option(0, at_least=0)
-    """LoRA, by peft: rank of the adapters that are trained, with the head, in the model's place; 0 = no LoRA."""
-    lora_alpha: int | None = option(None, above=0)
-    """What the adapters add is scaled by lora_alpha / lora_r; None = 2 * lora_r."""
-    lora_target_modules: list[str] | None = None
-    """Names of the layers that get an adapter, such as `q_proj,v_proj`; None = every linear layer but the head's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,10 +79,16 @@ class EvaluationConfig(Fields):
     """Steps between evaluations."""
     eval_on_start: bool = False
     """Evaluate before the first step."""
-    metric_for_best_model: Metric = "f1_macro"
-    """accuracy, f1_macro, f1_micro, f1_weighted or loss, on the dev split."""
-    load_best_model_at_end: bool = False
-    """Keep the weights of the best evaluation, not of the last step."""
+    metric_for_best_model: Metric | None = None
+    """By which evaluations on the dev split are compared: one of the objective's scores, or loss; None = f1_macro,
+    average_precision or spearman."""
+    load_best_model_at_end: bool | None = None
+    """End with the weights of the best evaluation, not of the last step; None = where there is a dev split that is
+    evaluated."""
+    early_stopping_patience: int | None = option(None, above=0)
+    """Stop when so many evaluations in a row are no better than the best one before."""
+    early_stopping_threshold: float = option(0.0, at_least=0)
+    """By how much an evaluation must be better to count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +154,11 @@ class Config(
     ModelConfig,
 ):
     """All fields of a training run, validated. Raises UserError naming the field."""
+
+    @property
+    def best_metric(self) -> str:
+        """By which evaluations are compared."""
+        return self.metric_for_best_model or MAIN_SCORE[self.objective]
 
     @property
     def order_seed(self) -> int:

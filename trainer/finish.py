@@ -6,8 +6,7 @@ from typing import Any
 
 from trainer.base.files import write_json
 from trainer.base.log import log
-from trainer.config import METRICS
-from trainer.data.sources import Role
+from trainer.config import SCORES
 from trainer.evaluate import Evaluation, evaluate, write_predictions
 from trainer.loop import Trainer
 from trainer.run import energy
@@ -18,7 +17,7 @@ from trainer.run.versions import git_state, versions
 def finish(trainer: Trainer) -> dict[str, Any]:
     """What results.json holds, on every rank. The run is finished when that file is there."""
     state, output = trainer.state, trainer.output
-    if trainer.config.load_best_model_at_end:
+    if trainer.keeps_best:
         # With LoRA the frozen weights are in no file that is read back.
         frozen = trainer.backend.full_weights(trainer.model.model) if trainer.model.lora else {}
         best = frozen | trainer.model.saved_weights(output.model) if trainer.world.is_main else {}
@@ -46,14 +45,14 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     return summary
 
 
-def final_scores(trainer: Trainer, role: Role, step: int) -> tuple[Evaluation, Evaluation]:
+def final_scores(trainer: Trainer, role: str, step: int) -> tuple[Evaluation, Evaluation]:
     """As trained, and without autocast, as most users of the model will run it; its scores are added as `fp32`."""
     config, result = trainer.config, trainer.evaluate(role, step)
     if not config.bf16:
         return result, result
     size, check = config.per_device_eval_batch_size, trainer.preemption.check
     exact = evaluate(trainer.model, trainer.data[role], trainer.world, size, bf16=False, check=check)
-    result.scores["fp32"] = {name: exact.scores[name] for name in METRICS}
+    result.scores["fp32"] = {name: exact.scores[name] for name in (*SCORES["cross_entropy"], "loss")}
     return result, exact
 
 

@@ -18,7 +18,6 @@ from trainer.base.errors import TrainingFailed
 from trainer.base.log import log
 from trainer.config import Config
 from trainer.data.sampler import GlobalBatchSampler, Step
-from trainer.data.sources import Role
 from trainer.data.tokens import Split
 from trainer.evaluate import Evaluation, evaluate
 from trainer.model.cross_encoder import CrossEncoder
@@ -42,7 +41,7 @@ class Trainer:
 
     config: Config
     world: World
-    data: dict[Role, Split]
+    data: dict[str, Split]
     sampler: GlobalBatchSampler
     identity: Identity
     model: CrossEncoder
@@ -66,11 +65,17 @@ class Trainer:
             self.output.journal.bar.update()
             if state.step % config.logging_steps == 0 or state.step == self.sampler.num_steps:
                 self.log(norm, rate)
-            if self.due(config.eval_strategy, config.eval_steps, last=config.load_best_model_at_end):
+            if self.due(config.eval_strategy, config.eval_steps, last=self.keeps_best):
                 self.evaluate_and_keep_best()
             if self.due(config.save_strategy, config.save_steps, last=True):
                 self.save()
             self.preemption.check()
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the run ends with its best model: by default, where there are evaluations to tell it by."""
+        wanted = self.config.load_best_model_at_end
+        return "dev" in self.data and self.config.eval_strategy != "no" if wanted is None else wanted
 
     def take(self, current: Step, rate: float) -> torch.Tensor:
         """Takes an optimizer step, in the form that is trusted. Returns the gradient's norm, on the device."""
@@ -175,7 +180,7 @@ class Trainer:
             self.keep_if_best(self.evaluate("dev", state.step).scores)
             state.pending_evaluation = False
 
-    def evaluate(self, role: Role, step: int) -> Evaluation:
+    def evaluate(self, role: str, step: int) -> Evaluation:
         """Scores the weights of `step` on a split."""
         config, split, totals = self.config, self.data[role], self.state.totals
         started = time.perf_counter()
@@ -190,9 +195,9 @@ class Trainer:
 
     def keep_if_best(self, scores: dict[str, Any]) -> None:
         """Saves the model when it is the best so far, if the best is what the run shall end with."""
-        name, best = self.config.metric_for_best_model, self.state.best
+        name, best = self.config.best_metric, self.state.best
         value = -scores[name] if name == "loss" else scores[name]
-        if self.config.load_best_model_at_end and (best is None or value > best[0]):
+        if self.keeps_best and (best is None or value > best[0]):
             self.state.best = value, self.state.step
             self.save_model()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config import METRICS
+from trainer.config import SCORES
 
 
 def classification_scores(labels: np.ndarray, logits: np.ndarray, num_labels: int) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def _confusion(labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> 
 
 def listed(scores: dict[str, Any]) -> str:
     """The scores that a person wants to see, in a line."""
-    return ", ".join(f"{name} {scores[name]:.4f}" for name in METRICS)
+    return ", ".join(f"{name} {scores[name]:.4f}" for name in (*SCORES["cross_entropy"], "loss"))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A trained model at work: the scores of labelled pairs, the classes of new ones."""
+"""A trained model at work: the classes of new pairs."""
 
 import dataclasses
 import itertools
@@ -6,23 +6,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
 from trainer import ranks
-from trainer.base.errors import UserError, named
+from trainer.base.errors import UserError
 from trainer.base.fields import Fields, option
-from trainer.base.files import write_json
 from trainer.base.log import log
-from trainer.config import DataConfig, ModelConfig
-from trainer.data.sources import Pairs, Role, load_pairs, split_name, unlabelled
+from trainer.config import ModelConfig
+from trainer.data.sources import Pairs, unlabelled
 from trainer.data.stream import WRITERS, id_column, ids_of, open_output, stream_stdin
 from trainer.data.tables import column_of, nothing_in, read_parts
-from trainer.data.tokens import Split, Tokens, cache_folder, tokenize
-from trainer.evaluate import evaluate, predict_logits, write_predictions
+from trainer.data.tokens import Tokens, tokenize
+from trainer.evaluate import predict_logits
 from trainer.metrics import log_softmax
 from trainer.model.cross_encoder import model_facts
 from trainer.model.loading import check_folder, load_trained
@@ -45,14 +43,6 @@ class InferenceConfig(Fields):
     """Run Python code that the model folder brings."""
     ddp_timeout: int = option(1800, above=0, below=10**7)
     """Seconds until a collective that not every rank reached is an error."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Fields):
-    """Output"""
-
-    output_dir: str | None = option(None, path=True)
-    """Folder for results.json and predictions/; None = only print the scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,46 +93,6 @@ class Predictor:
     def agree(self, row: int, content: str) -> None:
         """Every rank says what it has from this row on."""
         self.world.agree(lambda: {f"the input from row {row}": content})
-
-
-def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, output: EvaluateConfig) -> dict[str, Any]:
-    """Scores of a trained model on the dev and test splits that the data has, by split name."""
-    check_folder(folder)
-    place = None if output.output_dir is None else new_folder(Path(output.output_dir))
-    world = ranks.start(inference.ddp_timeout)
-    predictor = Predictor(folder, inference, world)
-    splits: dict[Role, Split] = {}
-    roles: tuple[Role, ...] = ("dev", "test")
-    for role in roles:
-        pairs = load_pairs(data, role, predictor.label_names, of_model=True)
-        if pairs is not None:
-            splits[role] = Split(split_name(data, role), pairs, predictor.tokens(pairs, cache_folder()))
-    world.agree(lambda: {role: split.tokens.fingerprint for role, split in splits.items()})
-    if not splits:
-        raise UserError("nothing to evaluate on: give --validation_file, --test_file or a --dataset_name")
-    metrics = {}
-    for split in splits.values():
-        pairs = split.pairs
-        result = evaluate(predictor.model, split, world, inference.per_device_eval_batch_size, inference.bf16)
-        log.info(f"{pairs.describe()}; classes {', '.join(pairs.label_names)}")
-        metrics[split.name] = result.scores
-        if place is not None and result.logits is not None:
-            write_predictions(place / "predictions" / f"{split.name}.parquet", pairs, result.logits)
-    if place is not None and world.is_main:
-        write_json(place / "results.json", {"metrics": metrics, "versions": versions()})
-    return metrics
-
-
-def new_folder(place: Path) -> Path:
-    """Where scores and predictions go. Raises UserError where some are already, or nothing can be written."""
-    for made in ("results.json", "predictions"):
-        if (place / made).exists():
-            raise UserError(f"{place} holds {made}, which is never overwritten; choose another --output_dir")
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {place}: {named(error)}") from None
-    return place
 
 
 def predict_pairs(folder: str, given: Iterable[tuple[str, str]], config: InferenceConfig) -> np.ndarray:

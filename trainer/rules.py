@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from trainer.base.errors import UserError
+from trainer.options import SCORES
 
 
 def check(config: Any) -> None:
     """Raises UserError at the first contradiction, with what to change."""
     _check_run(config)
     _check_parts(config)
+    _check_objective(config)
     _check_exact(config)
 
 
@@ -31,8 +33,9 @@ def _check_parts(config: Any) -> None:
     for name in ("lora_alpha", "lora_target_modules"):
         if config.lora_r == 0 and getattr(config, name) is not None:
             raise UserError(f"{name} does nothing while lora_r is 0; give --lora_r, such as 16, or leave it out")
-    if config.load_best_model_at_end and config.eval_strategy == "no":
-        raise UserError("load_best_model_at_end needs eval_strategy steps or epoch")
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        if getattr(config, name) and config.eval_strategy == "no":
+            raise UserError(f"{name} needs eval_strategy steps or epoch")
     if config.deepspeed is not None and config.backend not in ("auto", "deepspeed"):
         raise UserError(f"deepspeed is set, but backend is {config.backend}; leave one of them out")
     if config.skip_nonfinite and (config.backend == "deepspeed" or config.deepspeed):
@@ -45,6 +48,22 @@ def _check_parts(config: Any) -> None:
         raise UserError("no data: give --train_file FILE, --dataset_name NAME, or a --recipe that names a data set")
     if config.label_names is not None and len(set(config.label_names)) != len(config.label_names):
         raise UserError(f"label_names holds a name twice: {config.label_names}")
+
+
+def _check_objective(config: Any) -> None:
+    """What is learned, and what it is scored by."""
+    objective, metric = config.objective, config.metric_for_best_model
+    valid = (*SCORES[objective], "loss")
+    if metric is not None and metric not in valid:
+        raise UserError(f"metric_for_best_model {metric} is no score of objective {objective}; use {', '.join(valid)}")
+    of_classes = {"class_weights": None, "label_smoothing_factor": 0, "label_map": None, "eval_label_map": None}
+    for name, usual in of_classes.items():
+        if objective != "cross_entropy" and getattr(config, name) != usual:
+            raise UserError(f"{name} is for classes, and objective {objective} learns one score; leave one of them out")
+    if config.pos_weight is not None and objective != "binary_cross_entropy":
+        raise UserError(f"pos_weight is for objective binary_cross_entropy, not {objective}; leave one of them out")
+    if config.early_stopping_threshold and config.early_stopping_patience is None:
+        raise UserError("early_stopping_threshold does nothing without early_stopping_patience; give both")
 
 
 def _check_exact(config: Any) -> None:

@@ -17,7 +17,7 @@ from trainer.base.files import write_json
 from trainer.base.log import log
 from trainer.config import Config
 from trainer.data.sampler import GlobalBatchSampler, global_batch_size, total_steps
-from trainer.data.sources import Pairs, Role, load_splits, split_name
+from trainer.data.sources import Pairs, load_splits
 from trainer.data.tokens import Split, cache_folder, tokenize
 from trainer.finish import finish
 from trainer.loop import Trainer
@@ -119,7 +119,7 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
     )
 
 
-def read_pairs(config: Config) -> dict[Role, Pairs]:
+def read_pairs(config: Config) -> dict[str, Pairs]:
     splits = load_splits(config)
     if "dev" not in splits and (config.eval_on_start or config.load_best_model_at_end):
         raise UserError("eval_on_start and load_best_model_at_end need a dev split: give --validation_file FILE")
@@ -147,15 +147,15 @@ def build_model(config: Config, world: World, label_names: tuple[str, ...]) -> C
 
 
 def tokenize_splits(
-    config: Config, world: World, pairs: dict[Role, Pairs], model: CrossEncoder, preemption: Preemption
-) -> dict[Role, Split]:
+    config: Config, world: World, pairs: dict[str, Pairs], model: CrossEncoder, preemption: Preemption
+) -> dict[str, Split]:
     """Says the size of each split, and every pair that was dropped or cut."""
-    data: dict[Role, Split] = {}
+    data: dict[str, Split] = {}
     for role, own in pairs.items():
         tokens = tokenize(
             own, model.tokenizer, model.max_length, cache_folder(), world.is_main, preemption.check_this_rank
         )
-        data[role] = Split(split_name(config, role), own, tokens)
+        data[role] = Split(own.split, own, tokens)
     for split in data.values():
         log.info(split.describe(model.max_length))
         model.check(split.pairs, split.tokens)
@@ -175,7 +175,7 @@ def make_sampler(config: Config, world: World, train_split: Split) -> GlobalBatc
 def freeze(
     config: Config,
     model: CrossEncoder,
-    data: dict[Role, Split],
+    data: dict[str, Split],
     sampler: GlobalBatchSampler,
     exact: dict[str, Any] | None,
 ) -> Identity:

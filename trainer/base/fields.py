@@ -8,11 +8,12 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from trainer.base.errors import UserError, unknown
 
@@ -25,7 +26,8 @@ class Rule:
 
     Attributes:
         above, at_least, below: bounds of a number.
-        path: a path, in which ~ means the home folder.
+        path: a path, in which ~ means the home folder; or a list of them.
+        mapping: a list of `name=value`, such as `a=x,b=x`, which is also `a,b=x`, and in Python a dict.
         kind: `run`: another value makes another run, so a resumed one cannot have it. `source`: where data lies; what
             is in it counts. `method`: how, not what, is computed. `upkeep`: how the run is kept and watched.
             `local`: the same, and nothing that a reader of the model card would need.
@@ -35,6 +37,7 @@ class Rule:
     at_least: float | None = None
     below: float | None = None
     path: bool = False
+    mapping: bool = False
     kind: Kind = "run"
 
     def check(self, name: str, value: Any) -> None:
@@ -75,18 +78,19 @@ TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no":
 WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def typed(name: str, value: Any, kind: Any) -> Any:
+def typed(name: str, value: Any, kind: Any, rule: Rule = Rule()) -> Any:
     """`value` as the type of its field, from the command line's text, YAML's values or Python's objects alike.
 
     Text stays text, whatever it would mean to YAML. Raises UserError saying what would be right.
     """
     if hasattr(value, "tolist"):  # of numpy, pandas or torch
         value = value.tolist()
-    if isinstance(kind, UnionType):
+    if get_origin(kind) in (Union, UnionType):
         (inner,) = (part for part in get_args(kind) if part is not NoneType)
-        if value is None or (inner is not str and isinstance(value, str) and value.lower() in ("null", "none")):
+        is_text = inner is str or rule.path
+        if value is None or (not is_text and isinstance(value, str) and value.lower() in ("null", "none")):
             return None
-        return typed(name, value, inner)
+        return typed(name, value, inner, rule)
     if value is None:
         raise UserError(f"{name} must have a value")
     if get_origin(kind) is Literal:
@@ -95,7 +99,11 @@ def typed(name: str, value: Any, kind: Any) -> Any:
         return value
     if get_origin(kind) is list:
         (inner,) = get_args(kind)
-        items = _items(value) if isinstance(value, str) else value
+        if rule.mapping:
+            return _mapping(name, value)
+        items = _items(value, rule.path) if isinstance(value, (str, os.PathLike)) else value
+        if rule.path and isinstance(items, (list, tuple)):
+            items = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in items]
         if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) and item for item in items):
             raise UserError(f"{name} must be a list of texts such as a,b, none of them empty, got {_shown(value)}")
         if items == ["none"] and get_origin(inner) is Literal:
@@ -113,12 +121,47 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _items(text: str) -> Any:
-    """A list as `a,b`, or as JSON where an item holds a comma."""
+def _items(value: str | os.PathLike[str], paths: bool) -> Any:
+    """A list as `a,b`, or as JSON where an item holds a comma; of paths, one that is there is one."""
+    text = os.fspath(value)
+    if paths and (value is not text or os.path.exists(text)):
+        return [text]
     try:
         return json.loads(text) if text.startswith("[") else [item.strip() for item in text.split(",")]
-    except ValueError:
-        return [item.strip() for item in text.strip("[]").split(",")]
+    except ValueError:  # brackets in a path are a glob's
+        return [item.strip() for item in (text if paths else text.strip("[]")).split(",")]
+
+
+def _mapping(name: str, value: Any) -> list[str]:
+    """Each `name=value` by itself."""
+    if isinstance(value, Mapping):
+        value = [f"{own}={target}" for own, target in value.items()]
+    if isinstance(value, str):
+        value = re.split("[,;]", value)
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+        raise UserError(f"{name} must look like a=x,b=y, got {_shown(value)}")
+    made: dict[str, str] = {}
+    waiting: list[str] = []  # for the value that they share
+    for item in ",".join(value).split(","):
+        own, equals, target = (part.strip() for part in item.rpartition("="))
+        if not equals:
+            waiting.append(target)
+            continue
+        for one in [*waiting, own]:
+            if not one or not target:
+                raise UserError(f"{name} must look like a=x,b=y, none of them empty, got {_shown(','.join(value))}")
+            if made.get(one, target) != target:
+                raise UserError(f"{name} gives {one!r} two values, {made[one]!r} and {target!r}; leave one out")
+            made[one] = target
+        waiting = []
+    if waiting:
+        raise UserError(f"{name}: {', '.join(waiting)} has no value; write it as {waiting[-1]}=...")
+    return [f"{own}={target}" for own, target in made.items()]
+
+
+def mapped(items: list[str] | None) -> dict[str, str]:
+    """The value of a field that is a mapping."""
+    return {own: target for own, _, target in (item.rpartition("=") for item in items or ())}
 
 
 def _scalar(value: Any, kind: type) -> Any:
@@ -149,7 +192,7 @@ def checked(values: Mapping[str, Any], *groups: Any, place: object = "") -> dict
         if strange := [name for name in values if name not in types]:
             raise UserError(unknown("field", str(strange[0]), types))
         fields = {own.name: own for group in groups for own in dataclasses.fields(group)}
-        made = {name: typed(name, value, types[name]) for name, value in values.items()}
+        made = {name: typed(name, value, types[name], rule(fields[name])) for name, value in values.items()}
         for name, value in made.items():
             rule(fields[name]).check(name, value)
         return made
@@ -165,11 +208,17 @@ class Fields:
         group: Any = type(self)
         hints = kinds(group)
         for own in dataclasses.fields(self):
-            value = typed(own.name, getattr(self, own.name), hints[own.name])
+            value = typed(own.name, getattr(self, own.name), hints[own.name], rule(own))
             rule(own).check(own.name, value)
-            if rule(own).path and isinstance(value, str) and value.startswith("~"):
-                full = os.path.expanduser(value)
-                if full.startswith("~"):
-                    raise UserError(f"{own.name}: no home folder is known for {value}; give the full path")
-                value = full
+            if rule(own).path and value is not None:
+                value = [_home(own.name, path) for path in value] if isinstance(value, list) else _home(own.name, value)
             object.__setattr__(self, own.name, value)
+
+
+def _home(name: str, path: str) -> str:
+    """~ is the home folder, also behind `NAME=`."""
+    title, equals, rest = path.partition("=~")
+    full = f"{title}={os.path.expanduser('~' + rest)}" if equals else os.path.expanduser(path)
+    if full.startswith("~") or "=~" in full:
+        raise UserError(f"{name}: no home folder is known for {path}; give the full path")
+    return full

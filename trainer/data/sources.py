@@ -7,7 +7,7 @@ Sources: local files, `save_to_disk` folders, the hub, and the embedded data set
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,7 +31,17 @@ PREMISE, HYPOTHESIS, LABEL = ("premise", "sentence1"), ("hypothesis", "sentence2
 
 @dataclass(frozen=True)
 class Pairs:
-    """The pairs of one split. All sequences have the same length n; `label` holds class numbers."""
+    """The pairs of one split. All sequences have the same length n.
+
+    Attributes:
+        name: where they come from, for messages.
+        split: what reports, file names and metrics call them, such as AllNLI-dev.
+        label: (n,) class numbers, or where `values` is given the places of the pairs' targets in it.
+        values: targets of one score, float32; None = there are classes.
+        of_class: (classes of the model,) the class of `label_names` that each is taken as; None = the classes are the
+            model's.
+        mapped: in words, which classes are taken as which; empty = none.
+    """
 
     name: str
     premise: list[str]
@@ -43,9 +53,17 @@ class Pairs:
     num_dropped: int = 0
     num_available: int = 0  # pairs with a label in the source, of which these are the first
     columns: tuple[str, ...] = ("premise", "hypothesis", "label")  # as the source calls them
+    split: str = ""
+    values: np.ndarray | None = None
+    of_class: np.ndarray | None = None
+    mapped: str = ""
 
     def __len__(self) -> int:
         return len(self.premise)
+
+    def at(self, number: int) -> str:
+        """The pair's file and row, for messages."""
+        return f"{self.name}, row {self.row[number]}"
 
     def describe(self) -> str:
         """How many there are, and what is not among them."""
@@ -56,7 +74,7 @@ class Pairs:
         return f"{self.name}: {of} pairs{dropped}"
 
 
-def load_splits(config: DataConfig) -> dict[Role, Pairs]:
+def load_splits(config: DataConfig) -> dict[str, Pairs]:
     """The train split and what there is of dev and test, with one set of classes. Raises UserError."""
     train = load_pairs(config, "train")
     if train is None:
@@ -65,9 +83,15 @@ def load_splits(config: DataConfig) -> dict[Role, Pairs]:
         cut = "; shuffle them, or raise max_train_samples" if train.num_available > len(train) else ""
         raise UserError(f"{train.describe()}, all with label {train.label_names[train.label[0]]!r}: there is nothing "
                         f"to learn{cut}")  # fmt: skip
-    splits: dict[Role, Pairs] = {"train": train}
-    for role in ("dev", "test"):
-        pairs = load_pairs(config, role, train.label_names)
+    return {"train": train} | load_scored(config, train.label_names)
+
+
+def load_scored(config: DataConfig, classes: Sequence[str], of_model: bool = False) -> dict[str, Pairs]:
+    """What there is of dev and test."""
+    splits: dict[str, Pairs] = {}
+    roles: tuple[Role, ...] = ("dev", "test")
+    for role in roles:
+        pairs = load_pairs(config, role, classes, of_model)
         if pairs is not None:
             splits[role] = pairs
     return splits
@@ -83,21 +107,21 @@ def load_pairs(
     limit = {"train": config.max_train_samples, "dev": config.max_eval_samples, "test": config.max_test_samples}[role]
     if config.has_files:
         loaded = _load_file(config, role)
-        return loaded and _check(*loaded, config, classes, limit, of_model)
+        return loaded and replace(_check(*loaded, config, classes, limit, of_model), split=split_name(config, role))
     for place, table, names in _splits(config, role):
         # Many test splits on the hub come without their labels.
         if role != "train" and (lack := _lack(table, config.label_column, place)):
             log.info(f"{place} is left out: {lack}")
             continue
-        return _check(place, table, names, config, classes, limit, of_model)
+        return replace(_check(place, table, names, config, classes, limit, of_model), split=split_name(config, role))
     return None
 
 
 def _splits(config: DataConfig, role: Role) -> Iterator[Loaded]:
-    if config.dataset_name == "builtin":
+    if config.dataset_name == ["builtin"]:
         yield f"builtin {role}", pa.Table.from_pylist(builtin.pairs(role)), {"label": list(builtin.LABEL_NAMES)}
     elif config.dataset_name is not None:
-        yield from from_data_set(config.dataset_name, config.dataset_config_name, config.dataset_revision, role)
+        yield from from_data_set(config.dataset_name[0], config.dataset_config_name, config.dataset_revision, role)
 
 
 def _lack(table: pa.Table, column: str | None, place: str) -> str | None:
@@ -112,7 +136,7 @@ def _lack(table: pa.Table, column: str | None, place: str) -> str | None:
 
 def split_name(config: DataConfig, role: Role) -> str:
     """`AllNLI-dev`, `snli-test`, ...: as reports, file names and metrics call a split."""
-    name = Path((config.dataset_name or config.file(role) or "data").rstrip("/")).name
+    name = Path((config.dataset_name or config.files(role) or ["data"])[0].rstrip("/")).name
     while (stem := name.removesuffix(Path(name).suffix)) != name and Path(name).suffix in SUFFIXES:
         name = stem
     if name.endswith(role):
@@ -121,9 +145,10 @@ def split_name(config: DataConfig, role: Role) -> str:
 
 
 def _load_file(config: DataConfig, role: Role) -> Loaded | None:
-    file = config.file(role)
-    if file is None:
+    files = config.files(role)
+    if files is None:
         return None
+    (file,) = files
     path = Path(file)
     if path.is_dir():
         return from_folder(path, role)
@@ -155,7 +180,11 @@ def _check(
         log.info(f"{place}: no pair has the label {shown}")
     column = next((table[name] for name in ("source", "genre") if name in table.column_names), None)
     source = None if column is None else [str(s) for s in only(column, kept).to_pylist()]
-    if source is None and (border := ALLNLI.get(table.num_rows)) and Path(config.dataset_name or "").name == "all-nli":
+    if (
+        source is None
+        and (border := ALLNLI.get(table.num_rows))
+        and Path((config.dataset_name or [""])[0]).name == "all-nli"
+    ):
         source = ["SNLI" if row < border else "MNLI" for row in kept.tolist()]
     return Pairs(
         name=place,

@@ -217,9 +217,16 @@ def hyperparameters(run: Run, changed_only: bool) -> dict[str, Any]:
         name, value = own.name, run.config[own.name]
         if rule(own).kind == "local" or (changed_only and value == default(own)):
             continue
-        is_local = rule(own).path and isinstance(value, str) and (value.startswith(("/", ".", "~")) or "_file" in name)
-        chosen[name] = Path(value).name if is_local else value
+        if rule(own).path and value is not None:
+            shown = [bare(name, path) for path in (value if isinstance(value, list) else [value])]
+            value = shown if isinstance(value, list) else shown[0]
+        chosen[name] = ",".join(value) if isinstance(value, list) else value
     return chosen
+
+
+def bare(name: str, path: str) -> str:
+    """The last part of a local path, the value of the field `name`."""
+    return Path(path).name if path.startswith(("/", ".", "~")) or "_file" in name else path
 
 
 def command(run: Run) -> str:
@@ -233,11 +240,19 @@ def command(run: Run) -> str:
     paths = {own.name for own in dataclasses.fields(Config) if rule(own).path}
     for name in hyperparameters(run, changed_only=True):
         value = run.config[name]
-        if name in paths and Path(value).is_absolute():
-            inside = Path(value).is_relative_to(here)
-            value = str(Path(value).relative_to(here) if inside else Path("/path/to", Path(value).name))
+        if name in paths:
+            value = [foreign(path, here) for path in value] if isinstance(value, list) else foreign(value, here)
+        if isinstance(value, list) and not any("," in item for item in value):
+            value = ",".join(value)
         words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     return shlex.join(words)
+
+
+def foreign(path: str, here: str) -> str:
+    """`path` as others may see it, from the folder `here`."""
+    if not Path(path).is_absolute():
+        return path
+    return str(Path(path).relative_to(here) if Path(path).is_relative_to(here) else Path("/path/to", Path(path).name))
 
 
 def commit(git: dict[str, Any] | None) -> Markup:

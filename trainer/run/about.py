@@ -16,7 +16,7 @@ import torch
 from trainer.base.files import write_json
 from trainer.config import Config, DataConfig
 from trainer.data.sampler import epoch_order
-from trainer.data.sources import Pairs, Role
+from trainer.data.sources import Pairs
 from trainer.data.tokens import Split
 from trainer.metrics import log_softmax
 from trainer.model.cross_encoder import CrossEncoder
@@ -30,7 +30,7 @@ ENGLISH = ("all-nli", "snli", "multi_nli", "mnli", "builtin")
 
 def about(
     config: Config,
-    splits: dict[Role, Split],
+    splits: dict[str, Split],
     batch_size: int,
     model: CrossEncoder,
     world: World,
@@ -79,10 +79,10 @@ def of_split(split: Split) -> dict[str, Any]:
     }
 
 
-def of_file(config: DataConfig, role: Role) -> dict[str, str]:
+def of_file(config: DataConfig, role: str) -> dict[str, str]:
     """The name of the split's own file, where it has one and the data set has no name."""
-    file = config.file(role)
-    return {"file": Path(file).name} if file and config.dataset_name is None else {}
+    files = config.files(role)
+    return {"file": Path(files[0]).name} if files and config.dataset_name is None else {}
 
 
 def text_statistics(texts: list[str]) -> dict[str, Any]:
@@ -119,11 +119,11 @@ def padding(lengths: np.ndarray, batch_size: int, seed: int) -> dict[str, int]:
 
 def of_dataset(config: DataConfig) -> dict[str, Any]:
     """Its name, and its place on the hub where it has one; of local files nobody knows which revision they are."""
-    name = config.dataset_name
+    name = config.dataset_name[0] if config.dataset_name else None
     files = config.has_files
     local = name is None or name == "builtin" or Path(name).exists()
     on_hub = not local and bool(re.fullmatch(r"[\w.-]+/[\w.-]+" if files else r"[\w.-]+(/[\w.-]+)?", name or ""))
-    shown = Path((name or config.train_file or "data").rstrip("/")).name
+    shown = Path((name or (config.train_file or ["data"])[0]).rstrip("/")).name
     return {
         "name": shown,
         "hub_id": name if on_hub else None,

@@ -1,0 +1,64 @@
+"""The scores of a trained model on labelled pairs: `crossrank evaluate`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer import ranks
+from trainer.base.errors import UserError, named
+from trainer.base.fields import Fields, option
+from trainer.base.files import write_json
+from trainer.base.log import log
+from trainer.config import DataConfig
+from trainer.data.sources import load_scored
+from trainer.data.tokens import Split, cache_folder
+from trainer.evaluate import evaluate, write_predictions
+from trainer.model.loading import check_folder
+from trainer.predict import InferenceConfig, Predictor
+from trainer.run.versions import versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Fields):
+    """Output"""
+
+    output_dir: str | None = option(None, path=True)
+    """Folder for results.json and predictions/; None = only print the scores."""
+
+
+def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, output: EvaluateConfig) -> dict[str, Any]:
+    """Scores of a trained model on the dev and test splits that the data has, by split name."""
+    check_folder(folder)
+    place = None if output.output_dir is None else new_folder(Path(output.output_dir))
+    world = ranks.start(inference.ddp_timeout)
+    predictor = Predictor(folder, inference, world)
+    splits = {
+        role: Split(pairs.split, pairs, predictor.tokens(pairs, cache_folder()))
+        for role, pairs in load_scored(data, predictor.label_names, of_model=True).items()
+    }
+    world.agree(lambda: {role: split.tokens.fingerprint for role, split in splits.items()})
+    if not splits:
+        raise UserError("nothing to evaluate on: give --validation_file, --test_file or a --dataset_name")
+    metrics = {}
+    for split in splits.values():
+        pairs = split.pairs
+        result = evaluate(predictor.model, split, world, inference.per_device_eval_batch_size, inference.bf16)
+        log.info(f"{pairs.describe()}; classes {', '.join(pairs.label_names)}")
+        metrics[split.name] = result.scores
+        if place is not None and result.logits is not None:
+            write_predictions(place / "predictions" / f"{split.name}.parquet", pairs, result.logits)
+    if place is not None and world.is_main:
+        write_json(place / "results.json", {"metrics": metrics, "versions": versions()})
+    return metrics
+
+
+def new_folder(place: Path) -> Path:
+    """Where scores and predictions go. Raises UserError where some are already, or nothing can be written."""
+    for made in ("results.json", "predictions"):
+        if (place / made).exists():
+            raise UserError(f"{place} holds {made}, which is never overwritten; choose another --output_dir")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {place}: {named(error)}") from None
+    return place
