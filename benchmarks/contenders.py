@@ -265,7 +265,7 @@ def crossrank_evaluation(options: argparse.Namespace, folder: Path) -> dict[str,
 
     predictor = Predictor(str(options.model), InferenceConfig(bf16=options.bf16), ranks.start(600))
     files = DataConfig(test_file=str(options.data / "test.parquet"), max_test_samples=options.pairs)
-    pairs = load_pairs(files, "test", predictor.label_names)
+    (pairs,) = load_pairs(files, "test", predictor.label_names)
     started = time.perf_counter()
     tokens = predictor.tokens(pairs, cache=None)  # the reference tokenises inside its evaluation, too
     logits = predict_logits(predictor.model, pairs, tokens, predictor.world, 64, options.bf16)

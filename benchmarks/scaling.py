@@ -24,7 +24,7 @@ def imbalance(data: Any, model: Any, batch: int, ranks: int) -> dict[str, float]
     from trainer.data.sources import load_pairs
     from trainer.data.tokens import tokenize
 
-    pairs = load_pairs(DataConfig(train_file=str(data / "train.parquet"), max_train_samples=32_000), "train", None)
+    (pairs,) = load_pairs(DataConfig(train_file=str(data / "train.parquet"), max_train_samples=32_000), "train")
     tokens = tokenize(pairs, AutoTokenizer.from_pretrained(model), 512, None)
     balanced, plain = [], []
     for step in GlobalBatchSampler(len(pairs), batch, 42, len(pairs) // batch, "").steps():

@@ -98,10 +98,9 @@ def predict_logits(
     rows = world.gather(np.concatenate([*order, np.empty(0, np.int64)]))
     logits = None if gathered is None or rows is None else in_order(rows, gathered, len(labels))
     # Scores that are no numbers would pass for a class.
-    wrong = world.broadcast(None if logits is None else pairs.row[~np.isfinite(logits).all(1)].tolist())
+    wrong = world.broadcast(None if logits is None else np.flatnonzero(~np.isfinite(logits).all(1)).tolist())
     if wrong:
-        shown = ", ".join(map(str, wrong[:3])) + (", ..." if len(wrong) > 3 else "")
-        raise TrainingFailed(f"{pairs.name}, row {shown}: the model's scores are not finite ({len(wrong):,} of "
+        raise TrainingFailed(f"{pairs.all_at(wrong, 3)}: the model's scores are not finite ({len(wrong):,} of "
                              f"{len(pairs):,} pairs); its weights are too large")  # fmt: skip
     return logits
 

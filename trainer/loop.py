@@ -121,11 +121,10 @@ class Trainer:
         rows = np.concatenate(
             [part for rank in where for part in self.plain.micro_batches(current, rank)] or [current.rows]
         )
-        shown = ", ".join(map(str, np.sort(pairs.row[rows])[:16])) + (", ..." if len(rows) > 16 else "")
         what = f"loss on rank {', '.join(map(str, where))}" if where else "gradient norm"
         raise TrainingFailed(
-            f"step {step + 1}: the {what} is not finite; the pairs are rows {shown} of {pairs.name}, and their tokens "
-            f"are sound. Lower --learning_rate, or look for damaged weights in {self.config.model_name_or_path}; "
+            f"step {step + 1}: the {what} is not finite; the pairs are {pairs.all_at(rows)}, and their tokens are "
+            f"sound. Lower --learning_rate, or look for damaged weights in {self.config.model_name_or_path}; "
             "the checkpoints are of earlier steps"
         )
 

@@ -16,6 +16,7 @@ from trainer.base.fields import rule
 from trainer.base.files import write_json
 from trainer.base.log import log
 from trainer.config import Config
+from trainer.data.mix import Mix
 from trainer.data.sampler import GlobalBatchSampler, global_batch_size, total_steps
 from trainer.data.sources import Pairs, load_splits
 from trainer.data.tokens import Split, cache_folder, tokenize
@@ -91,7 +92,7 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
         if start.tensors is not None:
             backend.load_state(start.tensors, start.state.num_updates)
         wiring = {"backend": backend.name, "num_nodes": world.num_nodes(), "exact": identity.exact}
-        described = about(config, data, sampler.batch_size, model, world, wiring) if world.is_main else None
+        described = about(config, data, sampler, model, world, wiring) if world.is_main else None
         journal = open_journal(config, opened.path, sampler.num_steps, start, described)
     plain = (PlainStep if config.exact_shards is None else ExactStep)(
         config=config,
@@ -163,13 +164,15 @@ def tokenize_splits(
 
 
 def make_sampler(config: Config, world: World, train_split: Split) -> GlobalBatchSampler:
-    batch_size = global_batch_size(config, world.size)
-    if batch_size > len(train_split):
-        log.info(f"a step has {len(train_split):,} pairs, all that there are: fewer than its batch of {batch_size:,}")
-    num_steps = total_steps(config, len(train_split), batch_size)
-    return GlobalBatchSampler(
-        len(train_split), batch_size, config.order_seed, num_steps, train_split.tokens.fingerprint
-    )
+    batch_size, mix = global_batch_size(config, world.size), Mix.of(config.source_weights, train_split.pairs)
+    num_samples = len(train_split) if mix is None else len(mix)
+    if mix is not None:
+        log.info(f"an epoch has {num_samples:,} pairs: {mix.describe()}")
+    if batch_size > num_samples:
+        log.info(f"a step has {num_samples:,} pairs, all that there are: fewer than its batch of {batch_size:,}")
+    num_steps = total_steps(config, num_samples, batch_size)
+    fingerprint = train_split.tokens.fingerprint
+    return GlobalBatchSampler(num_samples, batch_size, config.order_seed, num_steps, fingerprint, mix)
 
 
 def freeze(

@@ -44,7 +44,8 @@ def write(path, rows):
 
 
 def load(path, classes=None, of_model=False, **fields):
-    return load_pairs(DataConfig(train_file=str(path), **fields), "train", classes, of_model)
+    (pairs,) = load_pairs(DataConfig(train_file=str(path), **fields), "train", classes, of_model)
+    return pairs
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def test_save_to_disk_and_class_names(tmp_path):
     assert set(splits) == {"train", "dev"}
     assert splits["train"].label_names == tuple(names)
     # A model with the classes in another order gets the same meaning.
-    ours = load_pairs(DataConfig(dataset_name=str(tmp_path / "saved")), "train", NLI)
+    (ours,) = load_pairs(DataConfig(dataset_name=str(tmp_path / "saved")), "train", NLI)
     assert [NLI[i] for i in ours.label] == [names[row["label"]] for row in ROWS]
     split.save_to_disk(str(tmp_path / "one"))
     assert len(load(tmp_path / "one")) == 3
@@ -168,9 +169,9 @@ def test_odd_files(tmp_path, content, expected):
 
 
 def test_split_names():
-    assert split_name(DataConfig(dataset_name="sentence-transformers/all-nli"), "dev") == "AllNLI-dev"
-    assert split_name(DataConfig(test_file="/x/snli_1.0_test.jsonl.gz"), "test") == "snli_1.0_test"
-    assert split_name(DataConfig(dataset_name="builtin"), "dev") == "builtin-dev"
+    assert split_name("all-nli", "dev") == "AllNLI-dev"
+    assert split_name("snli_1.0_test", "test") == "snli_1.0_test"
+    assert split_name("builtin", "dev") == "builtin-dev"
 
 
 BAD = [
@@ -180,7 +181,7 @@ BAD = [
     ([ROWS[0], ROWS[0] | {"hypothesis": None}], {}, ["row 1", "hypothesis is null"]),
     ([ROWS[0], ROWS[0] | {"label": None}], {}, ["row 1", "label is null"]),
     ([ROWS[0] | {"label": -1}], {}, ["no pair with a label", "1 rows"]),
-    ([{"text": "a", "label": 0}], {}, ["no column 'premise' or 'sentence1'", "text, label", "--premise_column"]),
+    ([{"text": "a", "label": 0}], {}, ["no column 'premise' or 'sentence1' or", "text, label", "--premise_column"]),
     ([ROWS[0] | {"premise": 5}], {}, ["premise must be text"]),
     (
         [ROWS[0] | {"label": "x"}, ROWS[0] | {"label": "entailmnt"}],
@@ -294,8 +295,6 @@ def test_missing_and_unknown_files(tmp_path):
     (tmp_path / "a.xlsx").write_text("")
     with pytest.raises(UserError, match="unknown kind of file"):
         load(tmp_path / "a.xlsx")
-    with pytest.raises(UserError, match="not a folder of datasets"):
-        load(tmp_path)
 
 
 def test_dev_with_a_class_that_train_lacks(tmp_path):

@@ -83,7 +83,7 @@ def test_a_folder_of_splits_as_a_file(tmp_path):
     config = DataConfig(train_file=str(write(tmp_path / "a.csv", ROWS)), validation_file=str(tmp_path / "saved"))
     assert load_splits(config)["dev"].label.tolist() == [0, 1, 2]
     with pytest.raises(UserError, match="saved has no test split; it has val"):
-        load_pairs(DataConfig(test_file=str(tmp_path / "saved")), "test", None)
+        load_pairs(DataConfig(test_file=str(tmp_path / "saved")), "test")
 
 
 def test_one_split_is_not_all_three(tmp_path):

@@ -306,17 +306,18 @@ def test_a_line_without_end(tmp_path, monkeypatch, name):
 
 
 def test_a_long_text_of_a_table(tmp_path, monkeypatch):
-    from trainer.data import sources
+    from trainer.data import columns
+    from trainer.data.sources import unlabelled
 
-    monkeypatch.setattr(sources, "LONGEST_ROW", 100)
+    monkeypatch.setattr(columns, "LONGEST_ROW", 100)
     table = pa.table({"premise": ["a", "b" * 101], "hypothesis": ["a", "b"]})
     with pytest.raises(UserError, match="row 1, premise: longer than"):
-        sources.unlabelled(table, "pairs", None, None)
+        unlabelled(table, "pairs", None, None)
 
 
 def test_more_text_than_one_array_holds():
     """Of 33 texts of 64 MB, which are one in memory, the last two."""
-    from trainer.data.sources import only
+    from trainer.data.columns import only
 
     chunk = pa.array(["x" * (1 << 26)])
     column = pa.chunked_array([chunk] * 33)

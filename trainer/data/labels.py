@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from trainer.base.errors import UserError, unknown
 from trainer.base.log import log
+from trainer.data.places import at
 from trainer.data.tables import MIXED, values_of
 
 NLI = ("entailment", "neutral", "contradiction")
@@ -37,10 +38,15 @@ class Labels:
 
     def at(self, value: str | None) -> str:
         """The first row that has it."""
-        return f"{self.place}, row {int(np.argmax(self.codes == self.values.index(value)))}"
+        return at(self.place, int(np.argmax(self.codes == self.values.index(value))))
 
     def count(self, value: str | None) -> int:
         return int((self.codes == self.values.index(value)).sum())
+
+    @property
+    def numbered(self) -> bool:
+        """Whether a class is called by a number."""
+        return any(value not in (None, *NO_CONSENSUS) and _number(value) is not None for value in self.values)
 
     @property
     def missing(self) -> bool:
@@ -61,7 +67,7 @@ def read_labels(column: pa.ChunkedArray, place: str) -> Labels:
     except pa.ArrowException:
         rows = np.flatnonzero(column.is_valid().to_numpy())
         raise UserError(
-            f"{place}, row {rows[0] if len(rows) else 0}: label must be a class name or number, found {column.type}"
+            f"{at(place, rows[0] if len(rows) else 0)}: label must be a class name or number, found {column.type}"
         ) from None
     distinct = texts.unique()
     codes = pc.index_in(texts, distinct).to_numpy()
@@ -74,7 +80,7 @@ def _scalars(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
     values = values_of(column)
     for row, value in enumerate(values):
         if isinstance(value, (list, dict)):
-            raise UserError(f"{place}, row {row}: label must be a class name or number, found {json.dumps(value)}")
+            raise UserError(f"{at(place, row)}: label must be a class name or number, found {json.dumps(value)}")
     return pa.chunked_array([pa.array([_text(v) for v in values], pa.large_string())])
 
 
@@ -206,8 +212,8 @@ def _from_numbers(
     """Place of each number among the classes, and these; `named` is what the numbers mean, where somebody says it."""
     whole = {text: number for text, number in numbers.items() if isinstance(number, int)}
     if scores := [text for text in numbers if text not in whole]:
-        raise UserError(f"{labels.at(scores[0])}: labels such as {scores[0]} are scores, not classes; crossrank trains "
-                        "classifiers: make classes of them, numbered from 0")  # fmt: skip
+        raise UserError(f"{labels.at(scores[0])}: labels such as {scores[0]} are scores, not classes; --objective mse "
+                        "learns a score; or make classes of them, numbered from 0")  # fmt: skip
     named = named or _numbered(labels, whole, known, of_model)
     for text, number in whole.items():
         if not 0 <= number < len(named):

@@ -2,7 +2,8 @@
 
 Invariants:
 - The order of an epoch is a pure function of (seed, epoch, n). It is the order that sentence-transformers draws through
-  accelerate's SeedableRandomSampler, so step k holds the samples of the reference trainer's step k.
+  accelerate's SeedableRandomSampler, so step k holds the samples of the reference trainer's step k. With source_weights
+  it is the order of the pairs that mix.py gives an epoch.
 - Ranks share a global batch. No rank owns data, so any number of ranks computes the same steps.
 - A position is a step: resuming seeks, nothing is replayed.
 """
@@ -16,6 +17,9 @@ import torch
 
 from trainer.base.errors import UserError
 from trainer.config import BatchConfig, OptimisationConfig
+from trainer.data.mix import Mix
+
+NO_MIX = "none"  # also in a checkpoint of an older version, which says nothing of it
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
@@ -50,20 +54,28 @@ class GlobalBatchSampler:
     """The optimizer steps of a run.
 
     Args:
-        num_samples: rows of the training data.
+        num_samples: pairs of an epoch: rows of the training data, or len(mix).
         batch_size: pairs in an optimizer step over all ranks; the last one of an epoch may be shorter.
         seed: seed of the order.
         num_steps: steps of the run, all epochs together.
         fingerprint: of everything that must not change under a resumed run (data, tokenizer, options).
+        mix: how often an epoch has which pair; None = each once.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, seed: int, num_steps: int, fingerprint: str) -> None:
+    def __init__(
+        self, num_samples: int, batch_size: int, seed: int, num_steps: int, fingerprint: str, mix: Mix | None = None
+    ) -> None:
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.num_steps, self.fingerprint = num_steps, fingerprint
+        self.num_steps, self.fingerprint, self.mix = num_steps, fingerprint, mix
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-self.num_samples // self.batch_size)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The rows (num_samples,) of one epoch."""
+        order = epoch_order(self.num_samples, self.seed, epoch)
+        return order if self.mix is None else self.mix.rows(self.seed, epoch)[order]
 
     def steps(self, start: int = 0) -> Iterator[Step]:
         """Those that are left after the first `start`."""
@@ -71,31 +83,35 @@ class GlobalBatchSampler:
         for step in range(start, self.num_steps):
             if epoch != step // self.steps_per_epoch:
                 epoch = step // self.steps_per_epoch
-                order = epoch_order(self.num_samples, self.seed, epoch)
+                order = self.order(epoch)
             yield self._step(step, order)
 
     def at(self, step: int) -> Step:
         """One step of the run."""
-        return self._step(step, epoch_order(self.num_samples, self.seed, step // self.steps_per_epoch))
+        return self._step(step, self.order(step // self.steps_per_epoch))
 
     def _step(self, step: int, order: np.ndarray) -> Step:
         epoch, number = divmod(step, self.steps_per_epoch)
         return Step(step, epoch, order[number * self.batch_size : (number + 1) * self.batch_size])
 
     def heaviest(self, lengths: np.ndarray) -> Step:
-        """The step of the run whose pairs have the most tokens; `lengths` (num_samples,) of all pairs."""
-        starts = np.arange(0, self.num_samples, self.batch_size)
-        steps = []
-        for epoch in range(-(-self.num_steps // self.steps_per_epoch)):
-            order = epoch_order(self.num_samples, self.seed, epoch)
-            tokens = np.add.reduceat(lengths[order], starts)[: self.num_steps - epoch * self.steps_per_epoch]
-            steps.append((int(tokens.max()), epoch * self.steps_per_epoch + int(tokens.argmax())))
-        return self.at(max(steps)[1])
+        """The step of the run whose pairs have the most tokens; `lengths` of all rows of the data."""
+        return self._largest(lengths, np.add)
 
     def longest(self, lengths: np.ndarray) -> Step:
-        """The step of the first epoch that holds the longest pair of all."""
-        place = int(lengths[epoch_order(self.num_samples, self.seed, 0)].argmax())
-        return self.at(min(place // self.batch_size, self.num_steps - 1))
+        """The step of the run that holds its longest pair."""
+        return self._largest(lengths, np.maximum)
+
+    def _largest(self, lengths: np.ndarray, over: np.ufunc) -> Step:
+        """The first step of which `over` its lengths is the largest."""
+        starts = np.arange(0, self.num_samples, self.batch_size)
+        largest, step = -1, 0
+        for first in range(0, self.num_steps, self.steps_per_epoch):
+            order = self.order(first // self.steps_per_epoch)
+            sizes = over.reduceat(lengths[order], starts)[: self.num_steps - first]
+            if sizes.max() > largest:
+                largest, step = int(sizes.max()), first + int(sizes.argmax())
+        return self.at(step)
 
     def position(self, step: int) -> dict[str, int | str]:
         """After `step` steps: where a resumed run begins, and what must be equal there."""
@@ -105,7 +121,9 @@ class GlobalBatchSampler:
     def seek(self, position: dict[str, int | str]) -> int:
         """The steps done at `position`. Raises UserError listing every difference if it is of another order."""
         saved = position.get
-        differing = [f"{k}: saved {saved(k)}, now {v}" for k, v in self._identity().items() if saved(k) != v]
+        differing = [
+            f"{k}: saved {before}, now {v}" for k, v in self._identity().items() if (before := saved(k, NO_MIX)) != v
+        ]
         if differing:
             raise UserError("the saved run had another order of samples; " + "; ".join(differing))
         return int(position["epoch"]) * self.steps_per_epoch + int(position["step"])
@@ -116,6 +134,7 @@ class GlobalBatchSampler:
             "batch_size": self.batch_size,
             "seed": self.seed,
             "fingerprint": self.fingerprint,
+            "source_weights": NO_MIX if self.mix is None else self.mix.identity,
         }
 
 

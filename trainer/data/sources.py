@@ -1,127 +1,139 @@
 """Sentence pairs from any source, checked row by row, as plain arrays.
 
-Sources: local files, `save_to_disk` folders, the hub, and the embedded data set. A row without a consensus label
-(SNLI's `-`, the hub's -1) is dropped and counted; any other bad row is an error that names its place. Rows count from
-0, header excluded, and a pair keeps the row it had in its source.
+Sources: local files, `save_to_disk` folders, the hub, and the embedded data set; several of them make one split, or of
+test sets one each. A row without a consensus label (SNLI's `-`, the hub's -1) is dropped and counted; any other bad row
+is an error that names its place. Rows count from 0, header excluded, and a pair keeps the row it had in its source.
 """
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NoReturn
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from trainer.base.errors import UserError
 from trainer.base.log import log
 from trainer.config import DataConfig
 from trainer.data import builtin
-from trainer.data.labels import class_numbers, read_labels
-from trainer.data.splits import Loaded, from_data_set, from_folder
+from trainer.data.columns import HYPOTHESIS as HYPOTHESIS
+from trainer.data.columns import LABEL, text_columns, texts_of
+from trainer.data.columns import PREMISE as PREMISE
+from trainer.data.files import Source, find_sources
+from trainer.data.join import Part, join, part_of
+from trainer.data.labels import read_labels
+from trainer.data.mix import Mix
+from trainer.data.pairs import Pairs as Pairs
+from trainer.data.pipes import as_file
+from trainer.data.places import Place
+from trainer.data.splits import Loaded, from_data_set, from_folder, is_saved, named_sets
 from trainer.data.splits import Role as Role
-from trainer.data.tables import LONGEST_ROW, MIXED, SUFFIXES, read_table, too_long, values_of
-
-# AllNLI's splits by their number of rows, and the row where SNLI ends and MultiNLI begins: it has no column for that.
-ALLNLI = {942069: 549367, 19657: 9842, 19656: 9824}
-PREMISE, HYPOTHESIS, LABEL = ("premise", "sentence1"), ("hypothesis", "sentence2"), ("label", "gold_label")
+from trainer.data.tables import joined, read_table
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """The pairs of one split. All sequences have the same length n.
-
-    Attributes:
-        name: where they come from, for messages.
-        split: what reports, file names and metrics call them, such as AllNLI-dev.
-        label: (n,) class numbers, or where `values` is given the places of the pairs' targets in it.
-        values: targets of one score, float32; None = there are classes.
-        of_class: (classes of the model,) the class of `label_names` that each is taken as; None = the classes are the
-            model's.
-        mapped: in words, which classes are taken as which; empty = none.
-    """
+class Origin:
+    """What a source is called, and how it is read; None where it has no split of the role that can be used."""
 
     name: str
-    premise: list[str]
-    hypothesis: list[str]
-    label: np.ndarray
-    row: np.ndarray
-    source: list[str] | None
-    label_names: tuple[str, ...]
-    num_dropped: int = 0
-    num_available: int = 0  # pairs with a label in the source, of which these are the first
-    columns: tuple[str, ...] = ("premise", "hypothesis", "label")  # as the source calls them
-    split: str = ""
-    values: np.ndarray | None = None
-    of_class: np.ndarray | None = None
-    mapped: str = ""
-
-    def __len__(self) -> int:
-        return len(self.premise)
-
-    def at(self, number: int) -> str:
-        """The pair's file and row, for messages."""
-        return f"{self.name}, row {self.row[number]}"
-
-    def describe(self) -> str:
-        """How many there are, and what is not among them."""
-        of = (
-            f"the first {len(self):,} of {self.num_available:,}" if self.num_available > len(self) else f"{len(self):,}"
-        )
-        dropped = f" ({self.num_dropped:,} more dropped: no consensus label)" if self.num_dropped else ""
-        return f"{self.name}: {of} pairs{dropped}"
+    read: Callable[[], Loaded | None]
+    files: tuple[str, ...] = ()
 
 
 def load_splits(config: DataConfig) -> dict[str, Pairs]:
     """The train split and what there is of dev and test, with one set of classes. Raises UserError."""
-    train = load_pairs(config, "train")
-    if train is None:
+    found = load_pairs(config, "train")
+    if not found:
         raise UserError("no training data: give --train_file FILE, or a --dataset_name that has a train split")
+    (train,) = found
     if len(np.unique(train.label)) < 2:
         cut = "; shuffle them, or raise max_train_samples" if train.num_available > len(train) else ""
         raise UserError(f"{train.describe()}, all with label {train.label_names[train.label[0]]!r}: there is nothing "
                         f"to learn{cut}")  # fmt: skip
+    Mix.of(config.source_weights, train)  # a mistake there shows before anything is computed
     return {"train": train} | load_scored(config, train.label_names)
 
 
 def load_scored(config: DataConfig, classes: Sequence[str], of_model: bool = False) -> dict[str, Pairs]:
-    """What there is of dev and test."""
+    """What there is of dev and test: the test sets are "test", "test 2", "test 3" and so on."""
     splits: dict[str, Pairs] = {}
-    roles: tuple[Role, ...] = ("dev", "test")
-    for role in roles:
-        pairs = load_pairs(config, role, classes, of_model)
-        if pairs is not None:
-            splits[role] = pairs
+    for pairs in load_pairs(config, "dev", classes, of_model):
+        splits["dev"] = pairs
+    for number, pairs in enumerate(load_pairs(config, "test", classes, of_model), 1):
+        splits["test" if number == 1 else f"test {number}"] = pairs
     return splits
 
 
 def load_pairs(
     config: DataConfig, role: Role, classes: Sequence[str] | None = None, of_model: bool = False
-) -> Pairs | None:
-    """One split, or None where the data set has none, or none with labels, which is said.
+) -> list[Pairs]:
+    """The role's split, or every test set. None where the data set has none, or none with labels, which is said.
 
     `classes` are those of the training split or, with `of_model`, of a model; None = from this split.
     """
-    limit = {"train": config.max_train_samples, "dev": config.max_eval_samples, "test": config.max_test_samples}[role]
-    if config.has_files:
-        loaded = _load_file(config, role)
-        return loaded and replace(_check(*loaded, config, classes, limit, of_model), split=split_name(config, role))
-    for place, table, names in _splits(config, role):
+    origins = list(_of_files(config, role) if config.has_files else _of_data_sets(config, role))
+    sets = [[origin] for origin in origins] if role == "test" else [origins]
+    made: dict[str, Pairs] = {}
+    for own in sets:
+        parts = [_part(origin, loaded, config) for origin in own if (loaded := origin.read()) is not None]
+        if not parts:
+            continue
+        name = split_name(_title(config, own, len(sets)), role)
+        if (other := next((made[known] for known in made if known.lower() == name.lower()), None)) is not None:
+            raise UserError(f"two test sets would be called {name!r}: {other.name} and {parts[0].place}; give them "
+                            "names, as in NAME=PATH")  # fmt: skip
+        files = tuple(file for origin in own for file in origin.files)
+        pairs = join(parts, config, role, classes, of_model)
+        made[name] = replace(pairs, split=name, files=files)
+    return list(made.values())
+
+
+def _part(origin: Origin, loaded: Loaded, config: DataConfig) -> Part:
+    place, table, names = loaded
+    return part_of(origin.name, place, table, names, config)
+
+
+def _of_files(config: DataConfig, role: Role) -> Iterator[Origin]:
+    field = {"train": "train_file", "dev": "validation_file", "test": "test_file"}[role]
+    for source in find_sources(config.files(role) or [], field):
+        yield Origin(source.name, partial(_read_files, source, role), tuple(path.name for path in source.paths))
+
+
+def _read_files(source: Source, role: Role) -> Loaded:
+    """All shards of a source, as one."""
+    if len(source.paths) == 1 and is_saved(source.paths[0]):
+        return from_folder(source.paths[0], role)
+    tables = []
+    for path in source.paths:
+        with as_file(path) as file:
+            tables.append(read_table(file))
+    place = Place.joined([str(path) for path in source.paths], [table.num_rows for table in tables])
+    return place, joined(tables), {}
+
+
+def _of_data_sets(config: DataConfig, role: Role) -> Iterator[Origin]:
+    found = named_sets(config.dataset_name or [], config.dataset_config_name)
+    if config.dataset_revision is not None and len(found) > 1:
+        raise UserError("dataset_revision is that of one data set, and dataset_name has several; leave it out")
+    for title, name, configuration in found:
+        if name == "builtin":
+            yield Origin(name, partial(_read_builtin, role))
+        else:
+            yield Origin(title, partial(_read_data_set, config, name, configuration, role))
+
+
+def _read_builtin(role: Role) -> Loaded:
+    return f"builtin {role}", pa.Table.from_pylist(builtin.pairs(role)), {"label": list(builtin.LABEL_NAMES)}
+
+
+def _read_data_set(config: DataConfig, name: str, configuration: str | None, role: Role) -> Loaded | None:
+    for place, table, names in from_data_set(name, configuration, config.dataset_revision, role):
         # Many test splits on the hub come without their labels.
         if role != "train" and (lack := _lack(table, config.label_column, place)):
             log.info(f"{place} is left out: {lack}")
             continue
-        return replace(_check(place, table, names, config, classes, limit, of_model), split=split_name(config, role))
+        return place, table, names
     return None
-
-
-def _splits(config: DataConfig, role: Role) -> Iterator[Loaded]:
-    if config.dataset_name == ["builtin"]:
-        yield f"builtin {role}", pa.Table.from_pylist(builtin.pairs(role)), {"label": list(builtin.LABEL_NAMES)}
-    elif config.dataset_name is not None:
-        yield from from_data_set(config.dataset_name[0], config.dataset_config_name, config.dataset_revision, role)
 
 
 def _lack(table: pa.Table, column: str | None, place: str) -> str | None:
@@ -134,135 +146,19 @@ def _lack(table: pa.Table, column: str | None, place: str) -> str | None:
     return "it has no labels" if read_labels(table[name], place).missing else None
 
 
-def split_name(config: DataConfig, role: Role) -> str:
+def _title(config: DataConfig, own: list[Origin], num_sets: int) -> str:
+    """What the data of a split are called: by the data set's name, where there is one and nothing to tell apart."""
+    names = [origin.name for origin in own]
+    if config.has_files and config.dataset_name and num_sets == 1:
+        names = [title for title, _, _ in named_sets(config.dataset_name, None)]
+    return "+".join(names) if len(names) < 4 else f"{names[0]}+{len(names) - 1}"
+
+
+def split_name(title: str, role: Role) -> str:
     """`AllNLI-dev`, `snli-test`, ...: as reports, file names and metrics call a split."""
-    name = Path((config.dataset_name or config.files(role) or ["data"])[0].rstrip("/")).name
-    while (stem := name.removesuffix(Path(name).suffix)) != name and Path(name).suffix in SUFFIXES:
-        name = stem
-    if name.endswith(role):
-        return name
-    return f"{'AllNLI' if name == 'all-nli' else name}-{role}"
-
-
-def _load_file(config: DataConfig, role: Role) -> Loaded | None:
-    files = config.files(role)
-    if files is None:
-        return None
-    (file,) = files
-    path = Path(file)
-    if path.is_dir():
-        return from_folder(path, role)
-    return file, read_table(path), {}
-
-
-def _check(
-    place: str,
-    table: pa.Table,
-    class_names: dict[str, list[str]],
-    config: DataConfig,
-    classes: Sequence[str] | None,
-    limit: int | None,
-    of_model: bool,
-) -> Pairs:
-    if table.num_rows == 0:
-        raise UserError(f"{place}: no rows")
-    texts = _text_columns(table, place, config.premise_column, config.hypothesis_column)
-    premise, hypothesis = (table[name] for name in texts)
-    label = _column(table, place, "label_column", config.label_column, LABEL)
-    found = read_labels(table[label], place)
-    numbers, names = class_numbers(found, classes, config.label_names, class_names.get(label), of_model)
-    available = np.flatnonzero(numbers >= 0)
-    kept = available[:limit]
-    if len(kept) == 0:
-        raise UserError(f"{place}: no pair with a label ({table.num_rows} rows)")
-    if len(absent := np.flatnonzero(np.bincount(numbers[kept], minlength=len(names)) == 0)):
-        shown = " or ".join(names[number] for number in absent[:5]) + (" ..." if len(absent) > 5 else "")
-        log.info(f"{place}: no pair has the label {shown}")
-    column = next((table[name] for name in ("source", "genre") if name in table.column_names), None)
-    source = None if column is None else [str(s) for s in only(column, kept).to_pylist()]
-    if (
-        source is None
-        and (border := ALLNLI.get(table.num_rows))
-        and Path((config.dataset_name or [""])[0]).name == "all-nli"
-    ):
-        source = ["SNLI" if row < border else "MNLI" for row in kept.tolist()]
-    return Pairs(
-        name=place,
-        premise=_text(premise, place, "premise", kept),
-        hypothesis=_text(hypothesis, place, "hypothesis", kept),
-        label=numbers[kept],
-        row=kept,
-        source=source,
-        label_names=names,
-        num_dropped=int((numbers[: kept[-1] + 1 if len(kept) == limit else None] < 0).sum()),
-        num_available=len(available),
-        columns=(*texts, label),
-    )
-
-
-def _text_columns(
-    table: pa.Table, place: str, premise_column: str | None, hypothesis_column: str | None
-) -> tuple[str, str]:
-    premise = _column(table, place, "premise_column", premise_column, PREMISE)
-    hypothesis = _column(table, place, "hypothesis_column", hypothesis_column, HYPOTHESIS)
-    if premise == hypothesis:
-        raise UserError(f"{place}: premise and hypothesis are both column {premise!r}; name two columns")
-    return premise, hypothesis
-
-
-def _column(table: pa.Table, place: str, field: str, name: str | None, usual: tuple[str, ...]) -> str:
-    wanted = (name,) if name else usual
-    for candidate in wanted:
-        if table.column_names.count(candidate) > 1:
-            raise UserError(f"{place}: two columns are called {candidate!r}; rename one")
-        if candidate in table.column_names:
-            return candidate
-    raise UserError(
-        f"{place}: no column {' or '.join(map(repr, wanted))}; it has {', '.join(table.column_names)}. "
-        f"Name the right one with --{field}"
-    )
-
-
-def only(column: pa.ChunkedArray, rows: np.ndarray) -> pa.ChunkedArray:
-    """`rows`, which ascend. Chunk by chunk: `take` would make one chunk of them, which more than 2 GB do not fit."""
-    mask = np.zeros(len(column), dtype=bool)
-    mask[rows] = True
-    return column.filter(pa.array(mask))
-
-
-def _text(column: pa.ChunkedArray, place: str, field: str, rows: np.ndarray, start: int = 0) -> list[str]:
-    if column.type == MIXED:
-        _raise_no_text(values_of(column), place, field, start)
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if column.null_count == len(column):
-        column = pa.chunked_array([pa.nulls(len(column), pa.large_string())])
-    elif not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        first = int(np.flatnonzero(column.is_valid().to_numpy())[0])
-        raise UserError(f"{place}, row {start + first}: {field} must be text, found {column.type}")
-    column = only(column.cast(pa.large_string()), rows)
-    blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(column), ""), True).to_numpy()
-    if blank.any():
-        first = int(np.flatnonzero(blank)[0])
-        what = "null" if column[first].as_py() is None else "empty"
-        raise UserError(
-            f"{place}, row {start + rows[first]}: {field} is {what} (of {int(blank.sum())} such rows the first)"
-        )
-    lengths = pc.binary_length(column).to_numpy()
-    if (lengths > LONGEST_ROW).any():
-        raise too_long(f"{place}, row {start + rows[int(lengths.argmax())]}, {field}")
-    return column.to_pylist()
-
-
-def _raise_no_text(values: list[Any], place: str, field: str, start: int) -> NoReturn:
-    """Names the first of `values` that a column of text cannot hold."""
-    for row, value in enumerate(values):
-        if value is not None and not isinstance(value, str):
-            raise UserError(f"{place}, row {start + row}: {field} must be text, found {json.dumps(value)[:80]}")
-        if value and any("\ud800" <= c <= "\udfff" for c in value):
-            raise UserError(
-                f"{place}, row {start + row}: {field} holds half of a surrogate pair, which is no character; remove it"
-            )
-    raise AssertionError("text in a column of no text")
+    if title.endswith(role):
+        return title
+    return f"{'AllNLI' if title == 'all-nli' else title}-{role}"
 
 
 def unlabelled(
@@ -272,7 +168,7 @@ def unlabelled(
 
     `start` is the first row's number in its file.
     """
-    premise, hypothesis = (table[c] for c in _text_columns(table, place, premise_column, hypothesis_column))
+    premise, hypothesis = (table[c] for c in text_columns(table, place, premise_column, hypothesis_column))
     rows = np.arange(table.num_rows)
-    texts = _text(premise, place, "premise", rows, start), _text(hypothesis, place, "hypothesis", rows, start)
+    texts = texts_of(premise, place, "premise", rows, start), texts_of(hypothesis, place, "hypothesis", rows, start)
     return Pairs(place, *texts, label=np.zeros_like(rows), row=start + rows, source=None, label_names=())

@@ -1,6 +1,7 @@
 """Data sets of several splits, from the hub or a folder of `save_to_disk`: which split is which."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +51,26 @@ def from_data_set(name: str, configuration: str | None, revision: str | None, ro
         yield _read(loaded[split], f"{name} {split}")
 
 
+def named_sets(items: list[str], configuration: str | None) -> list[tuple[str, str, str | None]]:
+    """Title, name and configuration of each `name` or `name:config`; `configuration` is that of those without.
+
+    The title is the name's last part, with the configuration where that is another one's too. Raises UserError for
+    one twice.
+    """
+    found = []
+    for item in items:
+        name, colon, own = item.rpartition(":")
+        found.append((name, own) if colon and name and not Path(item).exists() else (item, configuration))
+    if twice := next((item for item, count in Counter(found).items() if count > 1), None):
+        raise UserError(f"dataset_name names {':'.join(filter(None, twice))} twice; leave one out")
+    bare = [Path(name.rstrip("/")).name for name, _ in found]
+    full = [f"{title}-{own}" if own else title for title, (_, own) in zip(bare, found, strict=True)]
+    titles = [long if bare.count(title) > 1 else title for title, long in zip(bare, full, strict=True)]
+    if len(set(titles)) < len(titles):  # of two owners, or two folders
+        titles = [name.strip("/").replace("/", "-") + (f"-{own}" if own else "") for name, own in found]
+    return [(title, *own) for title, own in zip(titles, found, strict=True)]
+
+
 def _say_unused(name: str, loaded: dict[str, Any], splits: list[list[str]]) -> None:
     for split in loaded:
         if first := next((own[0] for own in splits if split in own), None):
@@ -68,6 +89,11 @@ def _candidates(loaded: dict[str, Any], role: Role) -> list[str]:
 def _read(split: Any, place: str) -> Loaded:
     names = {column: feature.names for column, feature in split.features.items() if hasattr(feature, "names")}
     return place, split.with_format("arrow")[:], names
+
+
+def is_saved(path: Path) -> bool:
+    """Whether it is a folder of `save_to_disk`."""
+    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def _open_saved(path: Path) -> Any:
@@ -91,7 +117,7 @@ def _open_saved(path: Path) -> Any:
 def _load(name: str, configuration: str | None, revision: str | None) -> Any:
     import datasets
 
-    if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
+    if is_saved(Path(name)):
         return _open_saved(Path(name))
     if lost := lost_folder(name):
         raise UserError(lost)

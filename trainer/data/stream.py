@@ -17,12 +17,12 @@ import pyarrow as pa
 from trainer.base.errors import UserError, reason
 from trainer.base.files import naming, replacing
 from trainer.base.log import log
-from trainer.data.sources import HYPOTHESIS, PREMISE
+from trainer.data.columns import HYPOTHESIS, PREMISE
 from trainer.data.tables import check_encoding, jsonl, lines, values_of
 
 # The columns by which a row may be known, the best one first.
 IDS = ("id", "idx", "index", "pairid", "guid")
-TEXTS = (PREMISE, HYPOTHESIS)
+TEXTS = [[name.lower() for name in names] for names in (PREMISE, HYPOTHESIS)]
 Write = Callable[[pa.ChunkedArray, np.ndarray], None]  # takes ids (n,) and probabilities (n, classes)
 
 

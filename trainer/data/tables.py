@@ -34,7 +34,7 @@ def read_table(path: Path) -> pa.Table:
     parts = list(read_parts(path))
     if not parts:
         raise nothing_in(path)
-    return _joined(parts)
+    return joined(parts)
 
 
 def nothing_in(path: Path) -> UserError:
@@ -60,16 +60,21 @@ def read_parts(path: Path, every_line: bool = False) -> Iterator[pa.Table]:
 
 
 def kind_of(path: Path) -> str:
-    """The file's ending, without .gz. Raises UserError where nothing can be read from such a file."""
+    """The ending of a file. Raises UserError where nothing can be read from such a file."""
     if not path.is_file():
         raise UserError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
-    kind = next((s for s in reversed(path.suffixes) if s != ".gz"), "")
+    kind = ending(path)
     if kind not in (".parquet", *CSV, *JSONL):
         raise UserError(f"{path}: unknown kind of file; use .parquet, .csv, .tsv, .txt or .jsonl, each also with .gz")
     if kind != ".parquet":
         with readable(path, kind), _binary(path) as file:
             check_encoding(file.read(2), str(path))
     return kind
+
+
+def ending(path: Path) -> str:
+    """The file's ending, without .gz."""
+    return next((suffix for suffix in reversed(path.suffixes) if suffix != ".gz"), "")
 
 
 def check_encoding(beginning: bytes, place: str) -> None:
@@ -238,7 +243,7 @@ def values_of(column: pa.ChunkedArray) -> list[Any]:
     return [v and json.loads(v[MIXED[0].name]) for v in values] if column.type == MIXED else values
 
 
-def _joined(parts: list[pa.Table]) -> pa.Table:
+def joined(parts: list[pa.Table]) -> pa.Table:
     """One table of all columns; one that a part lacks is null there."""
     if all(part.schema == parts[0].schema for part in parts):
         return pa.concat_tables(parts)

@@ -23,7 +23,7 @@ from trainer.base.errors import UserError, named
 from trainer.base.files import remove_remains, replacing
 from trainer.base.folders import caches
 from trainer.base.log import log
-from trainer.data.sources import Pairs
+from trainer.data.pairs import Pairs
 
 FORMAT = "crossrank-tokens-1"  # a part of the fingerprint, and so of what a checkpoint must meet again
 ARRAYS = 2  # version of the arrays in a cache file
@@ -213,8 +213,9 @@ def _encode(pairs: Pairs, encoder: Encoder, fingerprint: str, progress: bool, ch
             bar.update(len(encoded))
             check()
     if 0 in lengths:
-        row = pairs.row[lengths.index(0)]
-        raise UserError(f"{pairs.name}, row {row}: the tokenizer makes no token of this pair, not even a special one")
+        raise UserError(
+            f"{pairs.at(lengths.index(0))}: the tokenizer makes no token of this pair, not even a special one"
+        )
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     return Tokens(np.concatenate(flat), offsets, np.concatenate(types), np.array(truncated), fingerprint)
 

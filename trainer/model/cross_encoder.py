@@ -180,8 +180,8 @@ class CrossEncoder(nn.Module):
             limits.append((tokens.types, self.num_types, "token type", "token types"))
         for numbers, limit, one, all_of_them in limits:
             if len(wrong := np.flatnonzero(numbers >= limit)):
-                row = pairs.row[np.searchsorted(tokens.offsets, wrong[0], side="right") - 1]
-                raise UserError(f"{pairs.name}, row {row}: the tokenizer gives {one} {numbers[wrong[0]]}, and the "
+                number = int(np.searchsorted(tokens.offsets, wrong[0], side="right")) - 1
+                raise UserError(f"{pairs.at(number)}: the tokenizer gives {one} {numbers[wrong[0]]}, and the "
                                 f"model has {limit} {all_of_them}; take the tokenizer of this model")  # fmt: skip
 
         eos = getattr(self.model.config, "eos_token_id", None)
@@ -190,7 +190,7 @@ class CrossEncoder(nn.Module):
             usual = max(1, int(np.bincount(ends).argmax()))
             if len(wrong := np.flatnonzero(ends != usual)):
                 first = wrong[0]
-                raise UserError(f"{pairs.name}, row {pairs.row[first]}: the model finds the end by token {eos}, and "
+                raise UserError(f"{pairs.at(first)}: the model finds the end by token {eos}, and "
                                 f"this one has {ends[first]} of it, not {usual}; take it out")  # fmt: skip
 
     def save(self, weights: dict[str, torch.Tensor], folder: Path) -> None:

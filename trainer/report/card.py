@@ -100,7 +100,7 @@ def metadata(run: Run) -> ModelCardData:
         "tags": ["sentence-transformers", "cross-encoder", "generated_from_trainer", "crossrank",
                  f"dataset_size:{about['data']['train']['size']}", "loss:CrossEntropyLoss"],
         "base_model": about["model"]["hub_id"],
-        "datasets": [data["hub_id"]] if data["hub_id"] else None,
+        "datasets": data.get("hub_ids", [data["hub_id"]] if data["hub_id"] else []) or None,
         "pipeline_tag": "text-classification",
         "library_name": "sentence-transformers",
         "metrics": list(SCORES) if run.results.get("metrics", True) else None,
@@ -225,8 +225,15 @@ def hyperparameters(run: Run, changed_only: bool) -> dict[str, Any]:
 
 
 def bare(name: str, path: str) -> str:
-    """The last part of a local path, the value of the field `name`."""
-    return Path(path).name if path.startswith(("/", ".", "~")) or "_file" in name else path
+    """The last part of a local path, the value of the field `name`; behind NAME= if it has one."""
+    title, path = titled(path)
+    return title + (Path(path).name if path.startswith(("/", ".", "~")) or "_file" in name else path)
+
+
+def titled(path: str) -> tuple[str, str]:
+    """`NAME=` and the path behind it."""
+    title, equals, rest = path.partition("=")
+    return (title + equals, rest) if equals and "/" not in title else ("", path)
 
 
 def command(run: Run) -> str:
@@ -250,9 +257,11 @@ def command(run: Run) -> str:
 
 def foreign(path: str, here: str) -> str:
     """`path` as others may see it, from the folder `here`."""
+    title, path = titled(path)
     if not Path(path).is_absolute():
-        return path
-    return str(Path(path).relative_to(here) if Path(path).is_relative_to(here) else Path("/path/to", Path(path).name))
+        return title + path
+    inside = Path(path).is_relative_to(here)
+    return title + str(Path(path).relative_to(here) if inside else Path("/path/to", Path(path).name))
 
 
 def commit(git: dict[str, Any] | None) -> Markup:

@@ -15,8 +15,11 @@ import torch
 
 from trainer.base.files import write_json
 from trainer.config import Config, DataConfig
-from trainer.data.sampler import epoch_order
-from trainer.data.sources import Pairs
+from trainer.data.mix import Mix
+from trainer.data.pairs import Pairs
+from trainer.data.places import listed
+from trainer.data.sampler import GlobalBatchSampler
+from trainer.data.splits import named_sets
 from trainer.data.tokens import Split
 from trainer.metrics import log_softmax
 from trainer.model.cross_encoder import CrossEncoder
@@ -31,23 +34,28 @@ ENGLISH = ("all-nli", "snli", "multi_nli", "mnli", "builtin")
 def about(
     config: Config,
     splits: dict[str, Split],
-    batch_size: int,
+    sampler: GlobalBatchSampler,
     model: CrossEncoder,
     world: World,
     wiring: dict[str, Any],
 ) -> dict[str, Any]:
-    """All of it; `batch_size` is the global one, `wiring` says the backend and the number of nodes."""
+    """All of it; `wiring` says the backend and the number of nodes."""
     return {
         "working_folder": os.getcwd(),
-        "dataset": of_dataset(config),
-        "data": {role: of_split(split) | of_file(config, role) for role, split in splits.items()},
-        "padding": padding(splits["train"].tokens.lengths, batch_size, config.order_seed),
+        "dataset": of_dataset(config, splits["train"].pairs),
+        "data": {
+            role: of_split(split)
+            | of_sources(split.pairs, sampler.mix if role == "train" else None)
+            | of_files(config, split.pairs)
+            for role, split in splits.items()
+        },
+        "padding": padding(splits["train"].tokens.lengths, sampler),
         "model": of_model(config, model),
         "hardware": hardware(world),
         "world_size": world.size,
         **wiring,
         "device": world.device.type,
-        "global_batch_size": batch_size,
+        "global_batch_size": sampler.batch_size,
         "versions": versions(),
         "git": git_state(),
     }
@@ -79,10 +87,22 @@ def of_split(split: Split) -> dict[str, Any]:
     }
 
 
-def of_file(config: DataConfig, role: str) -> dict[str, str]:
-    """The name of the split's own file, where it has one and the data set has no name."""
-    files = config.files(role)
-    return {"file": Path(files[0]).name} if files and config.dataset_name is None else {}
+def of_sources(pairs: Pairs, mix: Mix | None) -> dict[str, Any]:
+    """How many pairs each source has, and in training how many an epoch has of it."""
+    if not pairs.sizes:
+        return {}
+    sources = [{"name": name, "size": size} for name, size in pairs.sizes.items()]
+    if mix is not None:
+        for own, weight, size in zip(sources, mix.weights, mix.sizes, strict=True):
+            own |= {"weight": float(weight), "epoch_size": size}
+    return {"sources": sources}
+
+
+def of_files(config: DataConfig, pairs: Pairs) -> dict[str, Any]:
+    """The names of the split's own files, and what to call them where the data set has no name."""
+    if not pairs.files:
+        return {}
+    return {"files": list(pairs.files)} | ({"file": listed(pairs.files)} if config.dataset_name is None else {})
 
 
 def text_statistics(texts: list[str]) -> dict[str, Any]:
@@ -108,28 +128,31 @@ def example_scores(pairs: Pairs, logits: np.ndarray) -> list[dict[str, Any]]:
     ]
 
 
-def padding(lengths: np.ndarray, batch_size: int, seed: int) -> dict[str, int]:
+def padding(lengths: np.ndarray, sampler: GlobalBatchSampler) -> dict[str, int]:
     """Tokens of the first epoch, and how many more its batches would have, each padded to its longest pair."""
-    ordered = lengths[epoch_order(len(lengths), seed, 0)]
-    starts = np.arange(0, len(lengths), batch_size)
-    sizes = np.diff(np.append(starts, len(lengths)))
+    ordered = lengths[sampler.order(0)]
+    starts = np.arange(0, len(ordered), sampler.batch_size)
+    sizes = np.diff(np.append(starts, len(ordered)))
     padded = int((np.maximum.reduceat(ordered, starts) * sizes).sum())
-    return {"tokens": int(lengths.sum()), "padding": padded - int(lengths.sum())}
+    return {"tokens": int(ordered.sum()), "padding": padded - int(ordered.sum())}
 
 
-def of_dataset(config: DataConfig) -> dict[str, Any]:
-    """Its name, and its place on the hub where it has one; of local files nobody knows which revision they are."""
-    name = config.dataset_name[0] if config.dataset_name else None
-    files = config.has_files
-    local = name is None or name == "builtin" or Path(name).exists()
-    on_hub = not local and bool(re.fullmatch(r"[\w.-]+/[\w.-]+" if files else r"[\w.-]+(/[\w.-]+)?", name or ""))
-    shown = Path((name or (config.train_file or ["data"])[0]).rstrip("/")).name
+def of_dataset(config: DataConfig, train: Pairs) -> dict[str, Any]:
+    """Its name, and its place on the hub where it has one; of local files nobody knows which revision they are.
+
+    Of several, `hub_ids` are the places of those that are there.
+    """
+    sets, files = named_sets(config.dataset_name or [], config.dataset_config_name), config.has_files
+    form = re.compile(r"[\w.-]+/[\w.-]+" if files else r"[\w.-]+(/[\w.-]+)?")
+    on_hub = [name for _, name, _ in sets if name != "builtin" and not Path(name).exists() and form.fullmatch(name)]
+    titles = [title for title, _, _ in sets] or list(train.files) or ["data"]
     return {
-        "name": shown,
-        "hub_id": name if on_hub else None,
+        "name": listed(titles),
+        "hub_id": on_hub[0] if on_hub and len(sets) == 1 else None,
+        "hub_ids": list(dict.fromkeys(on_hub)),
         "from_files": files,
         "revision": None if files or not on_hub else config.dataset_revision,
-        "language": "en" if shown in ENGLISH else None,
+        "language": "en" if set(titles) <= {*ENGLISH} else None,
     }
 
 

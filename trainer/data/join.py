@@ -1,0 +1,194 @@
+"""The sources of a split as one: their classes, their order, and which of their pairs are used.
+
+Sources stand one after the other. Their classes are those of the source that has the most of them; all others' must be
+among these, by name. A text becomes a Python string only if its pair is used, and a table goes once it is read.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from trainer.base.errors import UserError
+from trainer.base.log import log
+from trainer.config import DataConfig
+from trainer.data.columns import LABEL, column_named, only, text_columns, texts_of
+from trainer.data.labels import Labels, class_numbers, read_labels
+from trainer.data.pairs import Pairs
+from trainer.data.places import Place
+from trainer.data.splits import Role
+
+# AllNLI's splits by their number of rows, and the row where SNLI ends and MultiNLI begins: it has no column for that.
+ALLNLI = {942069: 549367, 19657: 9842, 19656: 9824}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source as it was read: its columns, and its labels as they are written.
+
+    `columns`: those of premise, hypothesis and label. `own_names`: what the label's column says its numbers mean.
+    """
+
+    source: str
+    place: str
+    table: pa.Table
+    columns: tuple[str, str, str]
+    labels: Labels
+    own_names: list[str] | None
+
+
+def part_of(source: str, place: str, table: pa.Table, names: dict[str, list[str]], config: DataConfig) -> Part:
+    """Raises UserError where it has no rows, or no such columns."""
+    if table.num_rows == 0:
+        raise UserError(f"{place}: no rows")
+    texts = text_columns(table, place, config.premise_column, config.hypothesis_column)
+    label = column_named(table, place, "label_column", config.label_column, LABEL)
+    used = [name for name in (*texts, label, "source", "genre") if table.column_names.count(name) == 1]
+    found = read_labels(table[label], place)
+    return Part(source, place, table.select(list(dict.fromkeys(used))), (*texts, label), found, names.get(label))
+
+
+def join(
+    parts: list[Part], config: DataConfig, role: Role, classes: Sequence[str] | None, of_model: bool = False
+) -> Pairs:
+    """The split that `parts` make; they are used up. Raises UserError naming the row that is bad."""
+    numbers, names = _classes(parts, config, classes, of_model)
+    _check_labelled(parts, numbers)
+    kept, sources = _kept(parts, numbers, config, role)
+    place = Place.joined([part.place for part in parts], [len(own) for own in numbers])
+    premise: list[str] = []
+    hypothesis: list[str] = []
+    rows, start, columns = [], 0, parts[0].columns
+    dropped = sum(_dropped(own, chosen) for own, chosen in zip(numbers, kept, strict=True))
+    for own, chosen in zip(numbers, kept, strict=True):
+        part = parts.pop(0)
+        for field, texts, column in zip(("premise", "hypothesis"), (premise, hypothesis), part.columns, strict=False):
+            texts += texts_of(part.table[column], part.place, field, chosen)
+        rows.append(start + chosen)
+        start += len(own)
+    label = np.concatenate([own[chosen] for own, chosen in zip(numbers, kept, strict=True)])
+    _say_absent(place, label, names)
+    return Pairs(
+        name=place,
+        premise=premise,
+        hypothesis=hypothesis,
+        label=label,
+        row=np.concatenate(rows),
+        source=sources,
+        label_names=names,
+        num_dropped=dropped,
+        num_available=sum(int((own >= 0).sum()) for own in numbers),
+        columns=columns,
+    )
+
+
+def _classes(
+    parts: list[Part], config: DataConfig, classes: Sequence[str] | None, of_model: bool
+) -> tuple[list[np.ndarray], tuple[str, ...]]:
+    """Class number of each row, part by part, and the classes' names."""
+
+    def of(part: Part, known: Sequence[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
+        return class_numbers(part.labels, known, config.label_names, part.own_names, of_model)
+
+    if classes is None and config.label_names is None and len(parts) > 1:
+        classes = _common([(part, of(part, None)[1]) for part in parts])
+    found = [of(part, classes) for part in parts]
+    return [numbers for numbers, _ in found], found[0][1]
+
+
+def _common(found: list[tuple[Part, tuple[str, ...]]]) -> tuple[str, ...]:
+    """The classes of the part that has the most. Raises UserError where another one has others."""
+    reference, classes = max(found, key=lambda own: len(own[1]))
+    known = {_folded(name) for name in classes}
+    for part, names in found:
+        numbers = part.own_names is None and part.labels.numbered
+        if numbers != (reference.own_names is None and reference.labels.numbered):
+            one, other = (part, reference) if numbers else (reference, part)
+            raise UserError(
+                f"the labels of {one.place} are numbers, and those of {other.place} are names "
+                f"({', '.join(names if other is part else classes)}): write names in both, or say what the numbers "
+                "mean, from 0, with --label_names"
+            )
+        if any(_folded(name) not in known for name in names):
+            raise UserError(
+                f"sources with different classes: {reference.place} has {', '.join(classes)}, and {part.place} has "
+                f"{', '.join(names)}; say which class is which with --label_map, such as {names[0]}={classes[0]}, or "
+                "name all classes, in the order of their numbers, with --label_names"
+            )
+    return classes
+
+
+def _folded(name: str) -> str:
+    return name.strip().lower()
+
+
+def _check_labelled(parts: list[Part], numbers: list[np.ndarray]) -> None:
+    for part, own in zip(parts, numbers, strict=True):
+        if not (own >= 0).any():
+            raise UserError(f"{part.place}: no pair with a label ({len(own)} rows)")
+
+
+def _kept(
+    parts: list[Part], numbers: list[np.ndarray], config: DataConfig, role: Role
+) -> tuple[list[np.ndarray], list[str] | None]:
+    """The rows of each part whose pairs are used, and the source of each of those; None = there are no sources."""
+    limit = {"train": config.max_train_samples, "dev": config.max_eval_samples, "test": config.max_test_samples}[role]
+    kept: list[np.ndarray] = []
+    sources: list[str] = []
+    seen: Counter[str] = Counter()
+    for part, own in zip(parts, numbers, strict=True):
+        rows = np.flatnonzero(own >= 0)
+        names = _sources(part, rows, config, len(parts) == 1)
+        if role == "train" and config.max_samples_per_source is not None:
+            first = _first_of_each(names or [part.source] * len(rows), config.max_samples_per_source, seen)
+            rows, names = rows[first], names and [name for name, own in zip(names, first, strict=True) if own]
+        left = None if limit is None else limit - sum(map(len, kept))
+        kept.append(rows[:left])
+        sources += (names or [])[:left]
+    if unused := [part.place for part, rows in zip(parts, kept, strict=True) if not len(rows)]:
+        more = "; max_samples_per_source takes some of each" if role == "train" else ""
+        log.info(f"the first {limit:,} pairs are none of {', '.join(unused)}{more}")
+    return kept, sources if sources and (len(parts) == 1 or len(set(sources)) > 1) else None
+
+
+def _first_of_each(names: list[str], limit: int, seen: Counter[str]) -> np.ndarray:
+    """(n,) whether a pair is among the first of its source; `seen` are those before."""
+    first = np.zeros(len(names), dtype=bool)
+    for place, name in enumerate(names):
+        seen[name] += 1
+        first[place] = seen[name] <= limit
+    return first
+
+
+def _sources(part: Part, rows: np.ndarray, config: DataConfig, alone: bool) -> list[str] | None:
+    """The source of each of `rows`: of its column, else by the file's name; None = it is `alone`, and has no column.
+
+    MultiNLI's column genre says it of a file that is alone; among others it is one source.
+    """
+    table, named = part.table, ("source", "genre") if alone else ("source",)
+    column = next((table[name] for name in named if name in table.column_names), None)
+    if column is not None:
+        known: dict[str, str] = {}  # one object a name, not one a row
+        return [known.setdefault(name, name) for name in map(str, only(column, rows).to_pylist())]
+    if not alone:
+        return [part.source] * len(rows)
+    border = ALLNLI.get(table.num_rows)
+    if border and Path((config.dataset_name or [""])[0]).name == "all-nli":
+        return ["SNLI" if row < border else "MNLI" for row in rows.tolist()]
+    return None
+
+
+def _dropped(numbers: np.ndarray, kept: np.ndarray) -> int:
+    """Rows without a label among those that were looked at: not those behind the last pair of a limit."""
+    cut = len(kept) < int((numbers >= 0).sum())
+    end = None if not cut else kept[-1] + 1 if len(kept) else 0
+    return int((numbers[:end] < 0).sum())
+
+
+def _say_absent(place: str, label: np.ndarray, names: tuple[str, ...]) -> None:
+    if len(absent := np.flatnonzero(np.bincount(label, minlength=len(names)) == 0)):
+        shown = " or ".join(names[number] for number in absent[:5]) + (" ..." if len(absent) > 5 else "")
+        log.info(f"{place}: no pair has the label {shown}")

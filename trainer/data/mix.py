@@ -1,0 +1,101 @@
+"""How often an epoch has the pairs of each source: `source_weights`.
+
+Of a source of n pairs and weight w, an epoch has floor(w) copies of all, and the first round((w - floor(w)) * n) of a
+permutation that is drawn for this epoch and source. So its size is the same in every epoch, and which pairs it has is a
+pure function of seed and epoch.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+
+from trainer.base.errors import UserError
+from trainer.base.fields import mapped
+from trainer.data.pairs import Pairs
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The weights of the sources of a training split; `codes` (pairs,) is each pair's source, a place in `names`."""
+
+    names: tuple[str, ...]
+    weights: tuple[Fraction, ...]
+    codes: np.ndarray
+
+    @classmethod
+    def of(cls, given: list[str] | None, pairs: Pairs) -> "Mix | None":
+        """None where all count alike. Raises UserError for a weight that is none, or of a source that is not there."""
+        if given is None:
+            return None
+        sizes = pairs.sizes
+        if len(sizes) < 2:
+            raise UserError(f"source_weights needs several sources, and {pairs.name} is one; give several files to "
+                            "train_file, or a column source")  # fmt: skip
+        weights = {name: _weight(name, text) for name, text in mapped(given).items()}
+        for name, weight in weights.items():
+            if name not in sizes:
+                raise UserError(f"source_weights: no source is called {name!r}; there are {', '.join(sizes)}")
+            if not math.floor(weight) and not _part(weight, sizes[name]):
+                raise UserError(f"source_weights: {float(weight):g} of the {sizes[name]:,} pairs of {name} is none; "
+                                "raise it, or leave the file out")  # fmt: skip
+        place = {name: number for number, name in enumerate(sizes)}
+        codes = np.array([place[name] for name in pairs.source or ()])
+        return cls(tuple(sizes), tuple(weights.get(name, Fraction(1)) for name in sizes), codes)
+
+    def __len__(self) -> int:
+        """Pairs of an epoch."""
+        return sum(self.sizes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Pairs of each source in an epoch."""
+        counts = np.bincount(self.codes, minlength=len(self.names)).tolist()
+        return [math.floor(w) * count + _part(w, count) for w, count in zip(self.weights, counts, strict=True)]
+
+    def describe(self) -> str:
+        """How many of each source an epoch has."""
+        each = zip(self.names, self.sizes, np.bincount(self.codes).tolist(), strict=True)
+        return ", ".join(f"{size:,} from the {count:,} of {name}" for name, size, count in each)
+
+    def rows(self, seed: int, epoch: int) -> np.ndarray:
+        """(len(self),) the pairs of an epoch, which ascend."""
+        chosen = []
+        for number, weight in enumerate(self.weights):
+            own = np.flatnonzero(self.codes == number)
+            chosen.append(np.tile(own, math.floor(weight)))
+            if size := _part(weight, len(own)):
+                chosen.append(own[_permutation(len(own), seed, epoch, number)[:size]])
+        return np.sort(np.concatenate(chosen))
+
+    @property
+    def identity(self) -> str:
+        """Another one is another order."""
+        weights = ", ".join(f"{name}={weight}" for name, weight in zip(self.names, self.weights, strict=True))
+        return f"{weights}; {hashlib.sha256(self.codes.astype('<i8').tobytes()).hexdigest()[:16]}"
+
+
+def _part(weight: Fraction, size: int) -> int:
+    """What a weight takes of a source beside entire copies; a half is rounded to the even number."""
+    return round((weight - math.floor(weight)) * size)
+
+
+def _permutation(size: int, seed: int, epoch: int, source: int) -> np.ndarray:
+    """(size,) drawn for one source and epoch."""
+    digest = hashlib.sha256(f"source {seed} {epoch} {source}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randperm(size, generator=generator).numpy()
+
+
+def _weight(name: str, text: str) -> Fraction:
+    try:
+        weight = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"source_weights: {text!r} of {name} is no number; write it as {name}=0.5") from None
+    if weight <= 0:
+        hint = "leave the file out" if weight == 0 else "a weight is positive"
+        raise UserError(f"source_weights: {name}={text}; {hint}")
+    return weight

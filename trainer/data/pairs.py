@@ -1,0 +1,71 @@
+"""The sentence pairs of a split, as plain arrays."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainer.data.places import at, rows_at
+
+SHOWN = 8  # sources that a line says
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of one split. All sequences have the same length n.
+
+    Attributes:
+        name: where they come from, for messages; see places.Place.
+        row: (n,) the number that each has among all rows of the split, file after file.
+        split: what reports, file names and metrics call them, such as AllNLI-dev.
+        label: (n,) class numbers, or where `values` is given the places of the pairs' targets in it.
+        values: targets of one score, float32; None = there are classes.
+        of_class: (classes of the model,) the class of `label_names` that each is taken as; None = the classes are the
+            model's.
+        mapped: in words, which classes are taken as which; empty = none.
+        files: the names of their files, without folders; empty = they are of no file.
+    """
+
+    name: str
+    premise: list[str]
+    hypothesis: list[str]
+    label: np.ndarray
+    row: np.ndarray
+    source: list[str] | None
+    label_names: tuple[str, ...]
+    num_dropped: int = 0
+    num_available: int = 0  # pairs with a label in the source, of which these are the first
+    columns: tuple[str, ...] = ("premise", "hypothesis", "label")  # as the source calls them
+    split: str = ""
+    values: np.ndarray | None = None
+    of_class: np.ndarray | None = None
+    mapped: str = ""
+    files: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.premise)
+
+    def at(self, number: int) -> str:
+        """The pair's file and the row that it has there, for messages."""
+        return at(self.name, self.row[number])
+
+    def all_at(self, numbers: Iterable[int], most: int = 16) -> str:
+        """The rows of several pairs, and their files."""
+        return rows_at(self.name, (self.row[number] for number in numbers), most)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many pairs each source has, in the order of their first ones; empty = there are no sources."""
+        return dict(Counter(self.source or ()))
+
+    def describe(self) -> str:
+        """How many there are, and what is not among them."""
+        of = (
+            f"the first {len(self):,} of {self.num_available:,}" if self.num_available > len(self) else f"{len(self):,}"
+        )
+        dropped = f" ({self.num_dropped:,} more dropped: no consensus label)" if self.num_dropped else ""
+        sizes = self.sizes
+        each = ", ".join(f"{name} {size:,}" for name, size in list(sizes.items())[:SHOWN])
+        shown = f" of {each}{', ...' if len(sizes) > SHOWN else ''}" if len(sizes) > 1 else ""
+        return f"{self.name}: {of} pairs{shown}{dropped}"
