@@ -23,6 +23,7 @@ from trainer.base.fields import typed
 from trainer.base.log import log
 from trainer.cli import grouped, parse_train
 from trainer.config import Config, DataConfig
+from trainer.data.given import as_files
 from trainer.predict import InferenceConfig, predict_pairs
 from trainer.report import hub
 from trainer.report.write import write_report
@@ -34,7 +35,10 @@ def train(config: Config | None = None, *, recipe: str | None = None, **fields: 
 
     Args:
         config: all fields, validated; or else
-        recipe: named settings, which `fields` override.
+        recipe: named settings, which `fields` override; beside the fields of the command line, data in memory:
+            train_dataset, eval_dataset and test_dataset, each a datasets.Dataset, a pandas DataFrame, a list of
+            (premise, hypothesis, label) or of dicts, or a dict of several by their names (sources, or test sets); or
+            dataset, a DatasetDict. They become files in the cache, which config.yaml names.
 
     Returns:
         What results.json holds.
@@ -44,7 +48,7 @@ def train(config: Config | None = None, *, recipe: str | None = None, **fields: 
                         "dataclasses.replace(config, seed=1) changes one")  # fmt: skip
     if config is None:
         recipe = typed("recipe", recipe, str | None)
-        config = parse_train([] if recipe is None else [f"--recipe={recipe}"], fields)
+        config = parse_train([] if recipe is None else [f"--recipe={recipe}"], as_files(fields))
     if config.push_to_hub:  # a name that is not allowed is no reason to train first
         hub.repository(config, Path(config.output_dir or f"{config.run_name or 'run'}-0"))
     return training.train(config, partial(hand_over, config))
@@ -74,6 +78,9 @@ def predict(model: str | Path, pairs: Iterable[tuple[str, str]], **options: Any)
 
 
 def evaluate(model: str | Path, **fields: Any) -> dict[str, Any]:
-    """Scores of a trained model on the splits of labelled pairs that `fields` name, by split; see metrics.py."""
-    groups = grouped(fields, DataConfig, InferenceConfig, EvaluateConfig)
+    """Scores of a trained model on the splits of labelled pairs that `fields` name, by split; see metrics.py.
+
+    Pairs in memory are eval_dataset, test_dataset or dataset, as in `train`.
+    """
+    groups = grouped(as_files(fields), DataConfig, InferenceConfig, EvaluateConfig)
     return evaluate_model(str(model), *groups)

@@ -20,22 +20,23 @@ LABEL = ("label", "gold_label", "entailment_judgment", "entailment_label", "gold
 def text_columns(
     table: pa.Table, place: str, premise_column: str | None, hypothesis_column: str | None
 ) -> tuple[str, str]:
-    premise = column_named(table, place, "premise_column", premise_column, PREMISE)
-    hypothesis = column_named(table, place, "hypothesis_column", hypothesis_column, HYPOTHESIS)
+    premise = column_named(table.column_names, place, "premise_column", premise_column, PREMISE)
+    hypothesis = column_named(table.column_names, place, "hypothesis_column", hypothesis_column, HYPOTHESIS)
     if premise == hypothesis:
         raise UserError(f"{place}: premise and hypothesis are both column {premise!r}; name two columns")
     return premise, hypothesis
 
 
-def column_named(table: pa.Table, place: str, field: str, name: str | None, usual: tuple[str, ...]) -> str:
+def column_named(names: list[str], place: str, field: str, name: str | None, usual: tuple[str, ...]) -> str:
+    """The one of `names` that the user gives as `name`, or else the first of the `usual` ones. Raises UserError."""
     wanted = (name,) if name else usual
     for candidate in wanted:
-        if table.column_names.count(candidate) > 1:
+        if names.count(candidate) > 1:
             raise UserError(f"{place}: two columns are called {candidate!r}; rename one")
-        if candidate in table.column_names:
+        if candidate in names:
             return candidate
     raise UserError(
-        f"{place}: no column {' or '.join(map(repr, wanted))}; it has {', '.join(table.column_names)}. "
+        f"{place}: no column {' or '.join(map(repr, wanted))}; it has {', '.join(names)}. "
         f"Name the right one with --{field}"
     )
 

@@ -91,9 +91,14 @@ def _titled(item: str) -> tuple[str | None, str]:
     name, equals, path = item.partition("=")
     if not equals or "/" in name or os.path.lexists(item) or glob.glob(item, recursive=True):
         return None, item
-    if not path or not re.fullmatch(r"[^.\s\\](?:[^\\]*\S)?", name) or not name.isprintable():
+    if not path or not may_be_title(name):
         raise UserError(f"{item!r} is no file here, and as NAME=PATH it has no name that a file may have")
     return name, path
+
+
+def may_be_title(name: str) -> bool:
+    """Whether it may stand before the = of NAME=PATH, and be the name of a file."""
+    return name.isprintable() and re.fullmatch(r"[^.\s/\\=](?:[^/\\=]*[^\s/\\=])?", name) is not None
 
 
 def _files(item: str) -> Iterator[tuple[str | None, Path]]:

@@ -45,7 +45,7 @@ def part_of(source: str, place: str, table: pa.Table, names: dict[str, list[str]
     if table.num_rows == 0:
         raise UserError(f"{place}: no rows")
     texts = text_columns(table, place, config.premise_column, config.hypothesis_column)
-    label = column_named(table, place, "label_column", config.label_column, LABEL)
+    label = column_named(table.column_names, place, "label_column", config.label_column, LABEL)
     used = [name for name in (*texts, label, "source", "genre") if table.column_names.count(name) == 1]
     found = read_labels(table[label], place)
     return Part(source, place, table.select(list(dict.fromkeys(used))), (*texts, label), found, names.get(label))

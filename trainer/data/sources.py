@@ -78,7 +78,7 @@ def load_pairs(
         parts = [_part(origin, loaded, config) for origin in own if (loaded := origin.read()) is not None]
         if not parts:
             continue
-        name = split_name(_title(config, own, len(sets)), role)
+        name = split_name(_title(config, [part.source for part in parts], len(sets)), role)
         if (other := next((made[known] for known in made if known.lower() == name.lower()), None)) is not None:
             raise UserError(f"two test sets would be called {name!r}: {other.name} and {parts[0].place}; give them "
                             "names, as in NAME=PATH")  # fmt: skip
@@ -129,14 +129,14 @@ def _read_builtin(role: Role) -> Loaded:
 def _read_data_set(config: DataConfig, name: str, configuration: str | None, role: Role) -> Loaded | None:
     for place, table, names in from_data_set(name, configuration, config.dataset_revision, role):
         # Many test splits on the hub come without their labels.
-        if role != "train" and (lack := _lack(table, config.label_column, place)):
+        if role != "train" and (lack := lack_of(table, config.label_column, place)):
             log.info(f"{place} is left out: {lack}")
             continue
         return place, table, names
     return None
 
 
-def _lack(table: pa.Table, column: str | None, place: str) -> str | None:
+def lack_of(table: pa.Table, column: str | None, place: str) -> str | None:
     """Why nothing can be scored on this split."""
     if table.num_rows == 0:
         return "it has no rows"
@@ -146,9 +146,8 @@ def _lack(table: pa.Table, column: str | None, place: str) -> str | None:
     return "it has no labels" if read_labels(table[name], place).missing else None
 
 
-def _title(config: DataConfig, own: list[Origin], num_sets: int) -> str:
+def _title(config: DataConfig, names: list[str], num_sets: int) -> str:
     """What the data of a split are called: by the data set's name, where there is one and nothing to tell apart."""
-    names = [origin.name for origin in own]
     if config.has_files and config.dataset_name and num_sets == 1:
         names = [title for title, _, _ in named_sets(config.dataset_name, None)]
     return "+".join(names) if len(names) < 4 else f"{names[0]}+{len(names) - 1}"

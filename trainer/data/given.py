@@ -1,0 +1,172 @@
+"""Pairs that a Python program has in memory, as files: what fields name, a run can resume, and every rank can read.
+
+A data set is a `datasets.Dataset`, a pandas DataFrame, a list of (premise, hypothesis, label), or a list of dicts. It
+becomes <cache>/data/<hash of its content>/NAME.parquet, so the same pairs are the same file.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import pyarrow as pa
+
+from trainer.base.errors import UserError, named
+from trainer.base.files import replacing
+from trainer.base.folders import caches
+from trainer.base.log import log
+from trainer.data.columns import HYPOTHESIS, LABEL, PREMISE, column_named
+from trainer.data.files import may_be_title
+from trainer.data.sources import lack_of
+from trainer.data.splits import NAMES, Role
+from trainer.data.tables import column_of
+
+KINDS = "a datasets.Dataset, a pandas DataFrame, or a list of (premise, hypothesis, label) or of dicts"
+FIELDS = {"train": "train_file", "eval": "validation_file", "test": "test_file"}
+ROLES: dict[str, Role] = {"train": "train", "eval": "dev", "test": "test"}
+COLUMNS = {"premise_column": PREMISE, "hypothesis_column": HYPOTHESIS, "label_column": LABEL}
+Column = Callable[[str], pa.ChunkedArray | pa.Array]
+
+
+def as_files(fields: dict[str, Any]) -> dict[str, Any]:
+    """`fields` with files in the place of what dataset, train_dataset, eval_dataset and test_dataset hold.
+
+    Raises UserError where one is nothing that can be read, or has a file beside it that would be the same split.
+    """
+    fields = dict(fields)
+    given = {name: fields.pop(f"{name}_dataset", None) for name in FIELDS}
+    whole = fields.pop("dataset", None)
+    if whole is not None and any(data is not None for data in given.values()):
+        raise UserError("dataset holds all splits; leave out train_dataset, eval_dataset and test_dataset")
+    found = {name: _items(f"{name}_dataset", data, ROLES[name], fields) for name, data in given.items()}
+    if whole is not None:
+        found = _splits(whole, fields)
+    for name, items in found.items():
+        if items and fields.get(FIELDS[name]) is not None:
+            raise UserError(f"{FIELDS[name]} is the split that {name}_dataset or dataset holds; leave one out")
+        if items:
+            fields[FIELDS[name]] = items
+    return fields
+
+
+def _items(name: str, data: Any, role: Role, fields: Mapping[str, Any]) -> list[str]:
+    """The files of what is given for a split: one, or of a dict one each."""
+    if data is None:
+        return []
+    if not isinstance(data, Mapping):
+        return [str(_kept(_table(data, name, fields), role))]
+    if len([own for own, names in NAMES.items() if any(title in names for title in data)]) > 1:
+        raise UserError(f"{name} holds several splits ({', '.join(map(str, data))}); give them all as dataset=")
+    if wrong := [title for title in data if not isinstance(title, str) or not may_be_title(title)]:
+        raise UserError(f"{name}: {_shown(wrong[0])} is no name that a file may have")
+    if not data:
+        raise UserError(f"{name} is empty")
+    return [f"{title}={_kept(_table(own, f'{name}[{title!r}]', fields), role)}" for title, own in data.items()]
+
+
+def _splits(whole: Any, fields: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Those of a DatasetDict, by their names; as from the hub, one without labels is left out, which is said."""
+    if not isinstance(whole, Mapping):
+        raise UserError(f"dataset must be a DatasetDict, or a dict of splits, found {_kind(whole)}; give one split as "
+                        "train_dataset")  # fmt: skip
+    found: dict[str, list[str]] = {}
+    for name, role in ROLES.items():
+        for split in (split for split in NAMES[role] if split in whole and name not in found):
+            place = f"dataset[{split!r}]"
+            table = _table(whole[split], place, fields, may_lack=role != "train")
+            if role != "train" and (lack := lack_of(table, fields.get("label_column"), place)):
+                log.info(f"{place} is left out: {lack}")
+                continue
+            found[name] = [str(_kept(table, role))]
+    if not found:
+        raise UserError(f"dataset has no split by a usual name, with labels; it has {', '.join(map(str, whole))}")
+    return found
+
+
+def _table(data: Any, place: str, fields: Mapping[str, Any], may_lack: bool = False) -> pa.Table:
+    """The columns that count. `may_lack`: it may have neither labels nor rows."""
+    names, column = _columns(data, place)
+    named = [(field, fields.get(field), usual) for field, usual in COLUMNS.items()]
+    if may_lack and not any(name in names for name in ((named[2][1],) if named[2][1] else LABEL)):
+        named.pop()
+    wanted = [column_named(names, place, *own) for own in named]
+    wanted += [own for own in ("source", "genre") if own in names]
+    table = pa.table({name: column(name) for name in dict.fromkeys(wanted)})
+    if table.num_rows == 0 and not may_lack:
+        raise UserError(f"{place} is empty")
+    return table
+
+
+def _columns(data: Any, place: str) -> tuple[list[str], Column]:
+    """The names of the columns, and a function from one to its values. Raises UserError."""
+    if hasattr(data, "features") and hasattr(data, "with_format"):
+        if not hasattr(data, "__len__"):
+            raise UserError(f"{place} is a stream; take as many of its pairs as you need, as a Dataset")
+        return list(data.column_names), lambda name: _of_dataset(data, name)
+    if hasattr(data, "columns") and hasattr(data, "iloc"):  # a DataFrame
+        return list(map(str, data.columns)), lambda name: _values(
+            data.iloc[:, list(map(str, data.columns)).index(name)].tolist(), place, name
+        )
+    if not isinstance(data, (list, tuple)):
+        raise UserError(f"{place} must be {KINDS}, found {_kind(data)}")
+    if not data:
+        raise UserError(f"{place} is empty")
+    if isinstance(data[0], Mapping):
+        if strange := next((row for row, own in enumerate(data) if not isinstance(own, Mapping)), None):
+            raise UserError(f"{place}, row {strange}: expected a dict as in row 0, found {_shown(data[strange])}")
+        names = list(dict.fromkeys(str(name) for own in data for name in own))
+        return names, lambda name: _values([own.get(name) for own in data], place, name)
+    for row, own in enumerate(data):
+        if not isinstance(own, (tuple, list)) or len(own) != 3:
+            raise UserError(f"{place}, row {row}: expected (premise, hypothesis, label), found {_shown(own)}")
+    names = ["premise", "hypothesis", "label"]
+    return names, lambda name: _values([own[names.index(name)] for own in data], place, name)
+
+
+def _of_dataset(data: Any, name: str) -> pa.ChunkedArray | pa.Array:
+    """Integers of a column of classes become the classes' names, since a file does not say what they mean."""
+    column = data.select_columns([name]).with_format("arrow")[:][name]
+    classes = getattr(data.features[name], "names", None)
+    if classes is None:
+        return column
+    return pa.array([None if n is None else "-" if n < 0 else classes[n] for n in column.to_pylist()], pa.string())
+
+
+def _values(values: list[Any], place: str, name: str) -> pa.Array:
+    """NaN and NA are pandas' words for nothing."""
+    plain = [value.item() if getattr(value, "ndim", 1) == 0 else value for value in values]  # numpy's scalars
+    plain = [None if type(own).__name__ == "NAType" or (type(own) is float and own != own) else own for own in plain]
+    for row, value in enumerate(plain):
+        if not isinstance(value, (str, int, float, bool, NoneType)):
+            raise UserError(f"{place}, row {row}: {name} must be text or a number, found {_shown(value)}")
+    return column_of(plain)
+
+
+def _kept(table: pa.Table, stem: str) -> Path:
+    """Its file in the cache."""
+    from pyarrow import parquet
+
+    sink = pa.BufferOutputStream()
+    parquet.write_table(table.combine_chunks(), sink)
+    content = memoryview(sink.getvalue())
+    folder = caches(os.environ)["CROSSRANK_CACHE"] / "data" / hashlib.sha256(content).hexdigest()[:16]
+    path = folder / f"{stem}.parquet"
+    try:
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                temporary.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"pairs in memory cannot be written ({named(error)}); set CROSSRANK_CACHE to a folder that "
+                        "you may write to") from None  # fmt: skip
+    return path
+
+
+def _kind(data: Any) -> str:
+    return f"{type(data).__module__}.{type(data).__qualname__}".removeprefix("builtins.")
+
+
+def _shown(value: Any) -> str:
+    return " ".join(repr(value).split())[:80]
