@@ -53,18 +53,19 @@ class DataConfig(Fields):
     """Branch, tag or commit on the hub."""
     train_file: list[str] | None = option(None, path=True, kind="source")
     """Training pairs: parquet, csv, tsv, jsonl (each also .gz), SNLI's or MultiNLI's own txt, jsonl or tsv, or a
-    `save_to_disk` folder. Several as `a,b`, as a glob, or as a folder of them; each is a source, called by its file's
-    name or as in `NAME=PATH`. Where any *_file is given, nothing comes from the hub."""
+    `save_to_disk` folder; also /dev/stdin and other pipes. Several as `a,b`, as a glob, or as a folder of them; each is
+    a source, called by its file's name, or its folder's, or as in `NAME=PATH`. Where any *_file is given, nothing comes
+    from the hub."""
     validation_file: list[str] | None = option(None, path=True, kind="source")
     """Pairs of the dev split; several make one, and are scored also by source."""
     test_file: list[str] | None = option(None, path=True, kind="source")
     """Pairs to test on. Of several, each is a test set by itself."""
     premise_column: str | None = None
-    """None = `premise`, else `sentence1`."""
+    """None = `premise`, else `sentence1`, `sentence_A` or `context`."""
     hypothesis_column: str | None = None
-    """None = `hypothesis`, else `sentence2`."""
+    """None = `hypothesis`, else `sentence2` or `sentence_B`."""
     label_column: str | None = None
-    """None = `label`, else `gold_label`."""
+    """None = `label`, else `gold_label`, `entailment_judgment`, `entailment_label` or `gold`."""
     label_names: list[str] | None = None
     """Class names, in the order of the integer labels, as `a,b,c`; None = from the data. Integers without names mean
     entailment, neutral, contradiction where those are the classes."""
