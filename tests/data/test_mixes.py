@@ -103,7 +103,7 @@ def test_files_are_joined_in_order(tmp_path):
     assert pairs.at(3) == f"{tmp_path / 'snli.csv'}, row 3"
     assert pairs.at(4) == f"{tmp_path / 'fever.jsonl'}, row 1"
     assert pairs.at(11) == f"{tmp_path / 'two.parquet'}, row 1"
-    assert pairs.all_at([11, 4, 5]) == f"rows 1, 2 of {tmp_path / 'fever.jsonl'}; rows 1 of {tmp_path / 'two.parquet'}"
+    assert pairs.all_at([11, 4, 5]) == f"{tmp_path / 'fever.jsonl'}, rows 1, 2; {tmp_path / 'two.parquet'}, row 1"
     assert (pairs.num_dropped, pairs.sizes) == (1, {"snli": 4, "fever": 6, "two": 2})
     assert pairs.split == "snli+fever+two-train"
     assert "12 pairs of snli 4, fever 6, two 2 (1 more dropped" in pairs.describe()
@@ -260,7 +260,7 @@ def test_places():
     place = Place.joined([shards, "c", "d", "e"], [5, 1, 2, 9])
     assert [at(place, row) for row in (1, 2, 5, 6, 8)] == ["a, row 1", "b, row 0", "c, row 0", "d, row 0", "e, row 0"]
     assert place == "a, b and 3 more"
-    assert rows_at(place, [9, 3, 2, 0], 3) == "rows 0 of a; rows 0, 1, ... of b"
+    assert rows_at(place, [9, 3, 2, 0], 3) == "a, row 0; b, rows 0, 1, ..."
     assert at("x", 4) == "x, row 4"
 
 

@@ -136,7 +136,7 @@ def test_scores_that_are_no_numbers(copied, tmp_path):
     save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
     sound, overflowing = "A cat.,A dog.,entailment", "A museum.,A dog.,neutral"
     (tmp_path / "test.csv").write_text("\n".join(["premise,hypothesis,label", sound, overflowing, sound, overflowing]))
-    expected = r"row 1, 3: the model's scores are not finite \(2 of 4 pairs\)"
+    expected = r"rows 1, 3: the model's scores are not finite \(2 of 4 pairs\)"
     with pytest.raises(TrainingFailed, match=expected):
         predict(copied, [("A cat.", "A dog."), ("A museum.", "A dog.")] * 2)
     with pytest.raises(TrainingFailed, match=expected):

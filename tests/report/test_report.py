@@ -220,7 +220,8 @@ def test_the_command_on_the_card_starts_the_same_run(tmp_path):
 def test_the_command_has_no_folder_of_its_maker(demo):
     run = read_run(demo)
     config = run.config | {"train_file": "/home/alice/nli/data/train.csv", "model_name_or_path": "/models/base",
-                           "validation_file": "../dev.csv"}  # fmt: skip
+                           "validation_file": "../dev.csv",
+                           "test_file": ["rte=/home/alice/rte.csv", "/home/alice/nli/hans.csv"]}  # fmt: skip
     about = run.about | {"world_size": 8, "num_nodes": 2, "working_folder": "/home/alice/nli"}
     words = command(dataclasses.replace(run, config=config, about=about))
     assert words.startswith(
@@ -230,6 +231,7 @@ def test_the_command_has_no_folder_of_its_maker(demo):
         "--train_file data/train.csv ",
         "--model_name_or_path /path/to/base ",
         "--validation_file ../dev.csv ",
+        "--test_file rte=/path/to/rte.csv,hans.csv ",
     ):
         assert expected in words
     assert "alice" not in words

@@ -38,15 +38,14 @@ def at(place: str, row: int) -> str:
 
 
 def rows_at(place: str, rows: Iterable[int], most: int) -> str:
-    """`rows` 1, 2, 3 of a file, and so on for each file: so many of them at `most`."""
+    """`rows` by their files, as in `a.csv, rows 1, 2; b.csv, row 7`: so many of them at `most`."""
     ordered = sorted(map(int, rows))
     found: dict[str, list[str]] = {}
     for row in ordered[:most]:
         name, _, number = at(place, row).rpartition(", row ")
         found.setdefault(name, []).append(number)
-    more = ", ..." if len(ordered) > most else ""
-    said = [f"rows {', '.join(numbers)}{more * (name == [*found][-1])} of {name}" for name, numbers in found.items()]
-    return "; ".join(said)
+    said = [f"{name}, row{'s' * (len(numbers) > 1)} {', '.join(numbers)}" for name, numbers in found.items()]
+    return "; ".join(said) + (", ..." if len(ordered) > most else "")
 
 
 def listed(names: Sequence[str]) -> str:
