@@ -6,7 +6,7 @@ Sources: local files, `save_to_disk` folders, the hub, and the embedded data set
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,10 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainer.base.errors import UserError
+from trainer.base.fields import mapped
 from trainer.base.log import log
 from trainer.config import DataConfig
 from trainer.data import builtin
-from trainer.data.labels import class_numbers, read_labels
+from trainer.data.classes import learned, scored
+from trainer.data.label_map import check_known, shown
+from trainer.data.labels import read_labels
 from trainer.data.splits import Loaded, from_data_set, from_folder
 from trainer.data.splits import Role as Role
 from trainer.data.tables import LONGEST_ROW, MIXED, SUFFIXES, read_table, too_long, values_of
@@ -41,6 +44,7 @@ class Pairs:
         of_class: (classes of the model,) the class of `label_names` that each is taken as; None = the classes are the
             model's.
         mapped: in words, which classes are taken as which; empty = none.
+        said: the classes as the source names them, before any map.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Pairs:
     values: np.ndarray | None = None
     of_class: np.ndarray | None = None
     mapped: str = ""
+    said: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.premise)
@@ -83,6 +88,7 @@ def load_splits(config: DataConfig) -> dict[str, Pairs]:
         cut = "; shuffle them, or raise max_train_samples" if train.num_available > len(train) else ""
         raise UserError(f"{train.describe()}, all with label {train.label_names[train.label[0]]!r}: there is nothing "
                         f"to learn{cut}")  # fmt: skip
+    check_known("label_map", mapped(config.label_map), train.said, train.name)
     return {"train": train} | load_scored(config, train.label_names)
 
 
@@ -94,7 +100,16 @@ def load_scored(config: DataConfig, classes: Sequence[str], of_model: bool = Fal
         pairs = load_pairs(config, role, classes, of_model)
         if pairs is not None:
             splits[role] = pairs
+    check_maps(config, splits.values(), classes, of_model)
     return splits
+
+
+def check_maps(config: DataConfig, splits: Collection[Pairs], classes: Sequence[str], of_model: bool) -> None:
+    """Raises UserError where a map of scoring names what neither the model nor any of the sets knows."""
+    known = [*classes, *(name for pairs in splits for name in pairs.said)]
+    where = shown([pairs.name for pairs in splits])
+    for field in ("label_map", "eval_label_map") if of_model else ("eval_label_map",):
+        check_known(field, mapped(getattr(config, field)), known, f"{where} or the model")
 
 
 def load_pairs(
@@ -169,8 +184,9 @@ def _check(
     texts = _text_columns(table, place, config.premise_column, config.hypothesis_column)
     premise, hypothesis = (table[name] for name in texts)
     label = _column(table, place, "label_column", config.label_column, LABEL)
-    found = read_labels(table[label], place)
-    numbers, names = class_numbers(found, classes, config.label_names, class_names.get(label), of_model)
+    found, own_names = read_labels(table[label], place), class_names.get(label)
+    read = learned(found, config, own_names) if classes is None else scored(found, config, own_names, classes, of_model)
+    numbers, names = read.numbers, read.names
     available = np.flatnonzero(numbers >= 0)
     kept = available[:limit]
     if len(kept) == 0:
@@ -197,6 +213,9 @@ def _check(
         num_dropped=int((numbers[: kept[-1] + 1 if len(kept) == limit else None] < 0).sum()),
         num_available=len(available),
         columns=(*texts, label),
+        of_class=read.of_class,
+        mapped=read.mapped,
+        said=read.said,
     )
 
 
