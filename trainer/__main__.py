@@ -76,14 +76,12 @@ def scoring(verb: str, argv: list[str], *groups: Any) -> list[Any]:
 
 
 def evaluate(argv: list[str]) -> None:
-    from trainer.metrics import listed
     from trainer.predict import InferenceConfig
-    from trainer.score import EvaluateConfig, evaluate_model
+    from trainer.score import EvaluateConfig, evaluate_model, tables
 
     metrics = evaluate_model(*scoring("evaluate", argv, DataConfig, InferenceConfig, EvaluateConfig))
     if _place().rank == 0:
-        for split, scores in metrics.items():
-            print(f"{split}: {listed(scores)}")
+        print(tables(metrics))
 
 
 def predict(argv: list[str]) -> None:

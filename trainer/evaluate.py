@@ -19,7 +19,7 @@ from trainer.base.files import replacing
 from trainer.data.sampler import deal
 from trainer.data.sources import Pairs
 from trainer.data.tokens import Split, Tokens
-from trainer.metrics import classification_scores, log_softmax, scores_by_source
+from trainer.metrics import classification_scores, log_softmax, merged, scores_by_source
 from trainer.model.cross_encoder import CrossEncoder
 from trainer.model.precision import autocast, products
 from trainer.ranks import World
@@ -29,7 +29,7 @@ READ_EVERY = 1000  # batches whose logits stay on the device, so that the next o
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`scores` on every rank; `logits` (n, classes) in the data's order on rank 0, None elsewhere."""
+    """`scores` on every rank; `logits` (n, classes of the model) in the data's order on rank 0, None elsewhere."""
 
     scores: dict[str, Any]
     logits: np.ndarray | None
@@ -43,14 +43,20 @@ def evaluate(
     bf16: bool,
     check: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Scores of `model` on a split; see metrics.classification_scores. With sources, also `by_source`."""
+    """Scores of `model` on a split; see metrics.classification_scores. With sources, also `by_source`.
+
+    Beside them `label_names`, the split's classes, and where these are not the model's `mapped`, in words.
+    """
     pairs = split.pairs
     logits = predict_logits(model, pairs, split.tokens, world, batch_size, bf16, check)
     scores = None
     if logits is not None:
-        scores = classification_scores(pairs.label, logits, len(pairs.label_names))
+        names, own = pairs.label_names, merged(logits, pairs.of_class)
+        scores = classification_scores(pairs.label, own, len(names), names) | {"label_names": [*names]}
+        if pairs.mapped:
+            scores["mapped"] = pairs.mapped
         if pairs.source is not None:
-            scores["by_source"] = scores_by_source(pairs.label, logits, pairs.source, len(pairs.label_names))
+            scores["by_source"] = scores_by_source(pairs.label, own, pairs.source, len(names), names)
     return Evaluation(world.broadcast(scores), logits)
 
 
@@ -129,11 +135,14 @@ def in_order(rows: np.ndarray, values: np.ndarray, num_samples: int) -> np.ndarr
 
 
 def write_predictions(path: Path, pairs: Pairs, logits: np.ndarray) -> None:
-    """A parquet file: index (the row in the data's source), label, score_<class> (softmax), source if there is one."""
+    """A parquet file: index (the row in the data's source), label, score_<class> (softmax), source if there is one.
+
+    `logits` (n, classes of the model); label and scores are of the split's classes.
+    """
     import pyarrow as pa
     from pyarrow import parquet
 
-    probabilities = np.exp(log_softmax(logits))
+    probabilities = np.exp(log_softmax(merged(logits, pairs.of_class)))
     columns: dict[str, Any] = {"index": pairs.row, "label": pairs.label}
     columns |= {f"score_{name}": probabilities[:, i] for i, name in enumerate(pairs.label_names)}
     if pairs.source is not None:

@@ -14,18 +14,24 @@ import numpy as np
 from trainer.config import SCORES
 
 
-def classification_scores(labels: np.ndarray, logits: np.ndarray, num_labels: int) -> dict[str, Any]:
-    """Scores of logits (n, num_labels) against labels (n,).
+def classification_scores(
+    labels: np.ndarray, logits: np.ndarray, num_labels: int, names: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Scores of logits (n, num_labels) against labels (n,); `names` are those of the classes.
 
     Returns:
         loss (mean cross-entropy in nats), accuracy, f1_macro, f1_micro, f1_weighted in [0, 1], and confusion_matrix as
         rows of true classes. A class that neither occurs nor is predicted does not enter the averages. Of more than
         MOST_CLASSES the matrix holds those with the most pairs, which confusion_classes then names by their numbers,
-        and all others as its last row and column.
+        and all others as its last row and column. by_class holds precision, recall, f1 and support (true pairs) of the
+        matrix's classes, by their names, or by their numbers as text.
     """
     predictions = logits.argmax(-1)
     scores = _metric().compute(predictions=predictions, references=labels)
-    return {"loss": cross_entropy(labels, logits), **scores, **_confusion(labels, predictions, num_labels)}
+    confusion = _confusion(labels, predictions, num_labels)
+    kept = confusion.get("confusion_classes", range(num_labels))
+    each = _scores_by_class(labels, predictions, kept, names or [*map(str, range(num_labels))])
+    return {"loss": cross_entropy(labels, logits), **scores, **confusion, "by_class": each}
 
 
 RESAMPLES = 2000
@@ -42,6 +48,30 @@ def _confusion(labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> 
     matrix = np.bincount(place[labels] * size + place[predictions], minlength=size * size).reshape(size, size)
     cut = {"confusion_classes": kept.tolist()} if num_labels > len(kept) else {}
     return {"confusion_matrix": matrix.tolist(), **cut}
+
+
+def _scores_by_class(
+    labels: np.ndarray, predictions: np.ndarray, kept: Sequence[int], names: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    from sklearn.metrics import precision_recall_fscore_support
+
+    columns = precision_recall_fscore_support(labels, predictions, labels=[*kept], zero_division=0)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return {
+        names[number]: dict(zip(("precision", "recall", "f1", "support"), row, strict=True))
+        for number, row in zip(kept, rows, strict=True)
+    }
+
+
+def merged(logits: np.ndarray, of_class: np.ndarray | None) -> np.ndarray:
+    """Logits (n, classes) as those of the classes `of_class` (classes,) that each is taken as; None = its own.
+
+    By logsumexp, so that probabilities add up; in float64.
+    """
+    if of_class is None:
+        return logits
+    parts = [logits[:, of_class == number].astype(np.float64) for number in range(of_class.max() + 1)]
+    return np.stack([np.logaddexp.reduce(part, axis=-1) for part in parts], axis=-1)
 
 
 def listed(scores: dict[str, Any]) -> str:
@@ -63,7 +93,13 @@ def cross_entropy(labels: np.ndarray, logits: np.ndarray) -> float:
 MOST_SOURCES = 50  # a column of more values than that says something else
 
 
-def scores_by_source(labels: np.ndarray, logits: np.ndarray, sources: Sequence[str], num_labels: int) -> dict[str, Any]:
+def scores_by_source(
+    labels: np.ndarray,
+    logits: np.ndarray,
+    sources: Sequence[str],
+    num_labels: int,
+    class_names: Sequence[str] | None = None,
+) -> dict[str, Any]:
     """classification_scores of each source, and its number of samples; empty where there are too many."""
     names = np.asarray(sources)
     if len(set(sources)) > MOST_SOURCES:
@@ -71,7 +107,7 @@ def scores_by_source(labels: np.ndarray, logits: np.ndarray, sources: Sequence[s
     return {
         str(name): {
             "num_samples": int((names == name).sum()),
-            **classification_scores(labels[names == name], logits[names == name], num_labels),
+            **classification_scores(labels[names == name], logits[names == name], num_labels, class_names),
         }
         for name in np.unique(names)
     }

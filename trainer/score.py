@@ -1,4 +1,4 @@
-"""The scores of a trained model on labelled pairs: `crossrank evaluate`."""
+"""The scores of a trained model on labelled pairs: `crossrank evaluate`, for any number of sets."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,8 @@ from trainer.base.errors import UserError, named
 from trainer.base.fields import Fields, option
 from trainer.base.files import write_json
 from trainer.base.log import log
-from trainer.config import DataConfig
+from trainer.config import SCORES, DataConfig
+from trainer.data.label_map import shown
 from trainer.data.sources import load_scored
 from trainer.data.tokens import Split, cache_folder
 from trainer.evaluate import evaluate, write_predictions
@@ -39,17 +40,59 @@ def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, ou
     world.agree(lambda: {role: split.tokens.fingerprint for role, split in splits.items()})
     if not splits:
         raise UserError("nothing to evaluate on: give --validation_file, --test_file or a --dataset_name")
-    metrics = {}
+    metrics: dict[str, Any] = {}
     for split in splits.values():
         pairs = split.pairs
         result = evaluate(predictor.model, split, world, inference.per_device_eval_batch_size, inference.bf16)
-        log.info(f"{pairs.describe()}; classes {', '.join(pairs.label_names)}")
+        log.info(f"{pairs.describe()}; classes {shown(pairs.label_names)}")
         metrics[split.name] = result.scores
         if place is not None and result.logits is not None:
             write_predictions(place / "predictions" / f"{split.name}.parquet", pairs, result.logits)
     if place is not None and world.is_main:
         write_json(place / "results.json", {"metrics": metrics, "versions": versions()})
     return metrics
+
+
+MOST_CLASSES = 10  # of a set, in a table of classes
+
+
+def tables(metrics: dict[str, Any]) -> str:
+    """Scores by set as text: a line a set and, of sets with few classes, a line a class."""
+    names = dict.fromkeys(name for own in SCORES.values() for name in own if any(name in s for s in metrics.values()))
+    columns = [*names, "loss"]
+    rows = [
+        [split, f"{num_pairs(scores):,}", *(f"{scores[name]:.4f}" if name in scores else "-" for name in columns)]
+        for split, scores in metrics.items()
+    ]
+    of_class = [
+        [split if number == 0 else "", name, *(f"{own[score]:.4f}" for score in EACH), f"{own['support']:,}"]
+        for split, scores in metrics.items()
+        if len(scores.get("by_class", {})) <= MOST_CLASSES
+        for number, (name, own) in enumerate(scores.get("by_class", {}).items())
+    ]
+    parts = [aligned([["set", "pairs", *columns], *rows], words=1)]
+    if of_class:
+        parts.append(aligned([["set", "class", *EACH, "support"], *of_class], words=2))
+    return "\n\n".join(parts)
+
+
+EACH = ("precision", "recall", "f1")
+
+
+def num_pairs(scores: dict[str, Any]) -> int:
+    return scores["num_samples"] if "num_samples" in scores else sum(map(sum, scores["confusion_matrix"]))
+
+
+def aligned(rows: list[list[str]], words: int) -> str:
+    """Columns of equal width: the first `words` to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if number < words else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
 
 
 def new_folder(place: Path) -> Path:

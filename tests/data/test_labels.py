@@ -6,7 +6,8 @@ import pytest
 from test_sources import ROWS, load, write
 
 from trainer.base.errors import UserError
-from trainer.data.labels import NLI, class_numbers, read_labels
+from trainer.data.classes import class_numbers
+from trainer.data.labels import NLI, read_labels
 
 KINDS = ("a.csv", "a.tsv", "a.jsonl", "a.parquet")
 
@@ -48,7 +49,7 @@ BAD = [
     ([*NLI * 333, "entailmnt"], r"row 999: label 'entailmnt' is in 1 of 1,000 rows \(did you mean 'entailment'"),
     ([*NLI, "contradition"], "row 3: label 'contradition' .*did you mean 'contradiction'"),
     (["entailmnt", "neutral", "contradiction"], "row 0: label 'entailmnt' .*did you mean 'entailment'"),
-    ([*NLI, "Neutral"], "did you mean 'neutral'|did you mean 'Neutral'"),
+    ([*NLI, "neutral_", "Neutral"], "did you mean 'neutral'|did you mean 'Neutral'"),
     (["yes", "no", "maybe"] * 333 + ["x"], "row 999: label 'x' is in 1 of 1,000 rows; mend it"),
     ([0, 1, 2] * 333 + [3], "row 999: label '3' is in 1 of 1,000 rows; mend it"),
     (["supports"] * 30 + ["refutes"] * 30 + ["suports"], "did you mean 'supports'"),

@@ -24,6 +24,7 @@ class Pairs:
         of_class: (classes of the model,) the class of `label_names` that each is taken as; None = the classes are the
             model's.
         mapped: in words, which classes are taken as which; empty = none.
+        said: the classes as the sources name them, before any map.
         files: the names of their files, without folders; empty = they are of no file.
     """
 
@@ -41,6 +42,7 @@ class Pairs:
     values: np.ndarray | None = None
     of_class: np.ndarray | None = None
     mapped: str = ""
+    said: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
 
     def __len__(self) -> int:

@@ -5,7 +5,7 @@ test sets one each. A row without a consensus label (SNLI's `-`, the hub's -1) i
 is an error that names its place. Rows count from 0, header excluded, and a pair keeps the row it had in its source.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.base.errors import UserError
+from trainer.base.fields import mapped
 from trainer.base.log import log
 from trainer.config import DataConfig
 from trainer.data import builtin
@@ -21,11 +22,12 @@ from trainer.data.columns import LABEL, text_columns, texts_of
 from trainer.data.columns import PREMISE as PREMISE
 from trainer.data.files import Source, find_sources
 from trainer.data.join import Part, join, part_of
+from trainer.data.label_map import check_known
 from trainer.data.labels import read_labels
 from trainer.data.mix import Mix
 from trainer.data.pairs import Pairs as Pairs
 from trainer.data.pipes import as_file
-from trainer.data.places import Place
+from trainer.data.places import Place, listed
 from trainer.data.splits import Loaded, from_data_set, from_folder, is_saved, named_sets
 from trainer.data.splits import Role as Role
 from trainer.data.tables import joined, read_table
@@ -46,6 +48,7 @@ def load_splits(config: DataConfig) -> dict[str, Pairs]:
     if not found:
         raise UserError("no training data: give --train_file FILE, or a --dataset_name that has a train split")
     (train,) = found
+    check_known("label_map", mapped(config.label_map), train.said, train.name)
     if len(np.unique(train.label)) < 2:
         cut = "; shuffle them, or raise max_train_samples" if train.num_available > len(train) else ""
         raise UserError(f"{train.describe()}, all with label {train.label_names[train.label[0]]!r}: there is nothing "
@@ -61,7 +64,16 @@ def load_scored(config: DataConfig, classes: Sequence[str], of_model: bool = Fal
         splits["dev"] = pairs
     for number, pairs in enumerate(load_pairs(config, "test", classes, of_model), 1):
         splits["test" if number == 1 else f"test {number}"] = pairs
+    check_maps(config, splits.values(), classes, of_model)
     return splits
+
+
+def check_maps(config: DataConfig, splits: Collection[Pairs], classes: Sequence[str], of_model: bool) -> None:
+    """Raises UserError where a map of scoring names what neither the model nor any of the sets knows."""
+    known = [*classes, *(name for pairs in splits for name in pairs.said)]
+    where = listed([pairs.name for pairs in splits])
+    for field in ("label_map", "eval_label_map") if of_model else ("eval_label_map",):
+        check_known(field, mapped(getattr(config, field)), known, f"{where} or the model")
 
 
 def load_pairs(

@@ -14,6 +14,7 @@ from trainer.base.files import lost_folder
 from trainer.base.log import log
 from trainer.config import Config, ModelConfig
 from trainer.data import builtin
+from trainer.data.label_map import finder
 from trainer.model.cross_encoder import CrossEncoder
 from trainer.model.lora import add_lora, is_head, refuse_adapter
 from trainer.model.settings import longest_input, set_dropout, settle, settle_padding, warn_of_joined_texts
@@ -205,9 +206,11 @@ def _hub_options(config: ModelConfig) -> dict[str, Any]:
 def _settle_head(model: Any, new: list[str], old: list[str], names: list[str], place: str) -> None:
     """Keeps the meaning of a trained head, and says where it has another one than the data's classes `names`."""
     kept = not any(is_head(weight, model) and ".pooler." not in weight for weight in new)
-    if sorted(old) == sorted(names):
-        if kept and old != names:
-            _reorder_classes(model, [old.index(name) for name in names])
+    find = finder(old)
+    meant = [find(name) or "" for name in names]  # whatever their case
+    if sorted(meant) == sorted(old):
+        if kept and meant != old:
+            _reorder_classes(model, [old.index(name) for name in meant])
     elif not set(old) <= {f"LABEL_{i}" for i in range(len(old))}:  # which is how a new head's classes are called
         what = "goes on as that of" if kept else "is drawn anew for"
         log.warning(f"{place}: its config.json has the classes {', '.join(old)}; the head {what} {', '.join(names)}")

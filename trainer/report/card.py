@@ -192,7 +192,7 @@ def details(run: Run) -> Markup:
 
 
 def confusion(run: Run, split: dict[str, Any]) -> Markup:
-    names = [escape(name, 30) for name in run.about["model"]["label_names"]]
+    names = [escape(name, 30) for name in split.get("label_names", run.about["model"]["label_names"])]
     if kept := split.get("confusion_classes"):
         text = f"More than {len(kept)} classes; the matrix of those with the most pairs is in results.json."
         return Markup(text)  # noqa: S704

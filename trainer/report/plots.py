@@ -64,7 +64,7 @@ def draw(run: Run, folder: Path) -> list[str]:
         name = "scores-" + re.sub(r"[^\w-]+", "-", split)
         with figure(12, 4.8) as drawn:
             left, right = drawn.subplots(1, 2)
-            names_shown = run.about["model"]["label_names"]
+            names_shown = scores.get("label_names", run.about["model"]["label_names"])
             if kept := scores.get("confusion_classes"):
                 names_shown = [*(names_shown[i] for i in kept), "all others"]
             draw_confusion(left, scores["confusion_matrix"], names_shown, split)

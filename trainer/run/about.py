@@ -83,6 +83,7 @@ def of_split(split: Split) -> dict[str, Any]:
             for i in range(min(3, len(pairs)))
         ],
         "labels": np.bincount(pairs.label, minlength=len(pairs.label_names)).tolist(),
+        "mapped": pairs.mapped,
         "lengths": np.bincount(tokens.lengths).tolist(),
     }
 
