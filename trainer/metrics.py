@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config import SCORES
+from trainer.options import SCORES, Objective
 
 
 def classification_scores(labels: np.ndarray, logits: np.ndarray, num_labels: int) -> dict[str, Any]:
@@ -53,6 +53,19 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     """In float64, (n, classes)."""
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def activated(logits: np.ndarray, objective: Objective) -> np.ndarray:
+    """What the model says, in float64: probabilities (n, classes), or of one output its score (n, 1).
+
+    The score is what CrossEncoder.predict gives of the same folder: of binary cross-entropy a probability, of mean
+    squared error the output as it is.
+    """
+    if objective == "cross_entropy":
+        return np.exp(log_softmax(logits))
+    wide = logits.astype(np.float64)
+    # Of a number far below 0, exp(-x) would be beyond float64.
+    return wide if objective == "mse" else np.exp(-np.logaddexp(0, -wide))
 
 
 def cross_entropy(labels: np.ndarray, logits: np.ndarray) -> float:
