@@ -206,8 +206,8 @@ def _from_numbers(
     """Place of each number among the classes, and these; `named` is what the numbers mean, where somebody says it."""
     whole = {text: number for text, number in numbers.items() if isinstance(number, int)}
     if scores := [text for text in numbers if text not in whole]:
-        raise UserError(f"{labels.at(scores[0])}: labels such as {scores[0]} are scores, not classes; crossrank trains "
-                        "classifiers: make classes of them, numbered from 0")  # fmt: skip
+        raise UserError(f"{labels.at(scores[0])}: labels such as {scores[0]} are scores, not classes; learn them by "
+                        "--objective mse, or make classes of them, numbered from 0")  # fmt: skip
     named = named or _numbered(labels, whole, known, of_model)
     for text, number in whole.items():
         if not 0 <= number < len(named):

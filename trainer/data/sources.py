@@ -19,10 +19,12 @@ from trainer.base.errors import UserError
 from trainer.base.log import log
 from trainer.config import DataConfig
 from trainer.data import builtin
-from trainer.data.labels import class_numbers, read_labels
+from trainer.data.labels import read_labels
 from trainer.data.splits import Loaded, from_data_set, from_folder
 from trainer.data.splits import Role as Role
 from trainer.data.tables import LONGEST_ROW, MIXED, SUFFIXES, read_table, too_long, values_of
+from trainer.data.targets import read_targets
+from trainer.options import Objective
 
 # AllNLI's splits by their number of rows, and the row where SNLI ends and MultiNLI begins: it has no column for that.
 ALLNLI = {942069: 549367, 19657: 9842, 19656: 9824}
@@ -37,7 +39,8 @@ class Pairs:
         name: where they come from, for messages.
         split: what reports, file names and metrics call them, such as AllNLI-dev.
         label: (n,) class numbers, or where `values` is given the places of the pairs' targets in it.
-        values: targets of one score, float32; None = there are classes.
+        values: targets of one score, float32, ascending; None = there are classes.
+        label_names: of the classes, or of the labels 0 and 1; empty = the targets are numbers.
         of_class: (classes of the model,) the class of `label_names` that each is taken as; None = the classes are the
             model's.
         mapped: in words, which classes are taken as which; empty = none.
@@ -65,6 +68,11 @@ class Pairs:
         """The pair's file and row, for messages."""
         return f"{self.name}, row {self.row[number]}"
 
+    def target(self, number: int) -> str:
+        """What the pair is labelled with."""
+        place = self.label[number]
+        return repr(self.label_names[place]) if self.values is None or self.label_names else f"{self.values[place]:g}"
+
     def describe(self) -> str:
         """How many there are, and what is not among them."""
         of = (
@@ -74,31 +82,36 @@ class Pairs:
         return f"{self.name}: {of} pairs{dropped}"
 
 
-def load_splits(config: DataConfig) -> dict[str, Pairs]:
+def load_splits(config: DataConfig, objective: Objective = "cross_entropy") -> dict[str, Pairs]:
     """The train split and what there is of dev and test, with one set of classes. Raises UserError."""
-    train = load_pairs(config, "train")
+    train = load_pairs(config, "train", objective=objective)
     if train is None:
         raise UserError("no training data: give --train_file FILE, or a --dataset_name that has a train split")
     if len(np.unique(train.label)) < 2:
         cut = "; shuffle them, or raise max_train_samples" if train.num_available > len(train) else ""
-        raise UserError(f"{train.describe()}, all with label {train.label_names[train.label[0]]!r}: there is nothing "
-                        f"to learn{cut}")  # fmt: skip
-    return {"train": train} | load_scored(config, train.label_names)
+        raise UserError(f"{train.describe()}, all with label {train.target(0)}: there is nothing to learn{cut}")
+    return {"train": train} | load_scored(config, train.label_names, objective=objective)
 
 
-def load_scored(config: DataConfig, classes: Sequence[str], of_model: bool = False) -> dict[str, Pairs]:
+def load_scored(
+    config: DataConfig, classes: Sequence[str], of_model: bool = False, objective: Objective = "cross_entropy"
+) -> dict[str, Pairs]:
     """What there is of dev and test."""
     splits: dict[str, Pairs] = {}
     roles: tuple[Role, ...] = ("dev", "test")
     for role in roles:
-        pairs = load_pairs(config, role, classes, of_model)
+        pairs = load_pairs(config, role, classes, of_model, objective)
         if pairs is not None:
             splits[role] = pairs
     return splits
 
 
 def load_pairs(
-    config: DataConfig, role: Role, classes: Sequence[str] | None = None, of_model: bool = False
+    config: DataConfig,
+    role: Role,
+    classes: Sequence[str] | None = None,
+    of_model: bool = False,
+    objective: Objective = "cross_entropy",
 ) -> Pairs | None:
     """One split, or None where the data set has none, or none with labels, which is said.
 
@@ -107,13 +120,17 @@ def load_pairs(
     limit = {"train": config.max_train_samples, "dev": config.max_eval_samples, "test": config.max_test_samples}[role]
     if config.has_files:
         loaded = _load_file(config, role)
-        return loaded and replace(_check(*loaded, config, classes, limit, of_model), split=split_name(config, role))
+        return loaded and replace(
+            _check(*loaded, config, classes, limit, of_model, objective), split=split_name(config, role)
+        )
     for place, table, names in _splits(config, role):
         # Many test splits on the hub come without their labels.
         if role != "train" and (lack := _lack(table, config.label_column, place)):
             log.info(f"{place} is left out: {lack}")
             continue
-        return replace(_check(place, table, names, config, classes, limit, of_model), split=split_name(config, role))
+        return replace(
+            _check(place, table, names, config, classes, limit, of_model, objective), split=split_name(config, role)
+        )
     return None
 
 
@@ -163,20 +180,21 @@ def _check(
     classes: Sequence[str] | None,
     limit: int | None,
     of_model: bool,
+    objective: Objective,
 ) -> Pairs:
     if table.num_rows == 0:
         raise UserError(f"{place}: no rows")
     texts = _text_columns(table, place, config.premise_column, config.hypothesis_column)
     premise, hypothesis = (table[name] for name in texts)
     label = _column(table, place, "label_column", config.label_column, LABEL)
-    found = read_labels(table[label], place)
-    numbers, names = class_numbers(found, classes, config.label_names, class_names.get(label), of_model)
-    available = np.flatnonzero(numbers >= 0)
+    found = read_targets(table[label], place, config, objective, classes, class_names.get(label), of_model)
+    available = np.flatnonzero(found.label >= 0)
     kept = available[:limit]
     if len(kept) == 0:
         raise UserError(f"{place}: no pair with a label ({table.num_rows} rows)")
-    if len(absent := np.flatnonzero(np.bincount(numbers[kept], minlength=len(names)) == 0)):
-        shown = " or ".join(names[number] for number in absent[:5]) + (" ..." if len(absent) > 5 else "")
+    targets = found.of(kept)
+    if len(absent := np.flatnonzero(np.bincount(targets.label, minlength=len(found.names)) == 0)):
+        shown = " or ".join(found.names[number] for number in absent[:5]) + (" ..." if len(absent) > 5 else "")
         log.info(f"{place}: no pair has the label {shown}")
     column = next((table[name] for name in ("source", "genre") if name in table.column_names), None)
     source = None if column is None else [str(s) for s in only(column, kept).to_pylist()]
@@ -190,13 +208,14 @@ def _check(
         name=place,
         premise=_text(premise, place, "premise", kept),
         hypothesis=_text(hypothesis, place, "hypothesis", kept),
-        label=numbers[kept],
+        label=targets.label,
         row=kept,
         source=source,
-        label_names=names,
-        num_dropped=int((numbers[: kept[-1] + 1 if len(kept) == limit else None] < 0).sum()),
+        label_names=found.names,
+        num_dropped=int((found.label[: kept[-1] + 1 if len(kept) == limit else None] < 0).sum()),
         num_available=len(available),
         columns=(*texts, label),
+        values=targets.values,
     )
 
 
