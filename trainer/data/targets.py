@@ -77,7 +77,7 @@ def _numbers(labels: Labels, config: DataConfig) -> Targets:
             number = float("nan" if value is None or "_" in value else value)
         except ValueError:
             number = math.nan
-        if not math.isfinite(number) or abs(number) > np.finfo(np.float32).max:
+        if not math.isfinite(number) or abs(number) > float(np.finfo(np.float32).max):
             said = "null" if value is None else repr(value)
             raise UserError(f"{labels.at(value)}: label is {said}, and objective mse needs a finite number in every "
                             "row; mend it, or leave the row out")  # fmt: skip
