@@ -31,7 +31,7 @@ def test_loss_is_cross_entropy():
 
 def test_scores_by_source():
     labels, logits = np.array([0, 1, 1]), np.eye(2)[[0, 1, 0]]
-    scores = scores_by_source(labels, logits, ["a", "a", "b"], 2)
+    scores = scores_by_source(["a", "a", "b"], lambda rows: classification_scores(labels[rows], logits[rows], 2))
     assert (scores["a"]["accuracy"], scores["b"]["accuracy"]) == (1.0, 0.0)
     assert (scores["a"]["num_samples"], scores["b"]["num_samples"]) == (2, 1)
 

@@ -12,6 +12,7 @@ ORDER = [
     "rules",
     "config",
     "metrics",
+    "score_metrics",
     "ranks",
     "data",
     "model",

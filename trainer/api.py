@@ -70,6 +70,8 @@ def hand_over(config: Config, folder: Path) -> None:
 def predict(model: str | Path, pairs: Iterable[tuple[str, str]], **options: Any) -> np.ndarray:
     """Probabilities (n, classes) of n pairs, in their order; the classes' names are in the model's config.json.
 
+    Of a model with one output, scores (n,): a probability where it was trained by binary cross-entropy.
+
     Args:
         model: folder of a trained model.
         options: fields of `crossrank predict --help`'s group Inference, such as bf16.

@@ -8,6 +8,7 @@ with the index of their sample.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ import torch
 
 from trainer.base.errors import TrainingFailed, out_of_memory
 from trainer.base.files import replacing
+from trainer.base.log import log
 from trainer.data.sampler import deal
 from trainer.data.sources import Pairs
 from trainer.data.tokens import Split, Tokens
-from trainer.metrics import classification_scores, log_softmax, merged, scores_by_source
+from trainer.metrics import activated, classification_scores, merged, names_of, scores_by_source
 from trainer.model.cross_encoder import CrossEncoder
 from trainer.model.precision import autocast, products
+from trainer.options import Objective
 from trainer.ranks import World
+from trainer.score_metrics import binary_scores, number_scores
 
 READ_EVERY = 1000  # batches whose logits stay on the device, so that the next one need not wait for them
 
@@ -43,21 +47,35 @@ def evaluate(
     bf16: bool,
     check: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Scores of `model` on a split; see metrics.classification_scores. With sources, also `by_source`.
+    """Scores of `model` on a split; see `scores_of`. With sources, also `by_source`.
 
-    Beside them `label_names`, the split's classes, and where these are not the model's `mapped`, in words.
+    Beside them of classes `label_names`, the split's, and where these are not the model's `mapped`, in words.
     """
     pairs = split.pairs
     logits = predict_logits(model, pairs, split.tokens, world, batch_size, bf16, check)
     scores = None
     if logits is not None:
-        names, own = pairs.label_names, merged(logits, pairs.of_class)
-        scores = classification_scores(pairs.label, own, len(names), names) | {"label_names": [*names]}
+        own = merged(logits, pairs.of_class)
+        scored = partial(scores_of, pairs, own, model.objective)
+        scores = scored(np.arange(len(pairs))) | ({"label_names": [*pairs.label_names]} if pairs.label_names else {})
         if pairs.mapped:
             scores["mapped"] = pairs.mapped
+        if lacking := [name for name in names_of(scores) if scores[name] is None]:
+            log.info(f"{split.name}: no {' nor '.join(lacking)}, which is not defined where all pairs have the same "
+                     "label, or the same score")  # fmt: skip
         if pairs.source is not None:
-            scores["by_source"] = scores_by_source(pairs.label, own, pairs.source, len(names), names)
+            scores["by_source"] = scores_by_source(pairs.source, scored)
     return Evaluation(world.broadcast(scores), logits)
+
+
+def scores_of(pairs: Pairs, logits: np.ndarray, objective: Objective, rows: np.ndarray) -> dict[str, Any]:
+    """Of logits (n, outputs), on some rows: what metrics.py says of classes, and score_metrics.py of one score."""
+    labels, logits = pairs.label[rows], logits[rows]
+    if pairs.values is None:
+        return classification_scores(labels, logits, len(pairs.label_names), pairs.label_names)
+    if objective == "mse":
+        return number_scores(pairs.values[labels], logits)
+    return binary_scores(labels, logits, pairs.label_names)
 
 
 @torch.no_grad()
@@ -134,17 +152,19 @@ def in_order(rows: np.ndarray, values: np.ndarray, num_samples: int) -> np.ndarr
     return ordered
 
 
-def write_predictions(path: Path, pairs: Pairs, logits: np.ndarray) -> None:
-    """A parquet file: index (the row in the data's source), label, score_<class> (softmax), source if there is one.
+def write_predictions(path: Path, pairs: Pairs, logits: np.ndarray, objective: Objective) -> None:
+    """A parquet file: index (the row in the data's source), label, source if there is one, and score_<class> (softmax),
+    or `score` of one output; see metrics.activated. The label is a class number, 0 or 1, or the target itself.
 
-    `logits` (n, classes of the model); label and scores are of the split's classes.
+    `logits` (n, outputs of the model); label and scores are of the split's classes.
     """
     import pyarrow as pa
     from pyarrow import parquet
 
-    probabilities = np.exp(log_softmax(merged(logits, pairs.of_class)))
-    columns: dict[str, Any] = {"index": pairs.row, "label": pairs.label}
-    columns |= {f"score_{name}": probabilities[:, i] for i, name in enumerate(pairs.label_names)}
+    targets = pairs.label if pairs.values is None or pairs.label_names else pairs.values[pairs.label]
+    names = ["score"] if pairs.values is not None else [f"score_{name}" for name in pairs.label_names]
+    columns: dict[str, Any] = {"index": pairs.row, "label": targets}
+    columns |= dict(zip(names, activated(merged(logits, pairs.of_class), objective).T, strict=True))
     if pairs.source is not None:
         columns["source"] = pairs.source
     path.parent.mkdir(parents=True, exist_ok=True)

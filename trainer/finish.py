@@ -6,9 +6,9 @@ from typing import Any
 
 from trainer.base.files import write_json
 from trainer.base.log import log
-from trainer.config import SCORES
 from trainer.evaluate import Evaluation, evaluate, write_predictions
 from trainer.loop import Trainer
+from trainer.metrics import names_of
 from trainer.run import energy
 from trainer.run.about import example_scores
 from trainer.run.versions import git_state, versions
@@ -35,9 +35,10 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         result, exact = final_scores(trainer, role, step)
         metrics[split.name] = result.scores
         if exact.logits is not None and not examples:
-            examples = example_scores(split.pairs, exact.logits)
+            examples = example_scores(split.pairs, exact.logits, trainer.model.objective)
         if result.logits is not None:
-            write_predictions(output.folder / "predictions" / f"{split.name}.parquet", split.pairs, result.logits)
+            path = output.folder / "predictions" / f"{split.name}.parquet"
+            write_predictions(path, split.pairs, result.logits, trainer.model.objective)
     summary: dict[str, Any] = trainer.world.broadcast(summarise(trainer, metrics) | {"examples": examples})
     output.checkpoints.wait()
     if trainer.world.is_main:
@@ -52,7 +53,7 @@ def final_scores(trainer: Trainer, role: str, step: int) -> tuple[Evaluation, Ev
         return result, result
     size, check = config.per_device_eval_batch_size, trainer.preemption.check
     exact = evaluate(trainer.model, trainer.data[role], trainer.world, size, bf16=False, check=check)
-    result.scores["fp32"] = {name: exact.scores[name] for name in (*SCORES["cross_entropy"], "loss")}
+    result.scores["fp32"] = {name: exact.scores[name] for name in (*names_of(exact.scores), "loss")}
     return result, exact
 
 

@@ -20,6 +20,7 @@ from trainer.config import Config
 from trainer.data.sampler import GlobalBatchSampler, Step
 from trainer.data.tokens import Split
 from trainer.evaluate import Evaluation, evaluate
+from trainer.metrics import goodness
 from trainer.model.cross_encoder import CrossEncoder
 from trainer.ranks import World
 from trainer.run.about import note
@@ -194,8 +195,7 @@ class Trainer:
 
     def keep_if_best(self, scores: dict[str, Any]) -> None:
         """Saves the model when it is the best so far, if the best is what the run shall end with."""
-        name, best = self.config.best_metric, self.state.best
-        value = -scores[name] if name == "loss" else scores[name]
+        best, value = self.state.best, goodness(scores, self.config.best_metric)
         if self.keeps_best and (best is None or value > best[0]):
             self.state.best = value, self.state.step
             self.save_model()

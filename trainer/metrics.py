@@ -6,12 +6,13 @@ one rank only: the package locks files.
 
 import math
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from trainer.config import SCORES
+from trainer.options import SCORES, Objective
 
 
 def classification_scores(
@@ -74,15 +75,42 @@ def merged(logits: np.ndarray, of_class: np.ndarray | None) -> np.ndarray:
     return np.stack([np.logaddexp.reduce(part, axis=-1) for part in parts], axis=-1)
 
 
-def listed(scores: dict[str, Any]) -> str:
-    """The scores that a person wants to see, in a line."""
-    return ", ".join(f"{name} {scores[name]:.4f}" for name in (*SCORES["cross_entropy"], "loss"))
+def names_of(scores: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those of options.SCORES that are among `scores`, of whichever objective; () where they are of none."""
+    return next((names for names in SCORES.values() if names[0] in scores), ())
+
+
+def listed(scores: dict[str, Any], names: Sequence[str] | None = None) -> str:
+    """The scores that a person wants to see, or those of these `names`, in a line."""
+    names = (*names_of(scores), "loss") if names is None else names
+    return ", ".join(f"{name} {'-' if scores[name] is None else format(scores[name], '.4f')}" for name in names)
+
+
+def goodness(scores: dict[str, Any], name: str) -> float:
+    """Of a score, or of the loss: more is better, and what is not defined is worse than anything that is."""
+    value = scores[name]
+    if value is None:
+        return -sys.float_info.max  # JSON has no infinity
+    return float(-value if name == "loss" else value)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """In float64, (n, classes)."""
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def activated(logits: np.ndarray, objective: Objective) -> np.ndarray:
+    """What the model says, in float64: probabilities (n, classes), or of one output its score (n, 1).
+
+    The score is what CrossEncoder.predict gives of the same folder: of binary cross-entropy a probability, of mean
+    squared error the output as it is.
+    """
+    if objective == "cross_entropy":
+        return np.exp(log_softmax(logits))
+    wide = logits.astype(np.float64)
+    # Of a number far below 0, exp(-x) would be beyond float64.
+    return wide if objective == "mse" else np.exp(-np.logaddexp(0, -wide))
 
 
 def cross_entropy(labels: np.ndarray, logits: np.ndarray) -> float:
@@ -93,24 +121,13 @@ def cross_entropy(labels: np.ndarray, logits: np.ndarray) -> float:
 MOST_SOURCES = 50  # a column of more values than that says something else
 
 
-def scores_by_source(
-    labels: np.ndarray,
-    logits: np.ndarray,
-    sources: Sequence[str],
-    num_labels: int,
-    class_names: Sequence[str] | None = None,
-) -> dict[str, Any]:
-    """classification_scores of each source, and its number of samples; empty where there are too many."""
+def scores_by_source(sources: Sequence[str], scored: Callable[[np.ndarray], dict[str, Any]]) -> dict[str, Any]:
+    """What `scored` says of the rows (n,) of each source, and their number; empty where there are too many sources."""
     names = np.asarray(sources)
     if len(set(sources)) > MOST_SOURCES:
         return {}
-    return {
-        str(name): {
-            "num_samples": int((names == name).sum()),
-            **classification_scores(labels[names == name], logits[names == name], num_labels, class_names),
-        }
-        for name in np.unique(names)
-    }
+    found = {str(name): np.flatnonzero(names == name) for name in np.unique(names)}
+    return {name: {"num_samples": len(rows), **scored(rows)} for name, rows in found.items()}
 
 
 def interval(confusion_matrix: list[list[int]]) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from trainer.data.stream import WRITERS, id_column, ids_of, open_output, stream_
 from trainer.data.tables import column_of, nothing_in, read_parts
 from trainer.data.tokens import Tokens, tokenize
 from trainer.evaluate import predict_logits
-from trainer.metrics import log_softmax
+from trainer.metrics import activated
 from trainer.model.cross_encoder import model_facts
 from trainer.model.loading import check_folder, load_trained
 from trainer.model.precision import check_bf16, settle_products
@@ -74,7 +74,7 @@ class Predictor:
         code = config.trust_remote_code
         origin = ModelConfig(model_name_or_path=folder, trust_remote_code=code, max_length=config.max_length)
         self.model = load_trained(origin).to(world.device)
-        self.label_names = self.model.label_names
+        self.label_names, self.objective = self.model.label_names, self.model.objective
         options = dataclasses.asdict(config) | {"device": world.device.type}
         world.agree(lambda: options | versions() | {"code": code_hash()} | model_facts(self.model))
 
@@ -90,13 +90,20 @@ class Predictor:
         size, bf16 = self.config.per_device_eval_batch_size, self.config.bf16
         return predict_logits(self.model, pairs, tokens, self.world, size, bf16)
 
+    def shaped(self, scores: np.ndarray) -> np.ndarray:
+        """Scores (n, outputs) as users get them: (n,) of one output, as CrossEncoder.predict gives them."""
+        return scores if self.objective == "cross_entropy" else scores[:, 0]
+
     def agree(self, row: int, content: str) -> None:
         """Every rank says what it has from this row on."""
         self.world.agree(lambda: {f"the input from row {row}": content})
 
 
 def predict_pairs(folder: str, given: Iterable[tuple[str, str]], config: InferenceConfig) -> np.ndarray:
-    """Probabilities (n, classes) of pairs, in order, on every rank. Raises UserError naming a pair without text."""
+    """Probabilities (n, classes) of pairs, or scores (n,) of a model with one output, in order, on every rank.
+
+    Raises UserError naming a pair without text.
+    """
     if not isinstance(given, Iterable):
         raise UserError(f"pairs must be a list of (premise, hypothesis), got {repr(given)[:80]}")
     pairs = list(given)
@@ -110,10 +117,11 @@ def predict_pairs(folder: str, given: Iterable[tuple[str, str]], config: Inferen
     predictor = Predictor(folder, config, world)
     if not pairs:
         predictor.agree(0, "none")
-        return np.empty((0, len(predictor.label_names)))
+        return predictor.shaped(np.empty((0, len(predictor.label_names))))
     table = pa.table({name: column_of([pair[i] for pair in pairs]) for i, name in enumerate(("premise", "hypothesis"))})
     logits = predictor.logits(unlabelled(table, "pairs", None, None))
-    return np.array(world.broadcast(None if logits is None else np.exp(log_softmax(logits)).tolist()))
+    scores = None if logits is None else activated(logits, predictor.objective).tolist()
+    return predictor.shaped(np.array(world.broadcast(scores)))
 
 
 def predict_file(folder: str, config: PredictConfig, inference: InferenceConfig) -> None:
@@ -137,7 +145,7 @@ def predict_file(folder: str, config: PredictConfig, inference: InferenceConfig)
             pairs = unlabelled(table, place, config.premise_column, config.hypothesis_column, start=done)
             logits = predictor.logits(pairs)
             if logits is not None:
-                write(ids_of(table, id_name, done), np.exp(log_softmax(logits)))
+                write(ids_of(table, id_name, done), activated(logits, predictor.objective))
             done += len(pairs)
             bar.update(len(pairs))
         predictor.agree(done, "none")

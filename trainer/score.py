@@ -10,9 +10,8 @@ from trainer.base.fields import Fields, option
 from trainer.base.files import write_json
 from trainer.base.log import log
 from trainer.config import SCORES, DataConfig
-from trainer.data.label_map import shown
 from trainer.data.sources import load_scored
-from trainer.data.tokens import Split, cache_folder
+from trainer.data.tokens import Split, cache_folder, targets_of
 from trainer.evaluate import evaluate, write_predictions
 from trainer.model.loading import check_folder
 from trainer.predict import InferenceConfig, Predictor
@@ -33,9 +32,10 @@ def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, ou
     place = None if output.output_dir is None else new_folder(Path(output.output_dir))
     world = ranks.start(inference.ddp_timeout)
     predictor = Predictor(folder, inference, world)
+    objective = predictor.objective
     splits = {
         role: Split(pairs.split, pairs, predictor.tokens(pairs, cache_folder()))
-        for role, pairs in load_scored(data, predictor.label_names, of_model=True).items()
+        for role, pairs in load_scored(data, predictor.label_names, True, objective).items()
     }
     world.agree(lambda: {role: split.tokens.fingerprint for role, split in splits.items()})
     if not splits:
@@ -44,10 +44,10 @@ def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, ou
     for split in splits.values():
         pairs = split.pairs
         result = evaluate(predictor.model, split, world, inference.per_device_eval_batch_size, inference.bf16)
-        log.info(f"{pairs.describe()}; classes {shown(pairs.label_names)}")
+        log.info(f"{pairs.describe()}; {targets_of(pairs)}")
         metrics[split.name] = result.scores
         if place is not None and result.logits is not None:
-            write_predictions(place / "predictions" / f"{split.name}.parquet", pairs, result.logits)
+            write_predictions(place / "predictions" / f"{split.name}.parquet", pairs, result.logits, objective)
     if place is not None and world.is_main:
         write_json(place / "results.json", {"metrics": metrics, "versions": versions()})
     return metrics

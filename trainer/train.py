@@ -121,7 +121,7 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
 
 
 def read_pairs(config: Config) -> dict[str, Pairs]:
-    splits = load_splits(config)
+    splits = load_splits(config, config.objective)
     if "dev" not in splits and (config.eval_on_start or config.load_best_model_at_end):
         raise UserError("eval_on_start and load_best_model_at_end need a dev split: give --validation_file FILE")
     if "dev" not in splits and config.eval_strategy != "no":

@@ -24,25 +24,8 @@ from trainer.data.label_map import (
     replaced,
     shown,
 )
-from trainer.data.labels import MISSING, NO_CONSENSUS, Labels, number_in
+from trainer.data.labels import MISSING, NO_CONSENSUS, Labels, Targets, number_in
 from trainer.data.names import before_map, meaning_of, names_of, one_spelling
-
-
-@dataclass(frozen=True)
-class Classes:
-    """What the rows of a split are.
-
-    Attributes:
-        numbers: (n,) class of each row in `names`, -1 where there is no consensus.
-        said: the classes as the data names them, before any map.
-        of_class, mapped: as in sources.Pairs.
-    """
-
-    numbers: np.ndarray
-    names: tuple[str, ...]
-    said: tuple[str, ...]
-    of_class: np.ndarray | None = None
-    mapped: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,7 +75,7 @@ def class_numbers(
 
 def learned(
     labels: Labels, config: DataConfig, own_names: list[str] | None, classes: Sequence[str] | None = None
-) -> Classes:
+) -> Targets:
     """The classes of training pairs, once label_map has replaced their names.
 
     `classes` are those of the sources that were read before. What label_map names must be in one of them all:
@@ -101,18 +84,13 @@ def learned(
     label_map = mapped(config.label_map)
     found = _named(labels, classes, config.label_names, own_names, False, label_map)
     numbers, names = _settled(found.mapped(label_map), classes)
-    if len(names) == 1 and label_map:
-        raise UserError(f"{labels.place}: label_map makes {names[0]!r} of all classes ({shown(found.names)}): there is "
-                        "nothing to learn; leave one as it is")  # fmt: skip
     words = in_words(label_map, found.names)
-    if words:
-        log.info(f"{labels.place}: taken with {words}")
-    return Classes(numbers, names, found.names, mapped=words)
+    return Targets(numbers, names, said=found.names, mapped=words)
 
 
 def scored(
     labels: Labels, config: DataConfig, own_names: list[str] | None, classes: Sequence[str], of_model: bool
-) -> Classes:
+) -> Targets:
     """The classes of pairs that are scored by a model of these `classes`: the model's, or what a map makes of them.
 
     For a trained model (`of_model`) label_map is of the data and the model, on every set. In a run, whose model has
@@ -134,9 +112,9 @@ def scored(
         _check_targets(found, own, field, classes, made)
     numbers, _ = _settled(found.mapped(own), made)
     words = "; ".join(filter(None, (in_words(before, said.names), in_words(own, [*found.names, *classes]))))
-    if words:
-        log.info(f"{labels.place}: scored with {words}")
-    return Classes(numbers, made, said.names, of_class if len(made) < len(classes) else None, words)
+    return Targets(
+        numbers, made, said=said.names, of_class=of_class if len(made) < len(classes) else None, mapped=words
+    )
 
 
 def _check_targets(

@@ -16,10 +16,12 @@ from trainer.base.errors import UserError
 from trainer.base.log import log
 from trainer.config import DataConfig
 from trainer.data.columns import LABEL, column_named, only, text_columns, texts_of
-from trainer.data.labels import Labels, class_numbers, read_labels
+from trainer.data.labels import Labels, read_labels
 from trainer.data.pairs import Pairs
 from trainer.data.places import Place
 from trainer.data.splits import Role
+from trainer.data.targets import read_targets
+from trainer.options import Objective
 
 # AllNLI's splits by their number of rows, and the row where SNLI ends and MultiNLI begins: it has no column for that.
 ALLNLI = {942069: 549367, 19657: 9842, 19656: 9824}
@@ -52,10 +54,17 @@ def part_of(source: str, place: str, table: pa.Table, names: dict[str, list[str]
 
 
 def join(
-    parts: list[Part], config: DataConfig, role: Role, classes: Sequence[str] | None, of_model: bool = False
+    parts: list[Part],
+    config: DataConfig,
+    role: Role,
+    classes: Sequence[str] | None,
+    of_model: bool = False,
+    objective: Objective = "cross_entropy",
 ) -> Pairs:
     """The split that `parts` make; they are used up. Raises UserError naming the row that is bad."""
-    numbers, names = _classes(parts, config, classes, of_model)
+    labelled = [(part.labels, part.own_names) for part in parts]
+    targets = read_targets(labelled, config, objective, classes, of_model)
+    numbers = [own.label for own in targets]
     _check_labelled(parts, numbers)
     kept, sources = _kept(parts, numbers, config, role)
     place = Place.joined([part.place for part in parts], [len(own) for own in numbers])
@@ -70,7 +79,14 @@ def join(
         rows.append(start + chosen)
         start += len(own)
     label = np.concatenate([own[chosen] for own, chosen in zip(numbers, kept, strict=True)])
+    names, values = targets[0].names, targets[0].values
+    if values is not None and not names:  # only those that occur
+        there, label = np.unique(label, return_inverse=True)
+        values = values[there]
     _say_absent(place, label, names)
+    words = "; ".join(dict.fromkeys(own.mapped for own in targets if own.mapped))
+    if words:
+        log.info(f"{place}: {'taken' if classes is None else 'scored'} with {words}")
     return Pairs(
         name=place,
         premise=premise,
@@ -82,47 +98,11 @@ def join(
         num_dropped=dropped,
         num_available=sum(int((own >= 0).sum()) for own in numbers),
         columns=columns,
+        values=values,
+        of_class=targets[0].of_class,
+        mapped=words,
+        said=tuple(dict.fromkeys(name for own in targets for name in own.said)),
     )
-
-
-def _classes(
-    parts: list[Part], config: DataConfig, classes: Sequence[str] | None, of_model: bool
-) -> tuple[list[np.ndarray], tuple[str, ...]]:
-    """Class number of each row, part by part, and the classes' names."""
-
-    def of(part: Part, known: Sequence[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
-        return class_numbers(part.labels, known, config.label_names, part.own_names, of_model)
-
-    if classes is None and config.label_names is None and len(parts) > 1:
-        classes = _common([(part, of(part, None)[1]) for part in parts])
-    found = [of(part, classes) for part in parts]
-    return [numbers for numbers, _ in found], found[0][1]
-
-
-def _common(found: list[tuple[Part, tuple[str, ...]]]) -> tuple[str, ...]:
-    """The classes of the part that has the most. Raises UserError where another one has others."""
-    reference, classes = max(found, key=lambda own: len(own[1]))
-    known = {_folded(name) for name in classes}
-    for part, names in found:
-        numbers = part.own_names is None and part.labels.numbered
-        if numbers != (reference.own_names is None and reference.labels.numbered):
-            one, other = (part, reference) if numbers else (reference, part)
-            raise UserError(
-                f"the labels of {one.place} are numbers, and those of {other.place} are names "
-                f"({', '.join(names if other is part else classes)}): write names in both, or say what the numbers "
-                "mean, from 0, with --label_names"
-            )
-        if any(_folded(name) not in known for name in names):
-            raise UserError(
-                f"sources with different classes: {reference.place} has {', '.join(classes)}, and {part.place} has "
-                f"{', '.join(names)}; say which class is which with --label_map, such as {names[0]}={classes[0]}, or "
-                "name all classes, in the order of their numbers, with --label_names"
-            )
-    return classes
-
-
-def _folded(name: str) -> str:
-    return name.strip().lower()
 
 
 def _check_labelled(parts: list[Part], numbers: list[np.ndarray]) -> None:

@@ -54,6 +54,29 @@ class Labels:
         return all(v is None or v in NO_CONSENSUS or v.lower() in MISSING for v in self.values)
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What n rows are labelled with.
+
+    Of one score the targets are a small table of numbers, and each pair has its place there. So a batch carries an
+    integer a pair whatever is learned, and -100 for a pair that only fills up.
+
+    Attributes:
+        label: (n,) class numbers, or places in `values`; -1 where there is no consensus.
+        names: of the classes, or of the labels 0 and 1; of numbers none.
+        values: float32, ascending; None = there are classes.
+        said: the classes as the data names them, before any map.
+        of_class, mapped: as in pairs.Pairs.
+    """
+
+    label: np.ndarray
+    names: tuple[str, ...]
+    values: np.ndarray | None = None
+    said: tuple[str, ...] = ()
+    of_class: np.ndarray | None = None
+    mapped: str = ""
+
+
 def read_labels(column: pa.ChunkedArray, place: str) -> Labels:
     """Raises UserError where a row's label is neither text nor number."""
     if column.type == MIXED:

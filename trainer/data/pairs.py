@@ -20,7 +20,8 @@ class Pairs:
         row: (n,) the number that each has among all rows of the split, file after file.
         split: what reports, file names and metrics call them, such as AllNLI-dev.
         label: (n,) class numbers, or where `values` is given the places of the pairs' targets in it.
-        values: targets of one score, float32; None = there are classes.
+        values: targets of one score, float32, ascending; None = there are classes.
+        label_names: of the classes, or of the labels 0 and 1; empty = the targets are numbers.
         of_class: (classes of the model,) the class of `label_names` that each is taken as; None = the classes are the
             model's.
         mapped: in words, which classes are taken as which; empty = none.
@@ -55,6 +56,11 @@ class Pairs:
     def all_at(self, numbers: Iterable[int], most: int = 16) -> str:
         """The rows of several pairs, and their files."""
         return rows_at(self.name, (self.row[number] for number in numbers), most)
+
+    def target(self, number: int) -> str:
+        """What the pair is labelled with."""
+        place = self.label[number]
+        return repr(self.label_names[place]) if self.values is None or self.label_names else f"{self.values[place]:g}"
 
     @property
     def sizes(self) -> dict[str, int]:

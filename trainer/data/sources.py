@@ -31,6 +31,7 @@ from trainer.data.places import Place, listed
 from trainer.data.splits import Loaded, from_data_set, from_folder, is_saved, named_sets
 from trainer.data.splits import Role as Role
 from trainer.data.tables import joined, read_table
+from trainer.options import Objective
 
 
 @dataclass(frozen=True)
@@ -42,27 +43,30 @@ class Origin:
     files: tuple[str, ...] = ()
 
 
-def load_splits(config: DataConfig) -> dict[str, Pairs]:
+def load_splits(config: DataConfig, objective: Objective = "cross_entropy") -> dict[str, Pairs]:
     """The train split and what there is of dev and test, with one set of classes. Raises UserError."""
-    found = load_pairs(config, "train")
+    found = load_pairs(config, "train", objective=objective)
     if not found:
         raise UserError("no training data: give --train_file FILE, or a --dataset_name that has a train split")
     (train,) = found
     check_known("label_map", mapped(config.label_map), train.said, train.name)
     if len(np.unique(train.label)) < 2:
         cut = "; shuffle them, or raise max_train_samples" if train.num_available > len(train) else ""
-        raise UserError(f"{train.describe()}, all with label {train.label_names[train.label[0]]!r}: there is nothing "
-                        f"to learn{cut}")  # fmt: skip
+        if train.mapped and len(train.label_names) == 1:
+            cut = f"; label_map takes {train.mapped}: leave one of the classes as it is"
+        raise UserError(f"{train.describe()}, all with label {train.target(0)}: there is nothing to learn{cut}")
     Mix.of(config.source_weights, train)  # a mistake there shows before anything is computed
-    return {"train": train} | load_scored(config, train.label_names)
+    return {"train": train} | load_scored(config, train.label_names, objective=objective)
 
 
-def load_scored(config: DataConfig, classes: Sequence[str], of_model: bool = False) -> dict[str, Pairs]:
+def load_scored(
+    config: DataConfig, classes: Sequence[str], of_model: bool = False, objective: Objective = "cross_entropy"
+) -> dict[str, Pairs]:
     """What there is of dev and test: the test sets are "test", "test 2", "test 3" and so on."""
     splits: dict[str, Pairs] = {}
-    for pairs in load_pairs(config, "dev", classes, of_model):
+    for pairs in load_pairs(config, "dev", classes, of_model, objective):
         splits["dev"] = pairs
-    for number, pairs in enumerate(load_pairs(config, "test", classes, of_model), 1):
+    for number, pairs in enumerate(load_pairs(config, "test", classes, of_model, objective), 1):
         splits["test" if number == 1 else f"test {number}"] = pairs
     check_maps(config, splits.values(), classes, of_model)
     return splits
@@ -77,7 +81,11 @@ def check_maps(config: DataConfig, splits: Collection[Pairs], classes: Sequence[
 
 
 def load_pairs(
-    config: DataConfig, role: Role, classes: Sequence[str] | None = None, of_model: bool = False
+    config: DataConfig,
+    role: Role,
+    classes: Sequence[str] | None = None,
+    of_model: bool = False,
+    objective: Objective = "cross_entropy",
 ) -> list[Pairs]:
     """The role's split, or every test set. None where the data set has none, or none with labels, which is said.
 
@@ -95,7 +103,7 @@ def load_pairs(
             raise UserError(f"two test sets would be called {name!r}: {other.name} and {parts[0].place}; give them "
                             "names, as in NAME=PATH")  # fmt: skip
         files = tuple(file for origin in own for file in origin.files)
-        pairs = join(parts, config, role, classes, of_model)
+        pairs = join(parts, config, role, classes, of_model, objective)
         made[name] = replace(pairs, split=name, files=files)
     return list(made.values())
 

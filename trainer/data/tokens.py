@@ -77,11 +77,20 @@ class Split:
         """One line: its size, and every pair that was dropped or cut."""
         pairs, tokens = self.pairs, self.tokens
         parts = [pairs.describe(), f"{tokens.lengths.mean():.1f} tokens each"]
-        names = pairs.label_names
-        parts.append(f"{len(names)} classes: " + "/".join(names[:5]) + ("/..." if len(names) > 5 else ""))
+        parts.append(targets_of(pairs))
         if num_cut := int(tokens.truncated.sum()):
             parts.append(f"{num_cut:,} cut to {max_length} tokens")
         return f"{', '.join(parts)} ({tokens.bytes_per_pair:.0f} bytes per pair)"
+
+
+def targets_of(pairs: Pairs) -> str:
+    """What the labels are, in words."""
+    names, values = pairs.label_names, pairs.values
+    if values is None:
+        return f"{len(names)} classes: " + "/".join(names[:5]) + ("/..." if len(names) > 5 else "")
+    if not names:
+        return f"scores from {values[0]:g} to {values[-1]:g}"
+    return f"{np.mean(pairs.label):.1%} labelled 1" + (f", {names[1]}" if names[1] != "1" else "")
 
 
 def cache_folder() -> Path:
@@ -141,6 +150,8 @@ def _fingerprint(pairs: Pairs, rust: Any, has_types: bool) -> str:
     for texts in (pairs.premise, pairs.hypothesis):
         digest.update("\x1e".join(texts).encode("utf-8", "surrogatepass") + b"\x1d")
     digest.update(pairs.label.tobytes())
+    if pairs.values is not None:
+        digest.update(pairs.values.tobytes())
     return digest.hexdigest()
 
 

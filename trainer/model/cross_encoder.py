@@ -24,6 +24,8 @@ from trainer.model.families import adopt
 from trainer.model.layout import Layout
 from trainer.model.lora import Lora, is_adapter
 from trainer.model.masks import columns_of
+from trainer.model.outputs import ACTIVATIONS
+from trainer.options import Objective
 
 
 class CrossEncoder(nn.Module):
@@ -38,6 +40,7 @@ class CrossEncoder(nn.Module):
             changes scores, or comes first.
         note: for the user, where the model runs padded unasked.
         lora: where adapters are trained; `model` then has them, and what `save` writes as the model has them merged.
+        objective: what its outputs mean, classes or one score; see metrics.activated.
     """
 
     def __init__(
@@ -48,9 +51,10 @@ class CrossEncoder(nn.Module):
         tokenizer: Any = None,
         max_length: int = 0,
         lora: Lora | None = None,
+        objective: Objective = "cross_entropy",
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.objective = model, objective
         self.tokenizer, self.max_length, self.lora = tokenizer, max_length, lora
         self.layout: Layout | None = None
         self.calls = DropoutCalls()
@@ -205,7 +209,7 @@ class CrossEncoder(nn.Module):
             weights = self.lora.merged(weights)
 
         logging.disable_progress_bar()
-        self.model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
+        self.model.config.sentence_transformers = {"activation_fn": ACTIVATIONS[self.objective]}
         self.model.config.task_specific_params = None  # with which a pipeline would change the config
         self.tokenizer.model_max_length = self.max_length
         inputs = ["input_ids", *(["token_type_ids"] if self.gives_types else []), "attention_mask"]

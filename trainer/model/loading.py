@@ -17,6 +17,7 @@ from trainer.data import builtin
 from trainer.data.label_map import finder
 from trainer.model.cross_encoder import CrossEncoder
 from trainer.model.lora import add_lora, is_head, refuse_adapter
+from trainer.model.outputs import objective_of, settle_outputs
 from trainer.model.settings import longest_input, set_dropout, settle, settle_padding, warn_of_joined_texts
 
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
@@ -42,17 +43,15 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def load_for_training(config: Config, label_names: Sequence[str]) -> CrossEncoder:
-    """The encoder to start from, in fp32, with a head for these classes; new weights are drawn from `config.seed`."""
+    """The encoder to start from, in fp32, with a head for these classes, or for one score where that is the objective;
+    new weights are drawn from `config.seed`."""
     name = config.model_name_or_path
     if name == "builtin":
         settings, tokenizer = builtin.make_config(), builtin.make_tokenizer()
     else:
         settings, tokenizer = _load_settings(config), load_tokenizer(config)
     old_names = [settings.id2label[i] for i in range(settings.num_labels)]
-    settings.num_labels = len(label_names)
-    settings.id2label = dict(enumerate(label_names))
-    settings.label2id = {label: i for i, label in enumerate(label_names)}
-    settings.problem_type = "single_label_classification"
+    names = settle_outputs(settings, config.objective, label_names)
     if config.dropout is not None:
         set_dropout(settings, config.dropout)
     if config.attn_implementation is not None:
@@ -60,12 +59,12 @@ def load_for_training(config: Config, label_names: Sequence[str]) -> CrossEncode
     model = _new_model(config, settings)
     if model is None:
         model, new = _load_weights(config, settings)
-        _settle_head(model, [*new], old_names, list(label_names), name)
+        _settle_head(model, [*new], old_names, names, name)
     settle_padding(model, tokenizer, name)
     warn_of_joined_texts(tokenizer, name)
     max_length = longest_input(model, tokenizer, config.max_length)
     lora = add_lora(model, config)
-    return CrossEncoder(model, config.attn_implementation, config.unpad, tokenizer, max_length, lora)
+    return CrossEncoder(model, config.attn_implementation, config.unpad, tokenizer, max_length, lora, config.objective)
 
 
 def _new_model(config: Config, settings: Any) -> Any | None:
@@ -106,13 +105,14 @@ def load_trained(config: ModelConfig) -> CrossEncoder:
     if rows and settings.num_labels not in rows:
         raise UserError(f"{path}: its config.json names {settings.num_labels} classes, its weights are of "
                         f"{rows.pop()}; name each class once in id2label and label2id")  # fmt: skip
-    if settings.num_labels < 2:
-        raise UserError(f"{path} has one output, a score; crossrank needs a classifier of two classes or more")
+    if settings.num_labels < 1:
+        raise UserError(f"{path}: its config.json names no output; crossrank needs classes, or one score")
     if new:
         raise UserError(f"{path} is not a trained classifier: its weights lack {', '.join([*new][:3])}; train it first")
+    objective = objective_of(settings, path)
     settle_padding(model, tokenizer, config.model_name_or_path)
     max_length = longest_input(model, tokenizer, config.max_length)
-    return CrossEncoder(model, tokenizer=tokenizer, max_length=max_length)
+    return CrossEncoder(model, tokenizer=tokenizer, max_length=max_length, objective=objective)
 
 
 def check_folder(name: str) -> None:
@@ -211,9 +211,11 @@ def _settle_head(model: Any, new: list[str], old: list[str], names: list[str], p
     if sorted(meant) == sorted(old):
         if kept and meant != old:
             _reorder_classes(model, [old.index(name) for name in meant])
-    elif not set(old) <= {f"LABEL_{i}" for i in range(len(old))}:  # which is how a new head's classes are called
+    # LABEL_0 and so on is what a new head's classes are called.
+    elif max(len(old), len(names)) > 1 and not set(old) <= {f"LABEL_{i}" for i in range(len(old))}:
         what = "goes on as that of" if kept else "is drawn anew for"
-        log.warning(f"{place}: its config.json has the classes {', '.join(old)}; the head {what} {', '.join(names)}")
+        log.warning(f"{place}: its config.json has the classes {', '.join(old)}; the head {what} "
+                    f"{'one score' if len(names) == 1 else ', '.join(names)}")  # fmt: skip
 
 
 def _reorder_classes(model: Any, order: list[int]) -> None:

@@ -21,9 +21,12 @@ from trainer.config import Config
 from trainer.metrics import RESAMPLES, interval
 from trainer.report import markdown
 from trainer.report.markdown import code, escape, table
-from trainer.report.read import SCORES, Run
+from trainer.report.read import Run
 
 MOST_LINES = 200  # of the training logs
+# As sentence-transformers calls them.
+LOSSES = {"cross_entropy": "CrossEntropyLoss", "binary_cross_entropy": "BinaryCrossEntropyLoss", "mse": "MSELoss"}
+EVALUATORS = {"cross_entropy": "Classification", "binary_cross_entropy": "Classification", "mse": "Correlation"}
 
 
 def title(run: Run) -> str:
@@ -34,6 +37,8 @@ def card(run: Run, plots: list[str]) -> str:
     """The model card; `plots` names the pictures beside it. A pure function of the run."""
     about, results = run.about, run.results
     examples = results.get("examples") or []
+    printed = np.array([e["scores"] for e in examples], np.float32)
+    printed = printed if run.objective == "cross_entropy" else printed.reshape(-1)
     padded = about["padding"]["padding"] / max(1, sum(about["padding"].values()))
     logs, note = training_logs(run)
     return markdown.render(
@@ -53,13 +58,17 @@ def card(run: Run, plots: list[str]) -> str:
         energy=results.get("energy"),
         hub_model_id=run.config["hub_model_id"],
         examples=examples,
-        printed=str(np.array([e["scores"] for e in examples], np.float32).round(4)).split("\n"),
+        printed=str(printed.round(4)).split("\n"),
+        shape=printed.shape,
         statistics=statistics,
         samples=samples,
         scores=partial(scores, run),
         details=partial(details, run),
         confusion=partial(confusion, run),
-        sources=sources,
+        sources=partial(sources, run),
+        score=run.objective != "cross_entropy",
+        loss=LOSSES[run.objective],
+        evaluator=EVALUATORS[run.objective],
         resamples=RESAMPLES,
         changed=hyperparameters(run, changed_only=True),
         hyperparameters=hyperparameters(run, changed_only=False),
@@ -98,12 +107,12 @@ def metadata(run: Run) -> ModelCardData:
     made = {
         "language": [data["language"]] if data["language"] else None,
         "tags": ["sentence-transformers", "cross-encoder", "generated_from_trainer", "crossrank",
-                 f"dataset_size:{about['data']['train']['size']}", "loss:CrossEntropyLoss"],
+                 f"dataset_size:{about['data']['train']['size']}", f"loss:{LOSSES[run.objective]}"],
         "base_model": about["model"]["hub_id"],
         "datasets": data.get("hub_ids", [data["hub_id"]] if data["hub_id"] else []) or None,
         "pipeline_tag": "text-classification",
         "library_name": "sentence-transformers",
-        "metrics": list(SCORES) if run.results.get("metrics", True) else None,
+        "metrics": list(run.scores) if run.results.get("metrics", True) else None,
         "co2_eq_emissions": emissions,
         "model_name": title(run),
         "eval_results": eval_results(run) or None,
@@ -114,8 +123,8 @@ def metadata(run: Run) -> ModelCardData:
 def eval_results(run: Run) -> list[EvalResult]:
     return [
         EvalResult(
-            task_type="cross-encoder-classification",
-            task_name="Cross Encoder Classification",
+            task_type=f"cross-encoder-{EVALUATORS[run.objective].lower()}",
+            task_name=f"Cross Encoder {EVALUATORS[run.objective]}",
             dataset_name=split.replace("-", " "),
             dataset_type=split,
             metric_type=name,
@@ -123,7 +132,8 @@ def eval_results(run: Run) -> list[EvalResult]:
             metric_value=values[name],
         )
         for split, values in run.results.get("metrics", {}).items()
-        for name, shown in SCORES.items()
+        for name, shown in run.scores.items()
+        if values[name] is not None
     ]
 
 
@@ -147,7 +157,12 @@ def statistics(split: dict[str, Any]) -> Markup:
     details = [
         listed([f"{n}: ~{share:.2%}" for n, share in column["shares"].items()][:20])
         if "shares" in column
-        else listed([f"{n}: {round(column[n], 2)} characters" for n in ("min", "mean", "max")])
+        else listed(
+            [
+                f"{n}: {round(column[n], 2)}{' characters' if column['type'] == 'string' else ''}"
+                for n in ("min", "mean", "max")
+            ]
+        )
         for column in split["statistics"]
     ]
     header = ["", *map(escape, split["columns"])]
@@ -169,7 +184,7 @@ def bold(cells: list[str]) -> list[str]:
 def scores(run: Run) -> Markup:
     """Metrics down, splits across; the first one is what training looks at."""
     metrics = run.results["metrics"]
-    rows = [[name, *(rounded(split[name]) for split in metrics.values())] for name in SCORES]
+    rows = [[name, *(rounded(split[name]) for split in metrics.values())] for name in run.scores]
     return table(["Metric", *map(escape, metrics)], [bold(rows[0]), *rows[1:]])
 
 
@@ -178,20 +193,22 @@ def details(run: Run) -> Markup:
     rows = []
     for name, split in run.results["metrics"].items():
         spread = "-"  # a matrix without all classes does not say it
-        if "confusion_classes" not in split:
+        if run.objective == "cross_entropy" and "confusion_classes" not in split:
             low, high = interval(split["confusion_matrix"])
             spread = f"{low:.4f} to {high:.4f}"
-        size = sum(map(sum, split["confusion_matrix"]))
+        size = split["num_samples"] if "num_samples" in split else sum(map(sum, split["confusion_matrix"]))
         own = "bf16" if run.config["bf16"] else "fp32"
-        rows.append([escape(name), own, f"{size:,}", *(rounded(split[m]) for m in SCORES), spread,
+        rows.append([escape(name), own, f"{size:,}", *(rounded(split[m]) for m in run.scores), spread,
                      rounded(split["loss"])])  # fmt: skip
         if "fp32" in split:
-            rows.append([escape(name), "fp32", f"{size:,}", *(rounded(split["fp32"][m]) for m in SCORES), "",
+            rows.append([escape(name), "fp32", f"{size:,}", *(rounded(split["fp32"][m]) for m in run.scores), "",
                          rounded(split["fp32"]["loss"])])  # fmt: skip
-    return table(["Split", "Precision", "Pairs", *SCORES, "95 % of f1_macro", "Loss"], rows)
+    return table(["Split", "Precision", "Pairs", *run.scores, f"95 % of {next(iter(run.scores))}", "Loss"], rows)
 
 
 def confusion(run: Run, split: dict[str, Any]) -> Markup:
+    if "confusion_matrix" not in split:
+        return Markup("Scores have no confusion matrix.")
     names = [escape(name, 30) for name in split.get("label_names", run.about["model"]["label_names"])]
     if kept := split.get("confusion_classes"):
         text = f"More than {len(kept)} classes; the matrix of those with the most pairs is in results.json."
@@ -202,12 +219,12 @@ def confusion(run: Run, split: dict[str, Any]) -> Markup:
     return table(["", *names], rows)
 
 
-def sources(split: dict[str, Any]) -> Markup:
+def sources(run: Run, split: dict[str, Any]) -> Markup:
     rows = [
-        [escape(name, 60), f"{own['num_samples']:,}", *(rounded(own[m]) for m in SCORES)]
+        [escape(name, 60), f"{own['num_samples']:,}", *(rounded(own[m]) for m in run.scores)]
         for name, own in split["by_source"].items()
     ]
-    return table(["Source", "Pairs", *SCORES], rows)
+    return table(["Source", "Pairs", *run.scores], rows)
 
 
 def hyperparameters(run: Run, changed_only: bool) -> dict[str, Any]:
@@ -280,21 +297,21 @@ def training_logs(run: Run) -> tuple[Markup | None, str]:
         at.setdefault("train" if event["event"] == "train" else f"eval {event['split']}", event)
     if not steps:
         return None, ""
-    dev = run.about["data"].get("dev", {}).get("name")
-    rows = [[at["Epoch"], str(step), *_cells(at, splits, dev)] for step, at in sorted(steps.items())]
+    dev, main = run.about["data"].get("dev", {}).get("name"), next(iter(run.scores))
+    rows = [[at["Epoch"], str(step), *_cells(at, splits, dev, main)] for step, at in sorted(steps.items())]
     kept = list(thinned(rows))
     best = max((r for r in kept if dev in splits and r[4] != "-"), key=lambda r: float(r[4]), default=None)
     rows = [bold(row) if row is best else row for row in kept]
     note = "The training loss is the mean since the line before." + (" The best evaluation is bold." if best else "")
     if len(kept) < len(steps):
         note += f" {len(steps) - len(kept):,} lines are left out; metrics.jsonl has them."
-    header = ["Epoch", "Step", "Training Loss", "Validation Loss", *(f"{escape(s)}_f1_macro" for s in splits)]
+    header = ["Epoch", "Step", "Training Loss", "Validation Loss", *(f"{escape(s)}_{main}" for s in splits)]
     return table(header, rows, "c" * len(header)), note
 
 
-def _cells(at: dict[str, Any], splits: list[str], dev: str | None) -> list[str]:
-    f1 = [rounded(at.get(f"eval {split}", {}).get("f1_macro")) for split in splits]
-    return [rounded(at.get("train", {}).get("loss")), rounded(at.get(f"eval {dev}", {}).get("loss")), *f1]
+def _cells(at: dict[str, Any], splits: list[str], dev: str | None, main: str) -> list[str]:
+    scores = [rounded(at.get(f"eval {split}", {}).get(main)) for split in splits]
+    return [rounded(at.get("train", {}).get("loss")), rounded(at.get(f"eval {dev}", {}).get("loss")), *scores]
 
 
 def thinned(rows: list[list[str]]) -> Iterator[list[str]]:

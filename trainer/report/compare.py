@@ -17,7 +17,7 @@ from trainer.report.card import hyperparameters, rounded
 from trainer.report.kept import is_ours, write_card
 from trainer.report.markdown import escape, table
 from trainer.report.plots import draw_training, figure, save, short
-from trainer.report.read import SCORES, Run
+from trainer.report.read import Run
 
 Group = tuple[str, list[Run]]
 # What the runs of a group differ in, and what their batch came to by another way.
@@ -96,18 +96,24 @@ def settings(run: Run, fields: dict[str, Any]) -> dict[str, Any]:
 def score_table(groups: list[Group]) -> Markup:
     """Mean and standard deviation over the runs of a group that are finished."""
     splits = list(dict.fromkeys(s for _, runs in groups for run in runs for s in run.results.get("metrics", {})))
+    shown = dict.fromkeys(metric for _, runs in groups for run in runs for metric in run.scores)
     rows = []
     for name, runs in groups:
         finished = [run.results for run in runs if run.results]
         speed = [results["train"]["samples_per_second"] for results in finished]
         cells = [
-            spread([results["metrics"][split][metric] for results in finished if split in results["metrics"]])
+            spread([own[metric] for own in scored(finished, split) if own.get(metric) is not None])
             for split in splits
-            for metric in SCORES
+            for metric in shown
         ]
         rows.append([escape(name), str(len(finished)), *cells, f"{statistics.mean(speed):,.0f}" if speed else "-"])
-    names = [f"{escape(split)} {metric}" for split in splits for metric in SCORES]
+    names = [f"{escape(split)} {metric}" for split in splits for metric in shown]
     return table(["Runs", "Finished", *names, "Pairs a second"], rows)
+
+
+def scored(finished: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
+    """The scores on a split of those runs that have any."""
+    return [results["metrics"][split] for results in finished if split in results["metrics"]]
 
 
 def spread(values: list[float]) -> str:

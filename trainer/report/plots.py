@@ -61,6 +61,8 @@ def draw(run: Run, folder: Path) -> list[str]:
             save(drawn, folder / "training")
         names.append("training")
     for split, scores in run.results.get("metrics", {}).items():
+        if "confusion_matrix" not in scores:
+            continue
         name = "scores-" + re.sub(r"[^\w-]+", "-", split)
         with figure(12, 4.8) as drawn:
             left, right = drawn.subplots(1, 2)
@@ -81,12 +83,13 @@ def draw_training(drawn: Figure, groups: list[tuple[str, list[Run]]]) -> None:
     """Six panels over steps. Several runs of a group are a mean with a band of one standard deviation."""
     panels = drawn.subplots(2, 3).ravel()
     devs = [runs[0].about["data"].get("dev", {}).get("name") for _, runs in groups]
+    main, shown = next(iter(groups[0][1][0].scores.items()))
     dev = devs[0] if len(set(devs)) == 1 else None
     for panel, title, kind, name in zip(
         panels,
-        ("Training loss", "Validation loss", "F1 macro", "Learning rate", "Gradient norm", "Training pairs a second"),
+        ("Training loss", "Validation loss", shown, "Learning rate", "Gradient norm", "Training pairs a second"),
         ("train", "eval", "eval", "train", "train", "train"),
-        ("loss", "loss", "f1_macro", "learning_rate", "grad_norm", "samples_per_second"),
+        ("loss", "loss", main, "learning_rate", "grad_norm", "samples_per_second"),
         strict=True,
     ):
         panel.set_title(f"{title} ({short(dev)})" if kind == "eval" and dev else title, loc="left")
@@ -163,12 +166,16 @@ def draw_confusion(panel: Axes, matrix: list[list[int]], names: list[str], split
 
 
 def confidences(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) probability of the predicted class, and whether it is the true one; empty where the file can't be read."""
+    """(n,) probability of the predicted class, or of the likelier label of two, and whether it is the true one; empty
+    where the file can't be read."""
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
         table = parquet.read_table(path)
+        if "score" in table.column_names:
+            scores = table["score"].to_numpy()
+            return np.maximum(scores, 1 - scores), (scores >= 0.5) == table["label"].to_numpy()
         scores = np.stack([table[c].to_numpy() for c in table.column_names if c.startswith("score_")], axis=1)
         return scores.max(1), scores.argmax(1) == table["label"].to_numpy()
     except (OSError, pa.ArrowException, KeyError, ValueError):

@@ -21,8 +21,9 @@ from trainer.data.places import listed
 from trainer.data.sampler import GlobalBatchSampler
 from trainer.data.splits import named_sets
 from trainer.data.tokens import Split
-from trainer.metrics import log_softmax
+from trainer.metrics import activated
 from trainer.model.cross_encoder import CrossEncoder
+from trainer.options import Objective
 from trainer.ranks import World
 from trainer.run.versions import git_state, versions
 
@@ -77,12 +78,12 @@ def of_split(split: Split) -> dict[str, Any]:
         "dropped": pairs.num_dropped,
         "cut": int(tokens.truncated.sum()),
         "columns": list(pairs.columns),
-        "statistics": [*texts, label_statistics(pairs.label[:FIRST])],
+        "statistics": [*texts, label_statistics(pairs)],
         "samples": [
-            [pairs.premise[i][: SHOWN + 1], pairs.hypothesis[i][: SHOWN + 1], int(pairs.label[i])]
+            [pairs.premise[i][: SHOWN + 1], pairs.hypothesis[i][: SHOWN + 1], target(pairs, i)]
             for i in range(min(3, len(pairs)))
         ],
-        "labels": np.bincount(pairs.label, minlength=len(pairs.label_names)).tolist(),
+        "labels": np.bincount(pairs.label, minlength=len(pairs.label_names)).tolist() if pairs.label_names else [],
         "mapped": pairs.mapped,
         "lengths": np.bincount(tokens.lengths).tolist(),
     }
@@ -112,20 +113,30 @@ def text_statistics(texts: list[str]) -> dict[str, Any]:
     return {"type": "string", "min": min(lengths), "mean": float(np.mean(lengths)), "max": max(lengths)}
 
 
-def label_statistics(labels: np.ndarray) -> dict[str, Any]:
-    """Shares of the classes that occur."""
+def target(pairs: Pairs, number: int) -> int | float:
+    """A pair's class number, 0 or 1, or its score."""
+    place = int(pairs.label[number])
+    return place if pairs.values is None or pairs.label_names else float(pairs.values[place])
+
+
+def label_statistics(pairs: Pairs) -> dict[str, Any]:
+    """Shares of the classes that occur, or how large the targets are."""
+    labels = pairs.label[:FIRST]
+    if pairs.values is not None and not pairs.label_names:
+        targets = pairs.values[labels].astype(np.float64)
+        return {"type": "float", "min": targets.min(), "mean": targets.mean(), "max": targets.max()}
     numbers, counts = np.unique(labels, return_counts=True)
     shares = {str(n): float(c / len(labels)) for n, c in zip(numbers.tolist(), counts.tolist(), strict=True)}
     return {"type": "int", "shares": shares}
 
 
-def example_scores(pairs: Pairs, logits: np.ndarray) -> list[dict[str, Any]]:
-    """The first five pairs that the card can show in full, with the model's probabilities (classes,) for each."""
+def example_scores(pairs: Pairs, logits: np.ndarray, objective: Objective) -> list[dict[str, Any]]:
+    """The first five pairs that the card can show in full, with the model's scores (outputs,) for each."""
     short = (i for i in range(len(pairs)) if max(len(pairs.premise[i]), len(pairs.hypothesis[i])) <= SHOWN)
     chosen = [i for i, _ in zip(short, range(5), strict=False)]
     return [
         {"premise": pairs.premise[i], "hypothesis": pairs.hypothesis[i], "scores": scores.tolist()}
-        for i, scores in zip(chosen, np.exp(log_softmax(logits[chosen])), strict=True)
+        for i, scores in zip(chosen, activated(logits[chosen], objective), strict=True)
     ]
 
 
@@ -168,6 +179,7 @@ def of_model(config: Config, model: CrossEncoder) -> dict[str, Any]:
         "num_parameters": model.num_parameters,
         "max_length": model.max_length,
         "label_names": model.label_names,
+        "objective": model.objective,
         "lora": model.lora.describe(model.model) if model.lora else None,
     }
 

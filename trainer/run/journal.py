@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from trainer.base.files import naming, write_text
 from trainer.base.log import log
+from trainer.metrics import listed, names_of
 from trainer.run.trackers import Tracker
 
 NAME = "metrics.jsonl"
@@ -42,7 +43,7 @@ class Journal:
 
     def log_evaluation(self, values: dict[str, Any]) -> None:
         self._write("eval", values)
-        scores = ", ".join(f"{name} {values[name]:.4f}" for name in ("loss", "f1_macro", "f1_micro"))
+        scores = listed(values, ("loss", *names_of(values)[:2]))
         log.info(f"step {values['step']}: {values['split']} {scores}")
 
     def close(self) -> None:
