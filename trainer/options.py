@@ -70,10 +70,11 @@ class DataConfig(Fields):
     """Class names, in the order of the integer labels, as `a,b,c`; None = from the data. Integers without names mean
     entailment, neutral, contradiction where those are the classes."""
     label_map: list[str] | None = option(None, mapping=True)
-    """Classes that are taken as another one, in training and in scoring: `neutral,contradiction=not_entailment`."""
+    """Classes that are taken as another one, in training and in scoring: `neutral,contradiction=not_entailment`. Of
+    numbers their names. NLI's three classes and a set of entailment and not_entailment need no map to be scored."""
     eval_label_map: list[str] | None = option(None, mapping=True)
-    """The same in scoring only: the model keeps its classes, and the probabilities of what is mapped together add
-    up."""
+    """The same in scoring only, of sets whose names are not all classes of the model: it keeps its classes, and the
+    probabilities of what is mapped together add up."""
     max_samples_per_source: int | None = option(None, above=0)
     """Use the first N pairs of each source of the training split."""
     source_weights: list[str] | None = option(None, mapping=True)

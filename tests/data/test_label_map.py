@@ -22,12 +22,12 @@ def column(values):
 
 def score(values, classes=NLI, own_names=None, of_model=True, **fields):
     found = scored(column(values), DataConfig(**fields), own_names, classes, of_model)
-    return found.numbers.tolist(), found.names, None if found.of_class is None else found.of_class.tolist()
+    return found.label.tolist(), found.names, None if found.of_class is None else found.of_class.tolist()
 
 
 def learn(values, **fields):
     found = learned(column(values), DataConfig(**fields), None)
-    return found.numbers.tolist(), found.names
+    return found.label.tolist(), found.names
 
 
 @pytest.mark.parametrize(

@@ -417,3 +417,12 @@ def test_a_head_of_other_classes_is_said(tmp_path, said):
         model = load_for_training(config, names).model
         assert said[-1].endswith(f"; the head {what} {', '.join(names)}")
         assert torch.equal(model.classifier.weight, trained) == (len(names) == 3)
+
+
+def test_a_head_keeps_its_classes_whatever_their_case(tmp_path, said):
+    folder = save_classifier(tmp_path, "bert")
+    old = start(folder)
+    names = [name.upper() for name in reversed(old.label_names)]
+    model = load_for_training(Config(model_name_or_path=str(folder), train_file="t.csv"), names)
+    assert (model.label_names, said) == (names, [])
+    assert torch.equal(model.model.classifier.weight, old.model.classifier.weight.flip(0))
