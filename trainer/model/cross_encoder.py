@@ -24,6 +24,7 @@ from trainer.model.families import adopt
 from trainer.model.layout import Layout
 from trainer.model.lora import Lora, is_adapter
 from trainer.model.masks import columns_of
+from trainer.model.parts import fingerprint_of_frozen
 
 
 class CrossEncoder(nn.Module):
@@ -97,10 +98,9 @@ class CrossEncoder(nn.Module):
 
     @property
     def frozen_fingerprint(self) -> str | None:
-        """Of what is in no checkpoint: embedding rows that are no parameters, or all that LoRA leaves as it is."""
-        if self.lora:
-            return self.lora.fingerprint(self.model)
-        return self.used_rows[1].fingerprint() if self.used_rows else None
+        """Of what is in no checkpoint: rows of embeddings, embeddings and layers, or all that LoRA leaves as it is."""
+        frozen = self.lora.fingerprint(self.model) if self.lora else fingerprint_of_frozen(self.model)
+        return self.used_rows[1].fingerprint() + (frozen or "") if self.used_rows else frozen
 
     def with_frozen_rows(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`weights` of the model with the full embedding table; {} stays so."""

@@ -45,6 +45,11 @@ class Journal:
         scores = ", ".join(f"{name} {values[name]:.4f}" for name in ("loss", "f1_macro", "f1_micro"))
         log.info(f"step {values['step']}: {values['split']} {scores}")
 
+    def end_at(self, step: int) -> None:
+        """The run has no more than `step` steps."""
+        self.bar.total = step
+        self.bar.refresh()
+
     def close(self) -> None:
         self.bar.close()
         for tracker in self.trackers:

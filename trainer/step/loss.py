@@ -1,0 +1,69 @@
+"""What a step makes smaller: a sum over the pairs of a batch, and what the sum of a whole step is divided by.
+
+Every rank knows the divisor from the step's rows, so any split of a step into batches and ranks gives the same loss and
+gradient.
+"""
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from trainer.base.errors import UserError
+from trainer.base.fields import mapped
+from trainer.config import Config
+from trainer.data.sources import Pairs
+from trainer.data.tokens import Split
+from trainer.model.batch import IGNORED, Batch
+
+
+class Loss:
+    """The training loss of one run: cross-entropy, with the classes' weights as in torch's CrossEntropyLoss.
+
+    Args:
+        split: the training pairs.
+        device: where logits are.
+    """
+
+    def __init__(self, config: Config, split: Split, device: torch.device) -> None:
+        self.smoothing = config.label_smoothing_factor
+        self.weight: torch.Tensor | None = None  # (classes,)
+        self.of_rows: np.ndarray | None = None  # (pairs,) each one's part of the divisor
+        if (weights := class_weights(config, split.pairs)) is not None:
+            self.weight, self.of_rows = torch.from_numpy(weights).to(device), weights[split.pairs.label]
+
+    def __call__(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Summed over the pairs of a batch, given their logits (pairs, classes)."""
+        return cross_entropy(
+            logits.float(),
+            batch.labels,
+            weight=self.weight,
+            reduction="sum",
+            ignore_index=IGNORED,
+            label_smoothing=self.smoothing,
+        )
+
+    def divisor(self, rows: np.ndarray) -> float:
+        """Of a step of these rows of the data set: their number, or the sum of their labels' weights."""
+        return float(len(rows) if self.of_rows is None else self.of_rows[rows].sum(dtype=np.float64))
+
+
+def class_weights(config: Config, pairs: Pairs) -> np.ndarray | None:
+    """(classes,) in fp32; None where all count alike. Raises UserError where they do not fit the training pairs."""
+    if config.class_weights is None:
+        return None
+    names = pairs.label_names
+    if config.class_weights != ["balanced"]:
+        if len(config.class_weights) != len(names):
+            raise UserError(f"class_weights has {len(config.class_weights)} number(s), and {pairs.name} {len(names)} "
+                            f"classes; give one for each of {', '.join(names)}, in this order")  # fmt: skip
+        return np.array(config.class_weights, np.float64).astype(np.float32)
+    # n / (classes * n of the class), as scikit-learn's, of the pairs that an epoch has.
+    often = {name: float(weight) for name, weight in mapped(config.source_weights).items()}
+    sources = np.unique(pairs.source, return_inverse=True) if often and pairs.source is not None else None
+    of_pairs = None if sources is None else np.array([often.get(str(name), 1.0) for name in sources[0]])[sources[1]]
+    counts = np.bincount(pairs.label, weights=of_pairs, minlength=len(names))
+    if lost := [name for name, count in zip(names, counts, strict=True) if count == 0]:
+        raise UserError(f"class_weights balanced: {pairs.name} has no pair of {', '.join(lost)}; give a number for "
+                        f"each of {', '.join(names)}")  # fmt: skip
+    weights: np.ndarray = (counts.sum() / (len(names) * counts)).astype(np.float32)
+    return weights
