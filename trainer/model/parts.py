@@ -40,20 +40,24 @@ def is_head(weight: str, model: Any) -> bool:
     return not inside or ".pooler." in weight
 
 
-def layer_names(model: Any) -> list[str]:
-    """Names of the layers' modules, the lowest first; [] where the model has no list of all of them."""
+def layer_names(model: Any) -> list[tuple[str, ...]]:
+    """What the names of each layer's parameters begin with, the lowest first; [] where no list has all layers.
+
+    XLM has a list of attentions, one of norms, and so on: the layer is what has the same place in each.
+    """
     count = getattr(model.config, "num_hidden_layers", 0)
     whole = set(getattr(model, "_no_split_modules", None) or ())
     lists: list[str] = []
-    names: list[str] = []
+    layers: dict[tuple[str, int], list[str]] = {}
     for name, part in model.named_modules():
         if not isinstance(part, nn.ModuleList) or not len(part) or any(name.startswith(f"{own}.") for own in lists):
             continue
         # A backend may have put a class of its own before the layer's.
         if len(part) == count or whole & {kind.__name__ for kind in type(part[0]).__mro__}:
             lists.append(name)
-            names += [f"{name}.{i}" for i in range(len(part))]
-    return names if len(names) >= count else []
+            for place in range(len(part)):
+                layers.setdefault((name.rpartition(".")[0], place), []).append(f"{name}.{place}.")
+    return [tuple(names) for names in layers.values()] if len(layers) >= count else []
 
 
 def levels(model: Any) -> Levels:
@@ -62,7 +66,7 @@ def levels(model: Any) -> Levels:
     top, highest, found = len(layers) + 1, 0, {}
     below = _embeddings(model)
     for name, _ in model.named_parameters():
-        layer = next((i for i, own in enumerate(layers, 1) if name.startswith(f"{own}.")), None)
+        layer = next((i for i, own in enumerate(layers, 1) if name.startswith(own)), None)
         if layer is not None:
             highest = max(highest, layer)
             found[name] = layer
