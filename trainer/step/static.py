@@ -23,7 +23,7 @@ from trainer.step.check import compare, compare_update
 from trainer.step.graphs import Graphs, NotAsExpected, Recorder
 from trainer.step.plain import PlainStep
 
-NUMBERS = 3  # of a step: learning rate and loss's divisor, as float64, and its place in the run, counted from 1
+NUMBERS = 3  # of a step: rate as float64, the loss's divisor as float32, and its place in the run, counted from 1
 
 
 class StaticStep:
@@ -139,7 +139,7 @@ class StaticStep:
             with products(device, bf16), torch.enable_grad():
                 with autocast(device, bf16, keep=False):
                     logits = self.plain.model(batch)
-                loss = self.plain.loss(logits, batch) / self.inputs[1:2].view(torch.float64)[0].float()
+                loss = self.plain.loss(logits, batch) / self.inputs[1:2].view(torch.float32)[0]
                 loss.backward()
         finally:
             self.layout.fast = False
@@ -152,7 +152,8 @@ class StaticStep:
         """The micro-batch `rows`, in its place on the device, by one copy."""
         host = self.plain.batch(current, rows, torch.device("cpu"), num_pairs=self.plain.most_pairs)
         numbers = np.array([0, 0, current.step + 1])
-        numbers[:2].view(np.float64)[:] = rate, self.plain.loss.divisor(current.rows)
+        numbers[:1].view(np.float64)[0] = rate
+        numbers[1:2].view(np.float32)[0] = self.plain.loss.divisor(current.rows)
         flat = torch.cat([torch.from_numpy(numbers), host.flat])
         if self.inputs.is_cuda:
             flat = flat.pin_memory()
