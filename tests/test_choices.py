@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from trainer import loop
 from trainer.cli import parse_train
 from trainer.ranks import World
+from trainer.report.card import card
+from trainer.report.read import read_run
 from trainer.train import prepare, train
 
 # All of them at once. By this threshold no evaluation is better than the first: it stops at step 8 of 12.
@@ -51,12 +53,13 @@ def whole(tmp_path_factory) -> Path:
 
 
 def test_it_stopped_early(whole):
-    told = results(whole)["train"]
-    assert (told["steps"], told["planned_steps"], told["stopped_early_at"], told["epochs"]) == (8, 12, 8, 0.8)
+    counted = results(whole)["train"]
+    assert [counted[name] for name in ("steps", "planned_steps", "stopped_early_at", "epochs")] == [8, 12, 8, 0.8]
     assert [event["step"] for event in events(whole, "train")] == [*range(1, 9)]
     scores = {event["step"]: event["f1_macro"] for event in events(whole, "eval") if event["split"] == "builtin-dev"}
     assert [*scores] == [2, 4, 6, 8]
-    assert told["best_step"] == max(scores, key=lambda step: scores[step])
+    assert counted["best_step"] == max(scores, key=lambda step: scores[step])
+    assert "- **Stopped early** at step 8 of 12\n" in card(read_run(whole), [])
     # The schedule is that of 12 planned steps, with 10 % of them, rounded up, for warmup.
     rates = [event["learning_rate"] for event in events(whole, "train")]
     assert rates == pytest.approx([0, 5e-4, *(1e-3 * (2 / step) ** 0.5 for step in range(2, 8))])
