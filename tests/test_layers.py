@@ -9,6 +9,7 @@ from pathlib import Path
 ORDER = [
     "base",
     "options",
+    "schedules",
     "rules",
     "config",
     "metrics",

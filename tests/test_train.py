@@ -90,7 +90,8 @@ def test_the_run_folder(runs):
     results = json.loads((folder / "results.json").read_text())
     assert set(results["metrics"]) == {"builtin-dev", "builtin-test"}
     assert (results["world_size"], results["backend"]) == (2, "ddp")
-    counted = {"steps", "epochs", "interruptions", "skipped_steps", "best_step"}
+    counted = {"steps", "epochs", "interruptions", "skipped_steps", "best_step", "planned_steps",
+               "stopped_early_at"}  # fmt: skip
     assert {"seconds", "samples_per_second", "tokens_per_second", *counted} == set(results["train"])
     assert {"step", "epoch", "loss", "grad_norm", "learning_rate", "samples_per_second", "tokens_per_second"} <= set(
         events(folder, "train")[0]
@@ -387,9 +388,9 @@ def test_without_a_dev_split_nothing_is_evaluated_while_it_trains(options, tmp_p
     assert list(read_run(tmp_path / "run").results["metrics"]) == (["train-test"] if options else [])
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert ("No final scores." in card) == ("metrics:" not in card) == (not options)
-    for needs in (["--load_best_model_at_end"], ["--eval_on_start"]):
+    for needs in (["--load_best_model_at_end"], ["--eval_on_start"], ["--early_stopping_patience", "1"]):
         result = crossrank("train", "--recipe", "demo", "--train_file", tmp_path / "train.jsonl", *needs, check=False)
-        assert "need a dev split" in result.stderr
+        assert f"{needs[0][2:]} needs a dev split" in result.stderr
 
 
 def test_a_batch_of_more_than_all_pairs_is_said(tmp_path):

@@ -160,6 +160,11 @@ class Config(
         """By which evaluations are compared."""
         return self.metric_for_best_model or MAIN_SCORE[self.objective]
 
+    def keeps_best(self, has_dev: bool) -> bool:
+        """Whether the run ends with its best model: by default, where there are evaluations to tell it by."""
+        wanted = self.load_best_model_at_end
+        return has_dev and self.eval_strategy != "no" if wanted is None else wanted
+
     @property
     def order_seed(self) -> int:
         """Of the data's order."""

@@ -16,17 +16,7 @@ from trainer.run.versions import git_state, versions
 
 def finish(trainer: Trainer) -> dict[str, Any]:
     """What results.json holds, on every rank. The run is finished when that file is there."""
-    state, output = trainer.state, trainer.output
-    if trainer.keeps_best:
-        # With LoRA the frozen weights are in no file that is read back.
-        frozen = trainer.backend.full_weights(trainer.model.model) if trainer.model.lora else {}
-        best = frozen | trainer.model.saved_weights(output.model) if trainer.world.is_main else {}
-        trainer.backend.load_weights(trainer.model.model, trainer.model.without_frozen_rows(best))
-    else:
-        trainer.save_model()
-    step = state.best[1] if state.best else trainer.sampler.num_steps
-    if state.best:
-        log.info(f"the best model is that of step {step}: its final scores")
+    output, step = trainer.output, settle_weights(trainer)
     metrics: dict[str, Any] = {}
     examples: list[dict[str, Any]] = []
     for role, split in trainer.data.items():
@@ -44,6 +34,21 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     if trainer.world.is_main:
         write_json(output.folder / "results.json", summary)
     return summary
+
+
+def settle_weights(trainer: Trainer) -> int:
+    """The run's final weights, in memory and in its folder. Returns the step that they are of."""
+    state, best = trainer.state, trainer.best_step if trainer.keeps_best else None
+    if best is None:
+        trainer.save_model()
+    elif best != state.step:
+        # With LoRA the frozen weights are in no file that is read back.
+        frozen = trainer.backend.full_weights(trainer.model.model) if trainer.model.lora else {}
+        weights = frozen | trainer.model.saved_weights(trainer.output.model) if trainer.world.is_main else {}
+        trainer.backend.load_weights(trainer.model.model, trainer.model.without_frozen_rows(weights))
+    if best is not None:
+        log.info(f"the best model is that of step {best}: its final scores")
+    return state.step if best is None else best
 
 
 def final_scores(trainer: Trainer, role: str, step: int) -> tuple[Evaluation, Evaluation]:
@@ -65,9 +70,11 @@ def summarise(trainer: Trainer, metrics: dict[str, Any]) -> dict[str, Any]:
             "seconds": totals.train_seconds,
             "samples_per_second": totals.samples / totals.train_seconds,
             "tokens_per_second": totals.tokens / totals.train_seconds,
-            "steps": trainer.sampler.num_steps,
-            "best_step": state.best[1] if state.best else None,
-            "epochs": trainer.sampler.num_steps / trainer.sampler.steps_per_epoch,
+            "steps": state.step,
+            "planned_steps": trainer.sampler.num_steps,
+            "stopped_early_at": state.step if trainer.stopped_early else None,
+            "best_step": trainer.best_step if trainer.keeps_best else None,
+            "epochs": state.step / trainer.sampler.steps_per_epoch,
             "interruptions": totals.interruptions,
             "skipped_steps": totals.skipped_steps,
         },

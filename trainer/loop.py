@@ -6,14 +6,14 @@ hyperparameters' meaning as in transformers' TrainingArguments.
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 import torch
 
 from trainer.backends import Single
-from trainer.backends.optim import learning_rate
 from trainer.base.errors import TrainingFailed
 from trainer.base.log import log
 from trainer.config import Config
@@ -27,6 +27,7 @@ from trainer.run.about import note
 from trainer.run.output import Output
 from trainer.run.preempt import Preemption
 from trainer.run.state import Identity, State
+from trainer.schedules import Schedule
 from trainer.step.graphs import NotAsExpected
 from trainer.step.plain import PlainStep
 from trainer.step.static import StaticStep
@@ -38,12 +39,15 @@ class Trainer:
 
     Attributes:
         static: what takes the steps in place of `plain`, if anything does.
+        scored: evaluations of the dev split by the step whose weights they are of: the last one and the best one, which
+            the end of the run need not compute again.
     """
 
     config: Config
     world: World
     data: dict[str, Split]
     sampler: GlobalBatchSampler
+    schedule: Schedule
     identity: Identity
     model: CrossEncoder
     backend: Single
@@ -52,6 +56,7 @@ class Trainer:
     preemption: Preemption
     plain: PlainStep
     static: StaticStep | None = None
+    scored: dict[int, Evaluation] = field(default_factory=dict)
 
     def loop(self) -> None:
         """Every optimizer step that is left, with its logging, evaluations and checkpoints."""
@@ -59,14 +64,14 @@ class Trainer:
         state.window.start()
         self.evaluate_before()
         self.model.train()
-        for current in self.sampler.steps(state.step):
+        for current in takewhile(lambda _: not self.stopped_early, self.sampler.steps(state.step)):
             state.step = current.step + 1  # a checkpoint or an evaluation comes after the step
-            rate = learning_rate(current.step, self.sampler.num_steps, config)
+            rate = self.schedule(current.step)
             norm = self.take(current, rate)
             self.output.journal.bar.update()
-            if state.step % config.logging_steps == 0 or state.step == self.sampler.num_steps:
+            if state.step % config.logging_steps == 0 or self.may_be_last:
                 self.log(norm, rate)
-            if self.due(config.eval_strategy, config.eval_steps, last=self.keeps_best):
+            if self.evaluation_is_due:
                 self.evaluate_and_keep_best()
             if self.due(config.save_strategy, config.save_steps, last=True):
                 self.save()
@@ -74,9 +79,25 @@ class Trainer:
 
     @property
     def keeps_best(self) -> bool:
-        """Whether the run ends with its best model: by default, where there are evaluations to tell it by."""
-        wanted = self.config.load_best_model_at_end
-        return "dev" in self.data and self.config.eval_strategy != "no" if wanted is None else wanted
+        """Whether the run ends with its best model."""
+        return self.config.keeps_best("dev" in self.data)
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the evaluations have been no better for so long that the run is over."""
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.state.waited >= patience
+
+    @property
+    def may_be_last(self) -> bool:
+        """Whether this step can be the run's last, as far as is known before its evaluation."""
+        patience = self.config.early_stopping_patience
+        may_stop = patience is not None and self.state.waited + 1 >= patience and self.evaluation_is_due
+        return may_stop or self.state.step == self.sampler.num_steps
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        return self.due(self.config.eval_strategy, self.config.eval_steps, last=self.keeps_best)
 
     def take(self, current: Step, rate: float) -> torch.Tensor:
         """Takes an optimizer step, in the form that is trusted. Returns the gradient's norm, on the device."""
@@ -105,7 +126,7 @@ class Trainer:
         """Whether something that happens every so often, and maybe at the last step, happens now."""
         if strategy == "no":
             return False
-        if self.state.step == self.sampler.num_steps:
+        if self.state.step == self.sampler.num_steps or self.stopped_early:
             return last
         return self.state.step % (every if strategy == "steps" else self.sampler.steps_per_epoch) == 0
 
@@ -179,26 +200,54 @@ class Trainer:
         with state.window.pause():
             self.keep_if_best(self.evaluate("dev", state.step).scores)
             state.pending_evaluation = False
+            self.scored = {step: own for step, own in self.scored.items() if step in (state.step, self.best_step)}
+        if self.stopped_early:
+            self.say_stopped()
 
     def evaluate(self, role: str, step: int) -> Evaluation:
         """Scores the weights of `step` on a split."""
         config, split, totals = self.config, self.data[role], self.state.totals
-        started = time.perf_counter()
-        batch_size = config.per_device_eval_batch_size
-        result = evaluate(self.model, split, self.world, batch_size, config.bf16, self.preemption.check)
-        self.model.train()
-        totals.eval_seconds += time.perf_counter() - started
-        totals.evaluated += len(split)
+        result = self.scored.get(step) if role == "dev" else None
+        if result is None:
+            started = time.perf_counter()
+            batch_size = config.per_device_eval_batch_size
+            result = evaluate(self.model, split, self.world, batch_size, config.bf16, self.preemption.check)
+            self.model.train()
+            totals.eval_seconds += time.perf_counter() - started
+            totals.evaluated += len(split)
+        if role == "dev":
+            self.scored[step] = result
         place = {"step": step, "epoch": step / self.sampler.steps_per_epoch, "split": split.name}
         self.output.journal.log_evaluation(place | result.scores)
         return result
 
     def keep_if_best(self, scores: dict[str, Any]) -> None:
-        """Saves the model when it is the best so far, if the best is what the run shall end with."""
-        best, value = self.state.best, goodness(scores, self.config.best_metric)
-        if self.keeps_best and (best is None or value > best[0]):
+        """Notes the best value so far, and saves its model if the run shall end with it; counts those that are not.
+
+        As in transformers, any better value is the best one, and one that is better by more than the threshold ends the
+        waiting.
+        """
+        config, best = self.config, self.state.best
+        value = goodness(scores, config.best_metric)
+        better = best is None or value > best[0] + config.early_stopping_threshold
+        self.state.waited = 0 if better else self.state.waited + 1
+        if best is None or value > best[0]:
             self.state.best = value, self.state.step
-            self.save_model()
+            if self.keeps_best:
+                self.save_model()
+
+    @property
+    def best_step(self) -> int | None:
+        """Of the best evaluation."""
+        return self.state.best[1] if self.state.best else None
+
+    def say_stopped(self) -> None:
+        config, step, planned = self.config, self.state.step, self.sampler.num_steps
+        self.output.journal.end_at(step)
+        by = f" by more than {config.early_stopping_threshold:g}" if config.early_stopping_threshold else ""
+        if self.world.is_main:
+            log.info(f"stopped early at step {step} of {planned}: {self.state.waited} evaluation(s) with no better "
+                     f"{config.best_metric}{by}; the best is that of step {self.best_step}")  # fmt: skip
 
     def save_model(self) -> None:
         weights = self.model.with_frozen_rows(self.backend.full_weights(self.model.model))

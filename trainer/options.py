@@ -16,7 +16,9 @@ MAIN_SCORE = {objective: scores[0] for objective, scores in SCORES.items()}
 Metric = Literal["accuracy", "f1_macro", "f1_micro", "f1_weighted", "f1", "average_precision", "auc", "pearson",
                  "spearman", "loss"]  # fmt: skip
 Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "constant",
-                    "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay"]  # fmt: skip
+                    "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
+                    "cosine_warmup_with_min_lr"]  # fmt: skip
+FOLLOWS_SCORES = "its rate follows the scores of the run, so it is no function of the step; use linear or cosine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,14 +120,14 @@ class OptimisationConfig(Fields):
     objective: Objective = "cross_entropy"
     """What is learned: cross_entropy = classes; binary_cross_entropy = one score, of labels 0 and 1; mse = one score,
     of numbers such as STS-B's."""
-    class_weights: list[str] | None = None
-    """Weight of each class in the loss, in the classes' order, as `1,2,1`; balanced = in inverse proportion to their
-    pairs."""
+    class_weights: list[str] | None = option(None, numbers=True)
+    """Weight of each class in the training loss, in the classes' order, as `1,2,1`; balanced = in inverse proportion to
+    their pairs."""
     pos_weight: float | None = option(None, above=0)
     """Weight of label 1 in binary cross-entropy."""
     learning_rate: float = option(5e-5, at_least=0)
     """Peak learning rate of AdamW."""
-    layerwise_lr_decay: float = option(1.0, above=0)
+    layerwise_lr_decay: float = option(1.0, above=0, at_most=1)
     """Learning rate of a layer relative to the one above it, such as 0.9; 1 = all alike. The head has the full one."""
     freeze_embeddings: bool = False
     """Leave the embeddings as they are."""
@@ -145,7 +147,9 @@ class OptimisationConfig(Fields):
     """Passes over the training data."""
     max_steps: int = -1
     """Optimizer steps; overrides num_train_epochs when positive."""
-    lr_scheduler_type: Scheduler = "linear"
+    lr_scheduler_type: Scheduler = option(
+        "linear", refused=dict.fromkeys(("reduce_lr_on_plateau", "greedy"), FOLLOWS_SCORES)
+    )
     """Course of the learning rate after warmup, by transformers' names."""
     lr_scheduler_kwargs: list[str] | None = option(None, mapping=True)
     """Its settings by transformers' names, such as `num_cycles=2` or `min_lr_rate=0.1`."""

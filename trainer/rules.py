@@ -3,9 +3,11 @@
 That file calls this one, so a Config is anything here.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
+from trainer import schedules
 from trainer.base.errors import UserError
 from trainer.options import SCORES
 
@@ -15,6 +17,8 @@ def check(config: Any) -> None:
     _check_run(config)
     _check_parts(config)
     _check_objective(config)
+    _check_weights(config)
+    schedules.settings(config)
     _check_exact(config)
 
 
@@ -64,6 +68,25 @@ def _check_objective(config: Any) -> None:
         raise UserError(f"pos_weight is for objective binary_cross_entropy, not {objective}; leave one of them out")
     if config.early_stopping_threshold and config.early_stopping_patience is None:
         raise UserError("early_stopping_threshold does nothing without early_stopping_patience; give both")
+
+
+def _check_weights(config: Any) -> None:
+    """How much classes count, and what is left as it is."""
+    weights = config.class_weights
+    if weights is not None and weights != ["balanced"] and not all(map(_is_weight, weights)):
+        raise UserError("class_weights must be balanced, or a number above 0 for each class, such as 1,2,1; got "
+                        f"{','.join(weights)}")  # fmt: skip
+    for name in ("freeze_embeddings", "freeze_layers"):
+        if config.lora_r and getattr(config, name):
+            raise UserError(f"{name}: LoRA leaves all but its adapters and the head as it is; leave out {name} or "
+                            "lora_r")  # fmt: skip
+
+
+def _is_weight(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def _check_exact(config: Any) -> None:

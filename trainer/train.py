@@ -40,8 +40,10 @@ from trainer.run.resume import Start, resume
 from trainer.run.state import Identity, State
 from trainer.run.trackers import start_trackers
 from trainer.run.versions import code_hash, versions
+from trainer.schedules import Schedule
 from trainer.step.exact import ExactStep
 from trainer.step.form import make_step
+from trainer.step.loss import Loss, class_weights
 from trainer.step.memory import fit_micro_batches
 from trainer.step.plain import PlainStep
 
@@ -80,7 +82,9 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
     model = build_model(config, world, pairs["train"].label_names)
     meter = Meter(config, world)  # from here on it is work, not looking for mistakes
     data = tokenize_splits(config, world, pairs, model, preemption)
+    loss = Loss(config, data["train"], world.device)
     sampler = make_sampler(config, world, data["train"])
+    schedule = Schedule(config, sampler.num_steps)
     with failures(config, world, opened.path):
         identity = freeze(config, model, data, sampler, pins(config, world))
     world.agree(lambda: identity.data | model_facts(model) | {"device": world.device.type} | (identity.exact or {}))
@@ -100,6 +104,7 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
         split=data["train"],
         model=model,
         backend=backend,
+        loss=loss,
         forward=forward,
         state=start.state,
         micro_batch_size=config.per_device_train_batch_size,
@@ -110,6 +115,7 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
         world=world,
         data=data,
         sampler=sampler,
+        schedule=schedule,
         identity=identity,
         model=model,
         backend=backend,
@@ -122,8 +128,12 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
 
 def read_pairs(config: Config) -> dict[str, Pairs]:
     splits = load_splits(config, config.objective)
-    if "dev" not in splits and (config.eval_on_start or config.load_best_model_at_end):
-        raise UserError("eval_on_start and load_best_model_at_end need a dev split: give --validation_file FILE")
+    needs = [name for name in ("eval_on_start", "load_best_model_at_end", "early_stopping_patience")
+             if getattr(config, name)]  # fmt: skip
+    if "dev" not in splits and needs:
+        verb = "needs" if len(needs) == 1 else "need"
+        raise UserError(f"{' and '.join(needs)} {verb} a dev split: give --validation_file FILE")
+    class_weights(config, splits["train"])  # for its errors
     if "dev" not in splits and config.eval_strategy != "no":
         log.info("no dev split: nothing is evaluated while the run trains; --validation_file FILE gives one")
     return splits

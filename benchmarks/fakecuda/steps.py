@@ -24,6 +24,8 @@ from trainer.model.cross_encoder import CrossEncoder
 from trainer.model.probe import examine
 from trainer.ranks import World
 from trainer.run.state import State, Window
+from trainer.schedules import Schedule
+from trainer.step.loss import Loss
 from trainer.step.plain import PlainStep
 from trainer.step.static import StaticStep
 
@@ -77,6 +79,7 @@ def train(encoder: CrossEncoder, config: Config, split: Split, form: str, after_
         "world": world,
         "data": {"train": split},
         "sampler": GlobalBatchSampler(pairs, pairs, config.seed, 100, ""),
+        "schedule": Schedule(config, 100),
         "identity": None,
         "model": encoder,
         "backend": backend,
@@ -87,7 +90,12 @@ def train(encoder: CrossEncoder, config: Config, split: Split, form: str, after_
     own = {name: parts[name] for name in ("config", "world", "model", "backend", "state")}
     forward, size = backend.prepare(encoder), config.per_device_train_batch_size
     plain = PlainStep(
-        **own, split=split, forward=forward, micro_batch_size=size, batch_size=config.train_batch_size or pairs
+        **own,
+        loss=Loss(config, split, DEVICE),
+        split=split,
+        forward=forward,
+        micro_batch_size=size,
+        batch_size=config.train_batch_size or pairs,
     )
     trainer = Trainer(**parts, plain=plain)
     with mock.patch.object(kernels, "available", return_value=form == "kernels"):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from trainer import ranks
-from trainer.backends.optim import parameter_groups
+from trainer.backends.optim import parameter_groups, set_rate
 from trainer.backends.single import Single, add_moments
 from trainer.base.errors import UserError, unknown
 from trainer.config import Config
@@ -90,8 +90,7 @@ class DeepSpeed(Single):
         self.engine.backward(loss * self.world.size)
 
     def step(self, learning_rate: float, max_grad_norm: float) -> torch.Tensor:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_rate(self.optimizer, learning_rate)
         norm = None
         if self.stage == 0:  # DeepSpeed would clip, and keep the norm to itself
             norm = nn.utils.clip_grad_norm_(self.module.parameters(), max_grad_norm or torch.inf)

@@ -1,22 +1,36 @@
-"""AdamW and the learning rate, which is a pure function of the step."""
+"""AdamW, and what of the learning rate each parameter gets."""
 
-import math
 from typing import Any
 
 import torch
 from torch import nn
 
 from trainer.config import OptimisationConfig
+from trainer.model.parts import levels
 
 
-def parameter_groups(model: nn.Module, config: OptimisationConfig) -> list[dict[str, Any]]:
-    """The parameters that decay, and biases and norms, which do not."""
-    # Biases and the weights of norms are vectors.
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.ndim > 1]
-    plain = [p for p in trained if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]  # DeepSpeed takes no empty one
+def parameter_groups(model: Any, config: OptimisationConfig) -> list[dict[str, Any]]:
+    """The parameters that decay, and biases and norms, which do not; by what of the learning rate they get, `scale`."""
+    scale_of = dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)
+    if config.layerwise_lr_decay < 1:
+        found = levels(model.model)
+        scale_of = {f"model.{name}": found.scale(name, config.layerwise_lr_decay) for name in found.of}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}  # DeepSpeed takes no empty one
+    for decays in (True, False):
+        for name, p in model.named_parameters():
+            # Biases and the weights of norms are vectors.
+            if p.requires_grad and (p.ndim > 1) == decays:
+                groups.setdefault((scale_of[name], decays), []).append(p)
+    return [
+        {"params": params, "weight_decay": config.weight_decay if decays else 0.0, "scale": scale}
+        for (scale, decays), params in groups.items()
+    ]
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """For the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: OptimisationConfig) -> torch.optim.AdamW:
@@ -28,18 +42,3 @@ def make_optimizer(groups: list[dict[str, Any]], config: OptimisationConfig) -> 
         eps=config.adam_epsilon,
         fused=True,
     )
-
-
-def warmup_steps(config: OptimisationConfig, num_steps: int) -> int:
-    return config.warmup_steps if config.warmup_steps > 0 else math.ceil(num_steps * config.warmup_ratio)
-
-
-def learning_rate(step: int, num_steps: int, config: OptimisationConfig) -> float:
-    """The rate of optimizer step `step`, counted from 0: linear warmup, then the schedule. As in transformers."""
-    warmup = warmup_steps(config, num_steps)
-    kind = config.lr_scheduler_type
-    if kind != "constant" and step < warmup:
-        return config.learning_rate * step / warmup
-    progress = (step - warmup) / max(1, num_steps - warmup)
-    factor = {"linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}.get(kind, 1.0)
-    return config.learning_rate * factor

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.backends.optim import make_optimizer, parameter_groups
+from trainer.backends.optim import make_optimizer, parameter_groups, set_rate
 from trainer.base.errors import UserError
 from trainer.config import Config
 from trainer.model.batch import Batch
@@ -61,8 +61,7 @@ class Single:
         norm = self.clip(max_grad_norm)
         if self.config.skip_nonfinite:  # the fused optimizer looks at it on the device
             self.optimizer.found_inf = (~norm.isfinite()).float()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_rate(self.optimizer, learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm

@@ -25,7 +25,9 @@ class Rule:
     """What holds for a field's value, and what the field decides.
 
     Attributes:
-        above, at_least, below: bounds of a number.
+        above, at_least, below, at_most: bounds of a number.
+        numbers: a list of numbers, which is kept as texts, or of words.
+        refused: words that are no value of the field, and why.
         path: a path, in which ~ means the home folder; or a list of them.
         mapping: a list of `name=value`, such as `a=x,b=x`, which is also `a,b=x`, and in Python a dict.
         kind: `run`: another value makes another run, so a resumed one cannot have it. `source`: where data lies; what
@@ -36,8 +38,11 @@ class Rule:
     above: float | None = None
     at_least: float | None = None
     below: float | None = None
+    at_most: float | None = None
     path: bool = False
     mapping: bool = False
+    numbers: bool = False
+    refused: Mapping[str, str] = field(default_factory=dict)
     kind: Kind = "run"
 
     def check(self, name: str, value: Any) -> None:
@@ -46,7 +51,7 @@ class Rule:
             raise UserError(f"{name} is empty; leave it out, or give it a value")
         if not isinstance(value, (int, float)):
             return
-        bounds = {"above": self.above, "at least": self.at_least, "below": self.below}
+        bounds = {"above": self.above, "at least": self.at_least, "below": self.below, "at most": self.at_most}
         text = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
         if not math.isfinite(value):
             raise UserError(f"{name} must be a finite number{' and ' + text if text else ''}, got {value}")
@@ -54,6 +59,7 @@ class Rule:
             (self.above is not None and value <= self.above)
             or (self.at_least is not None and value < self.at_least)
             or (self.below is not None and value >= self.below)
+            or (self.at_most is not None and value > self.at_most)
         ):
             raise UserError(f"{name} must be {text}, got {value}")
 
@@ -94,6 +100,8 @@ def typed(name: str, value: Any, kind: Any, rule: Rule = Rule()) -> Any:
     if value is None:
         raise UserError(f"{name} must have a value")
     if get_origin(kind) is Literal:
+        if isinstance(value, str) and value in rule.refused:
+            raise UserError(f"{name} {value}: {rule.refused[value]}")
         if not isinstance(value, str) or value not in get_args(kind):
             raise UserError(unknown(name, value if isinstance(value, str) else _shown(value), get_args(kind)))
         return value
@@ -102,10 +110,13 @@ def typed(name: str, value: Any, kind: Any, rule: Rule = Rule()) -> Any:
         if rule.mapping:
             return _mapping(name, value)
         items = _items(value, rule.path) if isinstance(value, (str, os.PathLike)) else value
+        if rule.numbers and isinstance(items, (list, tuple)):
+            items = [_number(item) for item in items]
         if rule.path and isinstance(items, (list, tuple)):
             items = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in items]
         if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) and item for item in items):
-            raise UserError(f"{name} must be a list of texts such as a,b, none of them empty, got {_shown(value)}")
+            what = "numbers such as 1,2,1" if rule.numbers else "texts such as a,b"
+            raise UserError(f"{name} must be a list of {what}, none of them empty, got {_shown(value)}")
         if items == ["none"] and get_origin(inner) is Literal:
             return []  # so TrainingArguments writes report_to
         return [typed(name, item, inner) for item in items]
@@ -119,6 +130,17 @@ def _shown(value: Any) -> str:
     """In a line, whatever it is."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _number(item: Any) -> Any:
+    """A number as its shortest text, however it was written; anything else as it is."""
+    try:
+        number = float(item) if isinstance(item, (str, int, float)) and not isinstance(item, bool) else None
+    except (ValueError, OverflowError):
+        number = None
+    if number is None:
+        return item
+    return f"{number:g}" if float(f"{number:g}") == number else repr(number)
 
 
 def _items(value: str | os.PathLike[str], paths: bool) -> Any:

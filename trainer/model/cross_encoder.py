@@ -25,6 +25,7 @@ from trainer.model.layout import Layout
 from trainer.model.lora import Lora, is_adapter
 from trainer.model.masks import columns_of
 from trainer.model.outputs import ACTIVATIONS
+from trainer.model.parts import fingerprint_of_frozen
 from trainer.options import Objective
 
 
@@ -101,10 +102,9 @@ class CrossEncoder(nn.Module):
 
     @property
     def frozen_fingerprint(self) -> str | None:
-        """Of what is in no checkpoint: embedding rows that are no parameters, or all that LoRA leaves as it is."""
-        if self.lora:
-            return self.lora.fingerprint(self.model)
-        return self.used_rows[1].fingerprint() if self.used_rows else None
+        """Of what is in no checkpoint: rows of embeddings, embeddings and layers, or all that LoRA leaves as it is."""
+        frozen = (self.lora.fingerprint if self.lora else fingerprint_of_frozen)(self.model)
+        return self.used_rows[1].fingerprint() + (frozen or "") if self.used_rows else frozen
 
     def with_frozen_rows(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`weights` of the model with the full embedding table; {} stays so."""
@@ -207,7 +207,6 @@ class CrossEncoder(nn.Module):
         if self.lora:
             self.lora.save(weights, folder.with_name("adapter"))
             weights = self.lora.merged(weights)
-
         logging.disable_progress_bar()
         self.model.config.sentence_transformers = {"activation_fn": ACTIVATIONS[self.objective]}
         self.model.config.task_specific_params = None  # with which a pipeline would change the config
@@ -253,6 +252,7 @@ def checkpoint_activations(model: CrossEncoder) -> None:
     # transformers has renamed the method
     enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
     enable({"use_reentrant": False, "context_fn": model.calls.replay})
+    inner.disable_input_require_grads()  # which would take the backward down to frozen embeddings
 
 
 def compile_layers(model: CrossEncoder, **options: Any) -> None:

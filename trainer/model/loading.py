@@ -16,8 +16,9 @@ from trainer.config import Config, ModelConfig
 from trainer.data import builtin
 from trainer.data.label_map import finder
 from trainer.model.cross_encoder import CrossEncoder
-from trainer.model.lora import add_lora, is_head, refuse_adapter
+from trainer.model.lora import add_lora, refuse_adapter
 from trainer.model.outputs import objective_of, settle_outputs
+from trainer.model.parts import freeze_lowest, is_head
 from trainer.model.settings import longest_input, set_dropout, settle, settle_padding, warn_of_joined_texts
 
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
@@ -64,6 +65,7 @@ def load_for_training(config: Config, label_names: Sequence[str]) -> CrossEncode
     warn_of_joined_texts(tokenizer, name)
     max_length = longest_input(model, tokenizer, config.max_length)
     lora = add_lora(model, config)
+    freeze_lowest(model, config)
     return CrossEncoder(model, config.attn_implementation, config.unpad, tokenizer, max_length, lora, config.objective)
 
 

@@ -11,7 +11,6 @@ lists do not cover, and with all of them LoRA reaches a full finetuning, with th
 """
 
 import dataclasses
-import hashlib
 import json
 import re
 import warnings
@@ -28,6 +27,7 @@ from trainer.base.files import replacing
 from trainer.base.log import log
 from trainer.config import Config
 from trainer.model.masks import hash_key
+from trainer.model.parts import fingerprint_of_frozen, is_head
 
 ALL = ["all-linear"]  # peft's word for it
 PREFIX = "base_model.model."  # peft's, of a name in its files
@@ -76,14 +76,10 @@ class Lora:
         saved = load_file(folder / "adapter_model.safetensors")
         return {name: saved[_saved_name(name)] for name in self.trained}
 
-    def fingerprint(self, model: nn.Module) -> str:
+    def fingerprint(self, model: nn.Module) -> str | None:
         """SHA-256 of what a checkpoint does not hold: the frozen weights, and how much an adapter counts."""
-        digest = hashlib.sha256(json.dumps({name: layer.scaling for name, layer in self.layers.items()}).encode())
-        for name, value in model.named_parameters():
-            if not value.requires_grad:
-                digest.update(name.encode())
-                digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        scaling = {name: layer.scaling for name, layer in self.layers.items()}
+        return fingerprint_of_frozen(model, json.dumps(scaling).encode())
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """For the model card."""
@@ -138,12 +134,6 @@ def add_lora(model: Any, config: Config) -> Lora | None:
 def is_adapter(name: str) -> bool:
     """Whether a weight of this name is peft's."""
     return re.search(r"\.lora_[AB]\.default\.weight$", name) is not None
-
-
-def is_head(weight: str, model: Any) -> bool:
-    """Whether a classifier has it beyond its encoder; where only an encoder is given it is drawn from the seed."""
-    inside = model.base_model is not model and weight.startswith(f"{model.base_model_prefix}.")
-    return not inside or ".pooler." in weight
 
 
 def head_modules(model: Any) -> list[str]:

@@ -46,6 +46,11 @@ class Journal:
         scores = listed(values, ("loss", *names_of(values)[:2]))
         log.info(f"step {values['step']}: {values['split']} {scores}")
 
+    def end_at(self, step: int) -> None:
+        """The run has no more than `step` steps."""
+        self.bar.total = step
+        self.bar.refresh()
+
     def close(self) -> None:
         self.bar.close()
         for tracker in self.trackers:

@@ -37,12 +37,12 @@ def resume(
     """Every rank takes part. Raises UserError where the checkpoint is of another run; `places` names the splits."""
     found = find_checkpoint(config, checkpoints, opened.resuming) if world.is_main else None
     saved: Saved | None = world.broadcast(found.state if found else None)
-    has_model = world.broadcast((opened.path / "model").exists())
+    has_best = world.broadcast((opened.path / "model").exists()) or not config.keeps_best("dev" in places)
     if saved is None:
         state = State(Window.new(world.device))
     else:
         identity.check(saved, places)
-        state = State.from_json(saved, identity.sampler, world, has_model)
+        state = State.from_json(saved, identity.sampler, world, has_best)
     if found:
         log.info(f"resuming at step {state.step} from {found.path}")
     if saved is None:

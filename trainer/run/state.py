@@ -109,6 +109,7 @@ class Saved(TypedDict):
     num_updates: int
     totals: dict[str, Any]  # Totals
     best: tuple[float, int] | None
+    waited: int
     window: SavedWindow
     pending_evaluation: bool
     step_form: str
@@ -124,7 +125,7 @@ class Identity:
 
     sampler: GlobalBatchSampler
     data: dict[str, str]  # fingerprint of each role's split
-    frozen: str | None  # fingerprint of what is in no checkpoint: embedding rows, or the base model of LoRA
+    frozen: str | None  # fingerprint of what is in no checkpoint: rows, layers, or the base model of LoRA
     exact: dict[str, Any] | None = None  # what decides bits, where the run promises the same on any number of ranks
 
     def check(self, saved: Saved, places: dict[str, str]) -> None:
@@ -135,8 +136,9 @@ class Identity:
                 raise UserError(f"{places[role]} is not the {role} data with which the run began")
         if saved.get("rest") != self.frozen:
             raise UserError(
-                "the checkpoint cannot be resumed here: its run froze other rows of the embedding table, or all of "
-                "another model, under LoRA; give the same model_name_or_path, init, seed, weight_decay and lora fields"
+                "the checkpoint cannot be resumed here: its run froze other rows of the embedding table, or embeddings "
+                "and layers, or all under LoRA, of another model; give the same model_name_or_path, init, seed, "
+                "weight_decay, freeze and lora fields"
             )
         before, now = saved.get("exact") or {}, self.exact or {}
         changed = [name for name in now if name in before and before[name] != now[name]]
@@ -152,6 +154,7 @@ class State:
     Attributes:
         step: optimizer steps done, over all epochs.
         best: value of metric_for_best_model, higher is better, and the step that had it.
+        waited: evaluations since one that was better than the best before it, as early stopping counts.
         saved_step: of the newest checkpoint.
         pending_evaluation: an evaluation of this step is still to be done.
         step_form: how steps are taken: plain, static or captured; or why they are plain, where another form failed.
@@ -161,6 +164,7 @@ class State:
     step: int = 0
     totals: Totals = field(default_factory=Totals)
     best: tuple[float, int] | None = None
+    waited: int = 0
     saved_step: int = -1
     pending_evaluation: bool = False
     step_form: str = "plain"
@@ -183,6 +187,7 @@ class State:
             "num_updates": self.num_updates,
             "totals": dataclasses.asdict(self.totals) | {"energy": energy},
             "best": self.best,
+            "waited": self.waited,
             "window": {
                 "loss": float(world.sum(window.loss.clone())),
                 "steps": window.steps,
@@ -199,11 +204,11 @@ class State:
         }
 
     @classmethod
-    def from_json(cls, saved: Saved, sampler: GlobalBatchSampler, world: World, has_model: bool) -> State:
+    def from_json(cls, saved: Saved, sampler: GlobalBatchSampler, world: World, has_best: bool) -> State:
         """The reverse, on every rank. Raises UserError if the samples' order was another one.
 
-        `has_model`: whether the best model so far lies in this run's folder. Of another run it does not: the best of
-        this one starts over.
+        `has_best`: whether the best model so far lies in this run's folder, if the run is to end with it. Of another
+        run it does not: the best of this one starts over.
         """
         counted = saved["window"]
         window = Window.new(world.device)
@@ -212,7 +217,8 @@ class State:
         window.seconds_before = counted["seconds"]
         totals = Totals(**saved["totals"])
         totals.interruptions += 1
-        best = saved["best"] if has_model else None
+        best, waited = (saved["best"], saved.get("waited", 0)) if has_best else (None, 0)
         step = sampler.seek(saved["sampler"])
         form = str(saved.get("step_form", "plain"))
-        return cls(window, step, totals, best and (best[0], best[1]), step, saved["pending_evaluation"], form)
+        kept = best and (best[0], best[1])
+        return cls(window, step, totals, kept, waited, step, saved["pending_evaluation"], form)

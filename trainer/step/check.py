@@ -70,9 +70,10 @@ def compare_update(
             squares += gradient.square().sum()
             expected = beta2 * old(second) + (1 - beta2) * gradient.square()
             errors.append((second - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+            own = rate * group["scale"]
             root = (second / (1 - beta2**number)).sqrt() + group["eps"]
-            expected = old(p) * (1 - rate * group["weight_decay"]) - rate / (1 - beta1**number) * first / root
-            errors.append((p - expected).abs().max() / (rate + 1e-3 * expected.abs().max()).clamp(min=1e-30))
+            expected = old(p) * (1 - own * group["weight_decay"]) - own / (1 - beta1**number) * first / root
+            errors.append((p - expected).abs().max() / (own + 1e-3 * expected.abs().max()).clamp(min=1e-30))
     clipped = norm.clamp(max=limit)
     errors.append((squares.sqrt() - clipped).abs() / clipped.clamp(min=1e-30))
     worst = torch.stack([error.detach() for error in errors]).max()
@@ -88,7 +89,7 @@ def _plain(plain: PlainStep, current: Step, parts: list[np.ndarray], bf16: bool)
             with products(device, bf16), torch.enable_grad():
                 with autocast(device, bf16):
                     logits = plain.model(batch)
-                (plain.loss(logits, batch) / len(current.rows)).backward()
+                (plain.loss(logits, batch) / plain.loss.divisor(current.rows)).backward()
     plain.forget()
 
 

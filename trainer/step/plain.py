@@ -19,7 +19,7 @@ from trainer.model.masks import hash_key
 from trainer.model.precision import autocast, products
 from trainer.ranks import World
 from trainer.run.state import State
-from trainer.step.loss import make_loss
+from trainer.step.loss import Loss
 
 
 @dataclass(kw_only=True)
@@ -28,6 +28,7 @@ class PlainStep:
 
     Attributes:
         split: the training pairs.
+        loss: of a batch, and what a step's sum of it is divided by.
         forward: the model as the backend calls it.
         micro_batch_size: pairs in one forward of one rank, at most.
         batch_size: pairs in one step, at most.
@@ -38,14 +39,11 @@ class PlainStep:
     split: Split
     model: CrossEncoder
     backend: Single
+    loss: Loss
     forward: Callable[[Batch], torch.Tensor]
     state: State
     micro_batch_size: int
     batch_size: int
-
-    def __post_init__(self) -> None:
-        # Before a step is recorded: what it copies to the device would be copied in every replay.
-        self.criterion = make_loss(self.config, self.split.pairs.values, self.world.device)
 
     def __call__(self, current: Step, rate: float) -> torch.Tensor:
         """Takes the step. Returns the gradient's norm, on the device."""
@@ -79,8 +77,8 @@ class PlainStep:
         with products(device, config.bf16), self.backend.accumulate(last):
             with autocast(device, config.bf16):
                 logits = self.forward(batch)
-            # A sum over these pairs divided by the global count: any split gives the same gradient.
-            loss = self.loss(logits, batch) / len(current.rows)
+            # A sum over these pairs divided by what all pairs of the step give: any split gives the same gradient.
+            loss = self.loss(logits, batch) / self.loss.divisor(current.rows)
             self.backend.backward(loss)
         self.forget()
         return loss.detach()
@@ -107,10 +105,6 @@ class PlainStep:
         tokens, keys = self.split.tokens, {"seed": self.config.seed, "step": current.step}
         longest, device = int(tokens.lengths[current.rows].max()), device or self.world.device
         return self.model.batch(tokens, self.split.pairs.label, rows, device, longest, num_pairs, **keys)
-
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Summed over the pairs of a batch, given their logits (pairs, classes)."""
-        return self.criterion(logits, batch.labels)
 
     def skipped(self, norm: torch.Tensor) -> bool:
         """Whether the step was left out for its gradient, as skip_nonfinite allows. Raises TrainingFailed."""

@@ -23,7 +23,7 @@ from trainer.step.check import compare, compare_update
 from trainer.step.graphs import Graphs, NotAsExpected, Recorder
 from trainer.step.plain import PlainStep
 
-NUMBERS = 3  # of a step: its learning rate, as float64, its pairs, and its place in the run, counted from 1
+NUMBERS = 3  # of a step: rate as float64, the loss's divisor as float32, and its place in the run, counted from 1
 
 
 class StaticStep:
@@ -46,11 +46,14 @@ class StaticStep:
         if plain.config.bf16:
             model = plain.model.model
             self.products = Products(model, self.layout, input_layers(model), torch.bfloat16)
-        self.rate, self.loss, self.norm = (torch.zeros((), device=device) for _ in range(3))
+        self.loss, self.norm = (torch.zeros((), device=device) for _ in range(2))
         if not optimizer.state:
             plain.backend.make_moments(plain.state.num_updates)
-        for group in optimizer.param_groups:
-            group["lr"], group["capturable"] = self.rate, device.type == "cuda"
+        self.scales = torch.tensor([group["scale"] for group in optimizer.param_groups], dtype=torch.float64)
+        self.scales = self.scales.to(device)
+        self.rates = torch.zeros(len(self.scales), device=device)  # of each group
+        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+            group["lr"], group["capturable"] = rate, device.type == "cuda"
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.inputs = torch.zeros(NUMBERS + self._most_numbers(), dtype=torch.int64, device=device)
         # Of gradients, where a step can be more than one forward of one rank; each part is aligned.
@@ -116,7 +119,7 @@ class StaticStep:
 
     def update(self, loss: torch.Tensor) -> None:
         backend, config = self.plain.backend, self.plain.config
-        self.rate.copy_(self.inputs[0:1].view(torch.float64)[0])
+        torch.mul(self.scales, self.inputs[0:1].view(torch.float64), out=self.rates)
         norm = backend.clip(config.max_grad_norm)
         backend.optimizer.step()
         self._forget_gradients()
@@ -136,7 +139,7 @@ class StaticStep:
             with products(device, bf16), torch.enable_grad():
                 with autocast(device, bf16, keep=False):
                     logits = self.plain.model(batch)
-                loss = self.plain.loss(logits, batch) / self.inputs[1]
+                loss = self.plain.loss(logits, batch) / self.inputs[1:2].view(torch.float32)[0]
                 loss.backward()
         finally:
             self.layout.fast = False
@@ -148,8 +151,9 @@ class StaticStep:
     def _load(self, current: Step, rows: np.ndarray, rate: float) -> Batch:
         """The micro-batch `rows`, in its place on the device, by one copy."""
         host = self.plain.batch(current, rows, torch.device("cpu"), num_pairs=self.plain.most_pairs)
-        numbers = np.array([0, len(current.rows), current.step + 1])
+        numbers = np.array([0, 0, current.step + 1])
         numbers[:1].view(np.float64)[0] = rate
+        numbers[1:2].view(np.float32)[0] = self.plain.loss.divisor(current.rows)
         flat = torch.cat([torch.from_numpy(numbers), host.flat])
         if self.inputs.is_cuda:
             flat = flat.pin_memory()
@@ -179,7 +183,7 @@ class StaticStep:
         optimizer, window = self.plain.backend.optimizer, self.plain.state.window
         moments = [value for p in self.parameters for value in optimizer.state[p].values()]
         copies = [copy for copy, _ in self.products.copies] if self.products else []
-        own = [self.rate, self.loss, self.norm, self.sums]
+        own = [self.rates, self.loss, self.norm, self.sums]
         return [*self.parameters, *moments, *copies, window.loss, window.nonfinite, *own]
 
     def _meets_new(self, of_ranks: list[list[np.ndarray]], alone: bool) -> bool:
@@ -233,7 +237,7 @@ class StaticStep:
         if self.products is not None:
             self.products.remove()
         for group in self.plain.backend.optimizer.param_groups:
-            group["lr"], group["capturable"] = float(self.rate), False
+            group["lr"], group["capturable"] = float(group["lr"]), False
         self.plain.backend.optimizer.grad_scale = None
         self.sums, self.parts_of_sums = self.sums[:0], []
         if self.inputs.is_cuda:
