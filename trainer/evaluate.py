@@ -129,14 +129,19 @@ def in_order(rows: np.ndarray, values: np.ndarray, num_samples: int) -> np.ndarr
     return ordered
 
 
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """What a prediction says of a pair, (n, classes): the softmax, in float64."""
+    return np.exp(log_softmax(logits))
+
+
 def write_predictions(path: Path, pairs: Pairs, logits: np.ndarray) -> None:
     """A parquet file: index (the row in the data's source), label, score_<class> (softmax), source if there is one."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    probabilities = np.exp(log_softmax(logits))
+    scores = probabilities(logits)
     columns: dict[str, Any] = {"index": pairs.row, "label": pairs.label}
-    columns |= {f"score_{name}": probabilities[:, i] for i, name in enumerate(pairs.label_names)}
+    columns |= {f"score_{name}": scores[:, i] for i, name in enumerate(pairs.label_names)}
     if pairs.source is not None:
         columns["source"] = pairs.source
     path.parent.mkdir(parents=True, exist_ok=True)

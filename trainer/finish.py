@@ -7,10 +7,10 @@ from typing import Any
 from trainer.base.files import write_json
 from trainer.base.log import log
 from trainer.config import SCORES
-from trainer.evaluate import Evaluation, evaluate, write_predictions
+from trainer.evaluate import Evaluation, evaluate, probabilities, write_predictions
 from trainer.loop import Trainer
 from trainer.run import energy
-from trainer.run.about import example_scores
+from trainer.run.about import confident_errors, example_scores, now
 from trainer.run.versions import git_state, versions
 
 
@@ -29,6 +29,8 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         log.info(f"the best model is that of step {step}: its final scores")
     metrics: dict[str, Any] = {}
     examples: list[dict[str, Any]] = []
+    errors: dict[str, Any] = {}
+    tested = [role for role in trainer.data if role.startswith("test")] or ["dev"]
     for role, split in trainer.data.items():
         if role == "train":
             continue
@@ -38,7 +40,11 @@ def finish(trainer: Trainer) -> dict[str, Any]:
             examples = example_scores(split.pairs, exact.logits)
         if result.logits is not None:
             write_predictions(output.folder / "predictions" / f"{split.name}.parquet", split.pairs, result.logits)
-    summary: dict[str, Any] = trainer.world.broadcast(summarise(trainer, metrics) | {"examples": examples})
+            if role in tested:
+                scores, threshold = probabilities(result.logits), result.scores.get("f1_threshold")
+                errors[split.name] = confident_errors(split.pairs, scores, threshold)
+    kept = {"examples": examples, "errors": errors, "finished_at": now()}
+    summary: dict[str, Any] = trainer.world.broadcast(summarise(trainer, metrics) | kept)
     output.checkpoints.wait()
     if trainer.world.is_main:
         write_json(output.folder / "results.json", summary)

@@ -3,27 +3,25 @@
 Metadata go through huggingface_hub's classes, every word of others through `markdown`'s escapes.
 """
 
-import dataclasses
-import json
 import math
-import shlex
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
-from trainer.base.fields import default, rule
-from trainer.config import Config
-from trainer.metrics import RESAMPLES, interval
+from trainer.metrics import RESAMPLES
 from trainer.report import markdown
+from trainer.report.facts import command, from_scratch, hyperparameters, interval_of, rounded, size_of
 from trainer.report.markdown import code, escape, table
-from trainer.report.read import SCORES, Run
+from trainer.report.read import Run
 
 MOST_LINES = 200  # of the training logs
+# As sentence-transformers calls them.
+LOSSES = {"cross_entropy": "CrossEntropyLoss", "binary_cross_entropy": "BinaryCrossEntropyLoss", "mse": "MSELoss"}
+EVALUATORS = {"cross_entropy": "Classification", "binary_cross_entropy": "Classification", "mse": "Correlation"}
 
 
 def title(run: Run) -> str:
@@ -34,6 +32,8 @@ def card(run: Run, plots: list[str]) -> str:
     """The model card; `plots` names the pictures beside it. A pure function of the run."""
     about, results = run.about, run.results
     examples = results.get("examples") or []
+    printed = np.array([e["scores"] for e in examples], np.float32)
+    printed = printed if run.objective == "cross_entropy" else printed.reshape(-1)
     padded = about["padding"]["padding"] / max(1, sum(about["padding"].values()))
     logs, note = training_logs(run)
     return markdown.render(
@@ -53,13 +53,16 @@ def card(run: Run, plots: list[str]) -> str:
         energy=results.get("energy"),
         hub_model_id=run.config["hub_model_id"],
         examples=examples,
-        printed=str(np.array([e["scores"] for e in examples], np.float32).round(4)).split("\n"),
+        printed=str(printed.round(4)).split("\n"),
+        shape=printed.shape,
         statistics=statistics,
         samples=samples,
         scores=partial(scores, run),
         details=partial(details, run),
         confusion=partial(confusion, run),
-        sources=sources,
+        sources=partial(sources, run),
+        score=run.objective != "cross_entropy",
+        loss=LOSSES[run.objective],
         resamples=RESAMPLES,
         changed=hyperparameters(run, changed_only=True),
         hyperparameters=hyperparameters(run, changed_only=False),
@@ -72,10 +75,6 @@ def card(run: Run, plots: list[str]) -> str:
         split_plots=[name for name in plots if name not in ("training", "lengths")],
         labels={"torch": "PyTorch", "numpy": "NumPy"},
     )
-
-
-def from_scratch(run: Run) -> bool:
-    return run.config["init"] == "random" or run.config["model_name_or_path"] == "builtin"
 
 
 def metadata(run: Run) -> ModelCardData:
@@ -98,12 +97,12 @@ def metadata(run: Run) -> ModelCardData:
     made = {
         "language": [data["language"]] if data["language"] else None,
         "tags": ["sentence-transformers", "cross-encoder", "generated_from_trainer", "crossrank",
-                 f"dataset_size:{about['data']['train']['size']}", "loss:CrossEntropyLoss"],
+                 f"dataset_size:{about['data']['train']['size']}", f"loss:{LOSSES[run.objective]}"],
         "base_model": about["model"]["hub_id"],
         "datasets": [data["hub_id"]] if data["hub_id"] else None,
         "pipeline_tag": "text-classification",
         "library_name": "sentence-transformers",
-        "metrics": list(SCORES) if run.results.get("metrics", True) else None,
+        "metrics": list(run.scores) if run.results.get("metrics", True) else None,
         "co2_eq_emissions": emissions,
         "model_name": title(run),
         "eval_results": eval_results(run) or None,
@@ -114,8 +113,8 @@ def metadata(run: Run) -> ModelCardData:
 def eval_results(run: Run) -> list[EvalResult]:
     return [
         EvalResult(
-            task_type="cross-encoder-classification",
-            task_name="Cross Encoder Classification",
+            task_type=f"cross-encoder-{EVALUATORS[run.objective].lower()}",
+            task_name=f"Cross Encoder {EVALUATORS[run.objective]}",
             dataset_name=split.replace("-", " "),
             dataset_type=split,
             metric_type=name,
@@ -123,7 +122,7 @@ def eval_results(run: Run) -> list[EvalResult]:
             metric_value=values[name],
         )
         for split, values in run.results.get("metrics", {}).items()
-        for name, shown in SCORES.items()
+        for name, shown in run.scores.items()
     ]
 
 
@@ -158,10 +157,6 @@ def samples(split: dict[str, Any]) -> Markup:
     return table([escape(c) for c in split["columns"]], [[code(cell) for cell in row] for row in split["samples"]])
 
 
-def rounded(value: float | None) -> str:
-    return "-" if value is None else str(round(value, 4))
-
-
 def bold(cells: list[str]) -> list[str]:
     return [cell if cell == "-" else f"**{cell}**" for cell in cells]
 
@@ -169,7 +164,7 @@ def bold(cells: list[str]) -> list[str]:
 def scores(run: Run) -> Markup:
     """Metrics down, splits across; the first one is what training looks at."""
     metrics = run.results["metrics"]
-    rows = [[name, *(rounded(split[name]) for split in metrics.values())] for name in SCORES]
+    rows = [[name, *(rounded(split[name]) for split in metrics.values())] for name in run.scores]
     return table(["Metric", *map(escape, metrics)], [bold(rows[0]), *rows[1:]])
 
 
@@ -177,22 +172,21 @@ def details(run: Run) -> Markup:
     """A line a split and number format: pairs, F1 macro with its interval, loss."""
     rows = []
     for name, split in run.results["metrics"].items():
-        spread = "-"  # a matrix without all classes does not say it
-        if "confusion_classes" not in split:
-            low, high = interval(split["confusion_matrix"])
-            spread = f"{low:.4f} to {high:.4f}"
-        size = sum(map(sum, split["confusion_matrix"]))
+        spread = interval_of(split)
         own = "bf16" if run.config["bf16"] else "fp32"
-        rows.append([escape(name), own, f"{size:,}", *(rounded(split[m]) for m in SCORES), spread,
-                     rounded(split["loss"])])  # fmt: skip
+        rows.append([escape(name), own, f"{size_of(split):,}", *(rounded(split[m]) for m in run.scores),
+                     f"{spread[0]:.4f} to {spread[1]:.4f}" if spread else "-", rounded(split["loss"])])  # fmt: skip
         if "fp32" in split:
-            rows.append([escape(name), "fp32", f"{size:,}", *(rounded(split["fp32"][m]) for m in SCORES), "",
+            rows.append([escape(name), "fp32", f"{size_of(split):,}",
+                         *(rounded(split["fp32"][m]) for m in run.scores), "",
                          rounded(split["fp32"]["loss"])])  # fmt: skip
-    return table(["Split", "Precision", "Pairs", *SCORES, "95 % of f1_macro", "Loss"], rows)
+    return table(["Split", "Precision", "Pairs", *run.scores, f"95 % of {next(iter(run.scores))}", "Loss"], rows)
 
 
 def confusion(run: Run, split: dict[str, Any]) -> Markup:
-    names = [escape(name, 30) for name in run.about["model"]["label_names"]]
+    if "confusion_matrix" not in split:
+        return Markup("Scores have no confusion matrix.")
+    names = [escape(name, 30) for name in run.classes(split)]
     if kept := split.get("confusion_classes"):
         text = f"More than {len(kept)} classes; the matrix of those with the most pairs is in results.json."
         return Markup(text)  # noqa: S704
@@ -202,57 +196,12 @@ def confusion(run: Run, split: dict[str, Any]) -> Markup:
     return table(["", *names], rows)
 
 
-def sources(split: dict[str, Any]) -> Markup:
+def sources(run: Run, split: dict[str, Any]) -> Markup:
     rows = [
-        [escape(name, 60), f"{own['num_samples']:,}", *(rounded(own[m]) for m in SCORES)]
+        [escape(name, 60), f"{own['num_samples']:,}", *(rounded(own.get(m)) for m in run.scores)]
         for name, own in split["by_source"].items()
     ]
-    return table(["Source", "Pairs", *SCORES], rows)
-
-
-def hyperparameters(run: Run, changed_only: bool) -> dict[str, Any]:
-    """Fields and values; of local paths only the last part, the rest is nobody else's business."""
-    chosen = {}
-    for own in dataclasses.fields(Config):
-        name, value = own.name, run.config[own.name]
-        if rule(own).kind == "local" or (changed_only and value == default(own)):
-            continue
-        if rule(own).path and value is not None:
-            shown = [bare(name, path) for path in (value if isinstance(value, list) else [value])]
-            value = shown if isinstance(value, list) else shown[0]
-        chosen[name] = ",".join(value) if isinstance(value, list) else value
-    return chosen
-
-
-def bare(name: str, path: str) -> str:
-    """The last part of a local path, the value of the field `name`."""
-    return Path(path).name if path.startswith(("/", ".", "~")) or "_file" in name else path
-
-
-def command(run: Run) -> str:
-    """What starts the same run from the same folder; the paths outside it are nobody else's business."""
-    num_nodes, here = run.about.get("num_nodes", 1), run.about.get("working_folder", "/nowhere")
-    words = ["crossrank", "train"]
-    if run.about["world_size"] > 1:
-        meeting = ["--nnodes", str(num_nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:PORT"]
-        words = ["torchrun", *(meeting if num_nodes > 1 else []), "--nproc-per-node",
-                 str(run.about["world_size"] // num_nodes), "-m", *words]  # fmt: skip
-    paths = {own.name for own in dataclasses.fields(Config) if rule(own).path}
-    for name in hyperparameters(run, changed_only=True):
-        value = run.config[name]
-        if name in paths:
-            value = [foreign(path, here) for path in value] if isinstance(value, list) else foreign(value, here)
-        if isinstance(value, list) and not any("," in item for item in value):
-            value = ",".join(value)
-        words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
-    return shlex.join(words)
-
-
-def foreign(path: str, here: str) -> str:
-    """`path` as others may see it, from the folder `here`."""
-    if not Path(path).is_absolute():
-        return path
-    return str(Path(path).relative_to(here) if Path(path).is_relative_to(here) else Path("/path/to", Path(path).name))
+    return table(["Source", "Pairs", *run.scores], rows)
 
 
 def commit(git: dict[str, Any] | None) -> Markup:
@@ -271,21 +220,21 @@ def training_logs(run: Run) -> tuple[Markup | None, str]:
         at.setdefault("train" if event["event"] == "train" else f"eval {event['split']}", event)
     if not steps:
         return None, ""
-    dev = run.about["data"].get("dev", {}).get("name")
-    rows = [[at["Epoch"], str(step), *_cells(at, splits, dev)] for step, at in sorted(steps.items())]
+    dev, main = run.about["data"].get("dev", {}).get("name"), next(iter(run.scores))
+    rows = [[at["Epoch"], str(step), *_cells(at, splits, dev, main)] for step, at in sorted(steps.items())]
     kept = list(thinned(rows))
     best = max((r for r in kept if dev in splits and r[4] != "-"), key=lambda r: float(r[4]), default=None)
     rows = [bold(row) if row is best else row for row in kept]
     note = "The training loss is the mean since the line before." + (" The best evaluation is bold." if best else "")
     if len(kept) < len(steps):
         note += f" {len(steps) - len(kept):,} lines are left out; metrics.jsonl has them."
-    header = ["Epoch", "Step", "Training Loss", "Validation Loss", *(f"{escape(s)}_f1_macro" for s in splits)]
+    header = ["Epoch", "Step", "Training Loss", "Validation Loss", *(f"{escape(s)}_{main}" for s in splits)]
     return table(header, rows, "c" * len(header)), note
 
 
-def _cells(at: dict[str, Any], splits: list[str], dev: str | None) -> list[str]:
-    f1 = [rounded(at.get(f"eval {split}", {}).get("f1_macro")) for split in splits]
-    return [rounded(at.get("train", {}).get("loss")), rounded(at.get(f"eval {dev}", {}).get("loss")), *f1]
+def _cells(at: dict[str, Any], splits: list[str], dev: str | None, main: str) -> list[str]:
+    scores = [rounded(at.get(f"eval {split}", {}).get(main)) for split in splits]
+    return [rounded(at.get("train", {}).get("loss")), rounded(at.get(f"eval {dev}", {}).get("loss")), *scores]
 
 
 def thinned(rows: list[list[str]]) -> Iterator[list[str]]:

@@ -6,13 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.base.errors import UserError, first_line
+from trainer.base.errors import UserError, first_line, unknown
 from trainer.base.fields import default
 from trainer.base.files import json_object
 from trainer.config import Config, read_run_config
 
-SCORES = {"f1_macro": "F1 Macro", "f1_micro": "F1 Micro", "f1_weighted": "F1 Weighted"}
-
+# What reports show of each objective's scores, the main one first.
+SCORES: dict[str, dict[str, str]] = {
+    "cross_entropy": {"f1_macro": "F1 Macro", "f1_micro": "F1 Micro", "f1_weighted": "F1 Weighted"},
+    "binary_cross_entropy": {"average_precision": "Average Precision", "f1": "F1", "auc": "AUC",
+                             "accuracy": "Accuracy"},
+    "mse": {"spearman": "Spearman", "pearson": "Pearson"},
+}  # fmt: skip
 
 # What a report takes from about.json and results.json, of any version.
 ABOUT: dict[str, tuple[str, ...] | None] = {
@@ -41,6 +46,34 @@ class Run:
     events: list[dict[str, Any]]
     damaged: int
 
+    @property
+    def objective(self) -> str:
+        return str(self.about["model"].get("objective", "cross_entropy"))
+
+    @property
+    def scores(self) -> dict[str, str]:
+        """Names and titles of the scores that are shown, the main one first."""
+        return SCORES[self.objective]
+
+    @property
+    def name(self) -> str:
+        return str(self.config["run_name"] or self.folder.resolve().name)
+
+    def role(self, split: str) -> str:
+        """Of a set that was scored: dev, test, test 2 ..."""
+        return next((role for role, own in self.about["data"].items() if own.get("name") == split), "test")
+
+    def headline(self) -> str | None:
+        """The set whose score comes first: the first test set, or the dev split; None where nothing was scored."""
+        scored = list(self.results.get("metrics", {}))
+        return next((split for split in scored if self.role(split) != "dev"), next(iter(scored), None))
+
+    def classes(self, scores: dict[str, Any]) -> list[str]:
+        """Names of the rows of a set's confusion matrix: its own classes, where it has others than the model."""
+        names = [str(name) for name in scores.get("label_names") or self.about["model"]["label_names"]]
+        kept = scores.get("confusion_classes")
+        return [*(names[number] for number in kept), "all others"] if kept else names
+
     def of(self, kind: str, split: str | None = None) -> list[dict[str, Any]]:
         return [e for e in self.events if e["event"] == kind and split in (None, e.get("split"))]
 
@@ -54,7 +87,9 @@ def read_run(folder: Path) -> Run:
     if about is None:
         raise UserError(f"{folder} has no about.json; the run has not got as far as its first step, or is of an older "
                         "version of crossrank")  # fmt: skip
-    events, damaged = _read_events(folder / "metrics.jsonl")
+    if (objective := about["model"].get("objective", "cross_entropy")) not in SCORES:
+        raise UserError(f"{folder / 'about.json'}: {unknown('objective', str(objective), SCORES)}")
+    events, damaged = _read_events(folder / "metrics.jsonl", [*SCORES[objective]])
     config = {own.name: default(own) for own in dataclasses.fields(Config)}
     return Run(
         folder=folder,
@@ -84,23 +119,23 @@ def _read_json(path: Path, needed: Mapping[str, tuple[str, ...] | None]) -> dict
     raise UserError(f"{path} is damaged: {why}; take it from a copy of the run")
 
 
-def _read_events(path: Path) -> tuple[list[dict[str, Any]], int]:
+def _read_events(path: Path, scores: list[str]) -> tuple[list[dict[str, Any]], int]:
     """The lines that can be read, and how many can't."""
     if not path.is_file():
         return [], 0
     lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
-    events = [event for event in map(_event, lines) if event is not None]
+    events = [event for text in lines if (event := _event(text, scores)) is not None]
     return events, len(lines) - len(events)
 
 
-def _event(line: str) -> dict[str, Any] | None:
+def _event(line: str, scores: list[str]) -> dict[str, Any] | None:
     try:
         event = json_object(line)
         numbers = [event["step"], event["epoch"]]
         if event["event"] == "train":
             numbers += [event[name] for name in ("loss", "learning_rate", "samples_per_second", "tokens_per_second")]
         else:
-            numbers += [event[name] for name in ("loss", *SCORES)]
+            numbers += [event[name] for name in ("loss", *scores)]
             str(event["split"])
     except (ValueError, KeyError, TypeError):
         return None

@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import re
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from trainer.run.versions import git_state, versions
 
 FIRST = 1000  # rows that statistics are taken of, as sentence-transformers' cards do
 SHOWN = 300  # characters of a text that the card shows
+ERRORS = 10  # of a test set that the report shows
 ENGLISH = ("all-nli", "snli", "multi_nli", "mnli", "builtin")
 
 
@@ -39,6 +42,7 @@ def about(
     """All of it; `batch_size` is the global one, `wiring` says the backend and the number of nodes."""
     return {
         "working_folder": os.getcwd(),
+        "started_at": now(),
         "dataset": of_dataset(config),
         "data": {role: of_split(split) | of_file(config, role) for role, split in splits.items()},
         "padding": padding(splits["train"].tokens.lengths, batch_size, config.order_seed),
@@ -51,6 +55,11 @@ def about(
         "versions": versions(),
         "git": git_state(),
     }
+
+
+def now() -> str:
+    """Of UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def note(folder: Path, **facts: Any) -> None:
@@ -105,6 +114,37 @@ def example_scores(pairs: Pairs, logits: np.ndarray) -> list[dict[str, Any]]:
     return [
         {"premise": pairs.premise[i], "hypothesis": pairs.hypothesis[i], "scores": scores.tolist()}
         for i, scores in zip(chosen, np.exp(log_softmax(logits[chosen])), strict=True)
+    ]
+
+
+def confident_errors(pairs: Pairs, scores: np.ndarray, threshold: float | None = None) -> list[dict[str, Any]]:
+    """The wrong predictions that the model was surest of, the surest first.
+
+    Args:
+        scores: probabilities (n, classes); of one score (n,): the probability of label 1, which is predicted from
+            `threshold` on, or where that is None a number, and the largest differences are its errors.
+    """
+    truth = pairs.label if pairs.values is None else pairs.values[pairs.label]
+    names: Sequence[str] | None = pairs.label_names
+    if scores.ndim == 2:
+        said, sure = scores.argmax(1), scores.max(1)
+    elif threshold is not None:
+        said = (scores >= threshold).astype(int)
+        sure, names = np.where(said, scores, 1 - scores), ("0", "1")
+    else:
+        said, sure, names = scores, np.abs(scores - truth), None
+    wrong = np.flatnonzero(said != truth)
+    return [
+        {
+            "row": int(pairs.row[i]),
+            "source": pairs.source[i] if pairs.source else None,
+            "premise": pairs.premise[i][: SHOWN + 1],
+            "hypothesis": pairs.hypothesis[i][: SHOWN + 1],
+            "label": names[int(truth[i])] if names else float(truth[i]),
+            "predicted": names[int(said[i])] if names else float(said[i]),
+            "probability": float(sure[i]) if names else None,
+        }
+        for i in wrong[np.argsort(-sure[wrong], kind="stable")[:ERRORS]]
     ]
 
 
