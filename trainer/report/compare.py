@@ -9,6 +9,7 @@ from trainer.base.errors import UserError, named
 from trainer.base.fields import rule
 from trainer.base.files import write_text
 from trainer.config import Config
+from trainer.metrics import RESAMPLES
 from trainer.report import markdown, svg
 from trainer.report.bits import compared
 from trainer.report.facts import fixed, hyperparameters
@@ -52,6 +53,7 @@ def compared_tables(runs: list[Run], groups: list[Group]) -> dict[str, Any]:
         "scores": score_table(groups),
         "differences": difference_table(found),
         "reasons": reasons,
+        "resamples": RESAMPLES,
         "beside_first": len(groups) > ALL_PAIRS,
         "runs": run_table(groups),
         "bits": bit_table(runs, groups),
@@ -148,7 +150,7 @@ def difference_table(found: list[Difference]) -> Table:
          f"{own.low:+.4f} to {own.high:+.4f}", f"{own.flips:.1%}"]
         for own in found
     ]  # fmt: skip
-    return Table(["Set", "Group", "Less", "Pairs", "F1 Macro", "95 % interval", "Sign flips"], rows)
+    return Table(["Set", "Group", "Compared with", "Pairs", "F1 Macro", "95 % interval", "Sign flips"], rows)
 
 
 def run_table(groups: list[Group]) -> Table:
@@ -173,5 +175,5 @@ def curves(groups: list[Group]) -> list[dict[str, Any]]:
         ]
         chart = svg.lines(series, f"{panel.title} over steps", height=220, from_zero=panel.from_zero)
         if chart is not None:
-            made.append({"title": panel.title, "chart": chart, "names": svg.legend(series)})
+            made.append({"title": panel.title, "chart": chart})
     return made

@@ -99,10 +99,16 @@ def facts(run: Run) -> list[tuple[str, str, str]]:
                   f"{train['tokens_per_second']:,.0f} tokens/s")]  # fmt: skip
     machine = about["hardware"]
     made.append(("Ranks", f"{about['world_size']}", f"{about['backend']}, {machine['gpu'] or 'CPU'}"))
-    used = (f"{energy['kwh']:.3g} kWh", f"{energy['co2_kg'] * 1000:.3g} g CO2") if energy else ("-", "not measured")
-    made.append(("Energy", *used))
+    made.append(("Energy", *used(energy)))
     model = about["model"]
     return [*made, ("Base model", model["base"], f"{model['num_parameters']:,} parameters")]
+
+
+def used(energy: dict[str, Any] | None) -> tuple[str, str]:
+    if not energy:
+        return "-", "not measured"
+    kwh = energy["kwh"]
+    return f"{kwh:.3g} kWh" if kwh >= 0.01 else f"{kwh * 1000:.3g} Wh", f"{energy['co2_kg'] * 1000:.3g} g CO2"
 
 
 def curves(run: Run) -> list[dict[str, Any]]:
@@ -122,7 +128,8 @@ def curves(run: Run) -> list[dict[str, Any]]:
         own = Series(panel.title, sorted(panel.of(run).items()), colour=int(evaluated), dots=evaluated)
         marked = (best, "") if best is not None and evaluated else None
         chart = svg.lines([own], f"{panel.title} over steps", from_zero=panel.from_zero, mark=marked)
-        made.append({"title": panel.title, "chart": chart, "names": []})
+        names = [(plain(run.about["data"].get("dev", {}).get("name"), 40), 1)] if evaluated else []
+        made.append({"title": panel.title, "chart": chart, "names": names})
     return [curve for curve in made if curve["chart"] is not None]
 
 

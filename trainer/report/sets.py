@@ -118,14 +118,12 @@ def class_table(names: list[str], scores: dict[str, Any]) -> Table:
 
 
 def source_table(run: Run, sources: dict[str, Any]) -> Table:
-    main, *others = run.scores
-    spreads = _spreads(list(sources.values()), main)
+    main, title = next(iter(run.scores.items()))
     rows = [
-        [plain(name, 60), f"{own['num_samples']:,}", Markup("<b>%s</b>") % fixed(own.get(main)), *spread,
-         *(fixed(own.get(score)) for score in others)]
-        for (name, own), spread in zip(sources.items(), spreads, strict=True)
-    ]  # fmt: skip
-    return Table(["Source", "Pairs", run.scores[main], "95 % interval", "", *(run.scores[s] for s in others)], rows)
+        [plain(name, 60), f"{own['num_samples']:,}", Markup("<b>%s</b>") % fixed(own.get(main)), *spread]
+        for (name, own), spread in zip(sources.items(), _spreads(list(sources.values()), main), strict=True)
+    ]
+    return Table(["Source", "Pairs", title, "95 % interval", ""], rows)
 
 
 def add_calibration(made: Part, run: Run, found: Predictions | None) -> None:
@@ -141,7 +139,7 @@ def add_calibration(made: Part, run: Run, found: Predictions | None) -> None:
         return
     bins, error = calibration(*found.confidences())
     of_score = run.objective == "binary_cross_entropy"
-    made.reliability_title = f"Calibration, expected error {error:.3f}"
+    made.reliability_title = f"Calibration (ECE {error:.3f})"
     axis = "Predicted score" if of_score else "Probability of the predicted class"
     made.reliability = svg.reliability(bins, f"Calibration of {made.name}", axis)
     share = "share with label 1" if of_score else "share that is right"

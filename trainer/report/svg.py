@@ -139,7 +139,7 @@ def steps(low: float, high: float) -> list[float]:
     """An axis that ends where the run does: round numbers in between, and not too near to its end."""
     if low == high:
         return [low - 1, low, low + 1]
-    gap = (high - low) * 0.18
+    gap = (high - low) * 0.22
     return [low, *(t for t in ticks(low, high, 3) if low + gap < t < high - gap), high]
 
 
@@ -231,7 +231,7 @@ def matrix(counts: Sequence[Sequence[int]], names: Sequence[str], label: str) ->
     cell = next(size for most, size in ((3, 96), (6, 64), (12, 48), (24, 20), (math.inf, 12)) if n <= most)
     type_size = min(12, max(9, cell - 3))
     letter = type_size * 0.62
-    shown = [plain(name, 16) for name in names]
+    shown = [plain(name, 22) for name in names]
     longest = max(map(len, shown)) * letter
     turned = longest > cell + 4
     left, top = longest + 12, (longest + 10 if turned else 20)
