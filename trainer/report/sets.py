@@ -37,26 +37,30 @@ def overview(run: Run) -> Table:
     main, *others = run.scores
     metrics = run.results.get("metrics", {})
     exact = any("fp32" in own for own in metrics.values())
+    header, spreads = _spreads(list(metrics.values()), main)
     rows = [
         [split, f"{size_of(own):,}", Markup("<b>%s</b>") % fixed(own[main]), *spread,
          *(fixed(own[name]) for name in others), fixed(own.get("loss")),
          *([fixed(own.get("fp32", {}).get(main))] if exact else [])]
-        for (split, own), spread in zip(metrics.items(), _spreads(list(metrics.values()), main), strict=True)
+        for (split, own), spread in zip(metrics.items(), spreads, strict=True)
     ]  # fmt: skip
-    return Table(["Set", "Pairs", run.scores[main], "95 % interval", "", *(run.scores[name] for name in others), "Loss",
+    return Table(["Set", "Pairs", run.scores[main], *header, *(run.scores[name] for name in others), "Loss",
                   *([f"{run.scores[main]} in fp32"] if exact else [])], rows)  # fmt: skip
 
 
-def _spreads(scores: list[dict[str, Any]], main: str) -> list[tuple[str, Any]]:
-    """For each, the interval of its main score as numbers, and as a picture; all pictures have one scale."""
+def _spreads(scores: list[dict[str, Any]], main: str) -> tuple[list[str], list[list[Any]]]:
+    """Columns, and cells for each: the interval of its main score as numbers, and as a picture, all of one scale.
+
+    There is no column where no score has an interval.
+    """
     intervals = [interval_of(own) for own in scores]
     ends = [end for own in intervals if own for end in own]
     if not ends:
-        return [("-", "")] * len(scores)
+        return [], [[] for _ in scores]
     gap = max(0.02, (max(ends) - min(ends)) * 0.1)
     scale = max(0.0, min(ends) - gap), min(1.0, max(ends) + gap)
-    return [
-        (f"{own[0]:.4f} to {own[1]:.4f}", svg.whisker(values[main], *own, scale)) if own else ("-", "")
+    return ["95 % interval", ""], [
+        [f"{own[0]:.4f} to {own[1]:.4f}", svg.whisker(values[main], *own, scale)] if own else ["-", ""]
         for values, own in zip(scores, intervals, strict=True)
     ]
 
@@ -119,11 +123,12 @@ def class_table(names: list[str], scores: dict[str, Any]) -> Table:
 
 def source_table(run: Run, sources: dict[str, Any]) -> Table:
     main, title = next(iter(run.scores.items()))
+    header, spreads = _spreads(list(sources.values()), main)
     rows = [
         [plain(name, 60), f"{own['num_samples']:,}", Markup("<b>%s</b>") % fixed(own.get(main)), *spread]
-        for (name, own), spread in zip(sources.items(), _spreads(list(sources.values()), main), strict=True)
+        for (name, own), spread in zip(sources.items(), spreads, strict=True)
     ]
-    return Table(["Source", "Pairs", title, "95 % interval", ""], rows)
+    return Table(["Source", "Pairs", title, *header], rows)
 
 
 def add_calibration(made: Part, run: Run, found: Predictions | None) -> None:

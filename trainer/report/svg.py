@@ -183,18 +183,18 @@ def reliability(bins: Sequence[Bin], label: str, x_title: str) -> Markup:
                       y2=percent(axes.down(own.high))),
                   tag("circle", tag("title", said), class_=f"dot c0{' hollow' if few else ''}", r="4.5", cx=x,
                       cy=percent(axes.down(own.accuracy)))]  # fmt: skip
-    return chart(label, parts, 300)
+    return chart(label, parts, 300, "square")
 
 
 def scatter(points: Sequence[tuple[float, float]], label: str, x_title: str) -> Markup:
     """Of predicted over true scores, with the line where both are the same."""
     both = [value for point in points for value in point]
-    scale = ticks(min(both), max(both))
+    scale = ticks(min(both), max(both), 6)
     axes = Axes(scale, scale)
     parts = [*axes.grid(x_title), tag("line", class_="ideal", x1="0", y1="100%", x2="100%", y2="0")]
     parts += [tag("circle", class_="dot c0 thin", r="2.5", cx=percent(axes.across(x)), cy=percent(axes.down(y)))
               for x, y in points]  # fmt: skip
-    return chart(label, parts, 300)
+    return chart(label, parts, 300, "square")
 
 
 def histogram(counts: Sequence[int], label: str, x_title: str) -> Markup:
