@@ -8,6 +8,11 @@ from pathlib import Path
 DEMO = ["--recipe", "demo", "--max_train_samples", "640", "--max_eval_samples", "101", "--max_test_samples", "101",
         "--logging_steps", "1", "--eval_steps", "10", "--max_steps", "24", "--train_batch_size", "32"]  # fmt: skip
 
+# All that Markdown and HTML know.
+EVIL = ["<script>alert(1)</script>", "a | b || c", "line one\nline two\r\n| x |", "![x](http://example.com/x.png)",
+        "`code` *bold* _it_ [l](javascript:alert(1)) $x$ # h", "\u202ereversed\x07", "x" * 100_000,
+        "```\n# fence"]  # fmt: skip
+
 
 def edited(folder: Path, target: Path, file: str, change) -> Path:
     """`target`, a copy of the run unless it is there, with one of its JSON files changed."""

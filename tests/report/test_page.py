@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from conftest import crossrank
 from pyarrow import parquet
-from runs import DEMO, Elements, edited
+from runs import DEMO, EVIL, Elements, edited
 
 from trainer.data import builtin
 from trainer.report import svg
@@ -252,6 +252,18 @@ def test_by_class_of_a_matrix():
     found = by_class(["a", "b", "c"], {"confusion_matrix": matrix})
     for i, values in enumerate(zip(*precision_recall_fscore_support(label, said, zero_division=0), strict=True)):
         assert tuple(found["abc"[i]].values()) == pytest.approx(values)
+
+
+def test_hostile_errors_are_only_text(demo, tmp_path):
+    def change(results):
+        results["errors"] = {text: [{"row": 1, "source": text, "premise": text, "hypothesis": text, "label": text,
+                                     "predicted": text, "probability": 0.5}] for text in EVIL}  # fmt: skip
+        results["metrics"] |= {text[:99]: results["metrics"]["builtin-test"] | {"mapped": text} for text in EVIL}
+
+    text = shown(edited(demo, tmp_path / "run", "results.json", change))
+    assert not {"script", "img", "a"} & Elements(text).found
+    assert "&lt;script&gt;alert(1)" in text
+    assert not {"\u202e", "\x07", "\r"} & set(text)
 
 
 def test_text_in_charts_is_only_text():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import SHARED, crossrank
 from huggingface_hub import ModelCard
-from runs import DEMO, Elements, edited
+from runs import DEMO, EVIL, Elements, edited
 
 from trainer.base.errors import UserError
 from trainer.cli import parse_train
@@ -341,11 +341,6 @@ def test_no_emissions(demo, tmp_path):
     assert "co2_eq_emissions" not in card.data.to_dict()
 
 
-EVIL = ["<script>alert(1)</script>", "a | b || c", "line one\nline two\r\n| x |", "![x](http://example.com/x.png)",
-        "`code` *bold* _it_ [l](javascript:alert(1)) $x$ # h", "\u202ereversed\x07", "x" * 100_000,
-        "```\n# fence"]  # fmt: skip
-
-
 def test_hostile_text_is_only_text(tmp_path):
     """Texts, class names and columns with all that Markdown and HTML know: tables hold, nothing comes alive."""
     labels = ["<b>yes</b>|`no`", "$x_1$ **other**"]
@@ -373,7 +368,7 @@ def test_hostile_text_is_only_text(tmp_path):
     assert not page.addresses
     for harmful in ("<b>yes", "<i>", "\u202e", "\x07"):
         assert harmful not in text, harmful
-    for shown in ("&lt;script&gt;alert(1)", "&lt;b&gt;yes&lt;/b&gt;", "$x_1$ **other**"):
+    for shown in ("&lt;b&gt;yes&lt;/b&gt;", "$x_1$ **other**"):
         assert shown in text, shown
     assert len(text) < 120_000
 
@@ -483,15 +478,16 @@ def test_the_page_opens_in_a_browser(demo, browser, tmp_path):
     pixels = imread(shot)[..., :3]
     blue = (np.abs(pixels - np.array([11, 111, 184]) / 255) < 0.05).all(-1)  # the curves' and bars' colour
     assert blue.sum() > 5000
-    # A copy that is allowed to measure itself.
-    text = (demo / "report.html").read_text().replace("default-src 'none'", "default-src 'none'; script-src *")
-    script = "<script>document.title = [innerWidth, document.documentElement.scrollWidth]</script></body>"
-    text = text.replace("script-src *", "script-src 'unsafe-inline'").replace("</body>", script)
-    (tmp_path / "measured.html").write_text(text)
-    narrow = [browser, *flags, "--window-size=420,900", "--dump-dom", (tmp_path / "measured.html").as_uri()]
+    # A copy that may measure itself, in a frame: a window is never as narrow.
+    text = (demo / "report.html").read_text().replace("default-src 'none'", "script-src 'unsafe-inline'")
+    script = "<script>parent.postMessage([innerWidth, document.documentElement.scrollWidth], '*')</script></body>"
+    (tmp_path / "measured.html").write_text(text.replace("</body>", script))
+    (tmp_path / "frame.html").write_text("<title></title><script>onmessage = e => document.title = e.data</script>"
+                                         "<iframe src=measured.html width=420 height=900></iframe>")  # fmt: skip
+    narrow = [browser, *flags, "--virtual-time-budget=4000", "--dump-dom", (tmp_path / "frame.html").as_uri()]
     dom = subprocess.run(narrow, capture_output=True, text=True).stdout
     width, needed = map(int, re.search(r"<title>(\d+),(\d+)</title>", dom).groups())
-    assert needed <= width
+    assert needed <= width == 420
 
 
 def test_a_report_that_fails_leaves_the_run_whole(tmp_path):
