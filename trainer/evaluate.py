@@ -152,19 +152,24 @@ def in_order(rows: np.ndarray, values: np.ndarray, num_samples: int) -> np.ndarr
     return ordered
 
 
-def write_predictions(path: Path, pairs: Pairs, logits: np.ndarray, objective: Objective) -> None:
-    """A parquet file: index (the row in the data's source), label, source if there is one, and score_<class> (softmax),
-    or `score` of one output; see metrics.activated. The label is a class number, 0 or 1, or the target itself.
+def predicted(pairs: Pairs, logits: np.ndarray, objective: Objective) -> np.ndarray:
+    """What a model says of a split, by metrics.activated, in the split's own classes: (n, classes), or scores (n, 1).
 
-    `logits` (n, outputs of the model); label and scores are of the split's classes.
+    `logits` (n, outputs of the model).
     """
+    return activated(merged(logits, pairs.of_class), objective)
+
+
+def write_predictions(path: Path, pairs: Pairs, scores: np.ndarray) -> None:
+    """A parquet file: index (the row in the data's source), label, source if there is one, and of `predicted` either
+    score_<class> or `score`. The label is a class number, 0 or 1, or the target itself."""
     import pyarrow as pa
     from pyarrow import parquet
 
     targets = pairs.label if pairs.values is None or pairs.label_names else pairs.values[pairs.label]
     names = ["score"] if pairs.values is not None else [f"score_{name}" for name in pairs.label_names]
     columns: dict[str, Any] = {"index": pairs.row, "label": targets}
-    columns |= dict(zip(names, activated(merged(logits, pairs.of_class), objective).T, strict=True))
+    columns |= dict(zip(names, scores.T, strict=True))
     if pairs.source is not None:
         columns["source"] = pairs.source
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,11 +6,11 @@ from typing import Any
 
 from trainer.base.files import write_json
 from trainer.base.log import log
-from trainer.evaluate import Evaluation, evaluate, write_predictions
+from trainer.evaluate import Evaluation, evaluate, predicted, write_predictions
 from trainer.loop import Trainer
 from trainer.metrics import names_of
 from trainer.run import energy
-from trainer.run.about import example_scores
+from trainer.run.about import confident_errors, example_scores, now
 from trainer.run.versions import git_state, versions
 
 
@@ -19,6 +19,8 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     output, step = trainer.output, settle_weights(trainer)
     metrics: dict[str, Any] = {}
     examples: list[dict[str, Any]] = []
+    errors: dict[str, Any] = {}
+    tested = [role for role in trainer.data if role.startswith("test")] or ["dev"]
     for role, split in trainer.data.items():
         if role == "train":
             continue
@@ -27,9 +29,12 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         if exact.logits is not None and not examples:
             examples = example_scores(split.pairs, exact.logits, trainer.model.objective)
         if result.logits is not None:
-            path = output.folder / "predictions" / f"{split.name}.parquet"
-            write_predictions(path, split.pairs, result.logits, trainer.model.objective)
-    summary: dict[str, Any] = trainer.world.broadcast(summarise(trainer, metrics) | {"examples": examples})
+            scores = predicted(split.pairs, result.logits, trainer.model.objective)
+            write_predictions(output.folder / "predictions" / f"{split.name}.parquet", split.pairs, scores)
+            if role in tested:
+                errors[split.name] = confident_errors(split.pairs, scores, result.scores.get("f1_threshold"))
+    kept = {"examples": examples, "errors": errors, "finished_at": now()}
+    summary: dict[str, Any] = trainer.world.broadcast(summarise(trainer, metrics) | kept)
     output.checkpoints.wait()
     if trainer.world.is_main:
         write_json(output.folder / "results.json", summary)

@@ -12,7 +12,7 @@ from trainer.base.log import log
 from trainer.config import SCORES, DataConfig
 from trainer.data.sources import load_scored
 from trainer.data.tokens import Split, cache_folder, targets_of
-from trainer.evaluate import evaluate, write_predictions
+from trainer.evaluate import evaluate, predicted, write_predictions
 from trainer.model.loading import check_folder
 from trainer.predict import InferenceConfig, Predictor
 from trainer.run.versions import versions
@@ -47,7 +47,8 @@ def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, ou
         log.info(f"{pairs.describe()}; {targets_of(pairs)}")
         metrics[split.name] = result.scores
         if place is not None and result.logits is not None:
-            write_predictions(place / "predictions" / f"{split.name}.parquet", pairs, result.logits, objective)
+            scores = predicted(pairs, result.logits, objective)
+            write_predictions(place / "predictions" / f"{split.name}.parquet", pairs, scores)
     if place is not None and world.is_main:
         write_json(place / "results.json", {"metrics": metrics, "versions": versions()})
     return metrics

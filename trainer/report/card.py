@@ -3,23 +3,18 @@
 Metadata go through huggingface_hub's classes, every word of others through `markdown`'s escapes.
 """
 
-import dataclasses
-import json
 import math
-import shlex
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
-from trainer.base.fields import default, rule
-from trainer.config import Config
-from trainer.metrics import RESAMPLES, interval
+from trainer.metrics import RESAMPLES
 from trainer.report import markdown
+from trainer.report.facts import command, from_scratch, hyperparameters, interval_of, rounded, size_of
 from trainer.report.markdown import code, escape, table
 from trainer.report.read import Run
 
@@ -81,10 +76,6 @@ def card(run: Run, plots: list[str]) -> str:
         split_plots=[name for name in plots if name not in ("training", "lengths")],
         labels={"torch": "PyTorch", "numpy": "NumPy"},
     )
-
-
-def from_scratch(run: Run) -> bool:
-    return run.config["init"] == "random" or run.config["model_name_or_path"] == "builtin"
 
 
 def metadata(run: Run) -> ModelCardData:
@@ -173,10 +164,6 @@ def samples(split: dict[str, Any]) -> Markup:
     return table([escape(c) for c in split["columns"]], [[code(cell) for cell in row] for row in split["samples"]])
 
 
-def rounded(value: float | None) -> str:
-    return "-" if value is None else str(round(value, 4))
-
-
 def bold(cells: list[str]) -> list[str]:
     return [cell if cell == "-" else f"**{cell}**" for cell in cells]
 
@@ -192,16 +179,13 @@ def details(run: Run) -> Markup:
     """A line a split and number format: pairs, F1 macro with its interval, loss."""
     rows = []
     for name, split in run.results["metrics"].items():
-        spread = "-"  # a matrix without all classes does not say it
-        if run.objective == "cross_entropy" and "confusion_classes" not in split:
-            low, high = interval(split["confusion_matrix"])
-            spread = f"{low:.4f} to {high:.4f}"
-        size = split["num_samples"] if "num_samples" in split else sum(map(sum, split["confusion_matrix"]))
+        spread = interval_of(split)
         own = "bf16" if run.config["bf16"] else "fp32"
-        rows.append([escape(name), own, f"{size:,}", *(rounded(split[m]) for m in run.scores), spread,
-                     rounded(split["loss"])])  # fmt: skip
+        rows.append([escape(name), own, f"{size_of(split):,}", *(rounded(split[m]) for m in run.scores),
+                     f"{spread[0]:.4f} to {spread[1]:.4f}" if spread else "-", rounded(split["loss"])])  # fmt: skip
         if "fp32" in split:
-            rows.append([escape(name), "fp32", f"{size:,}", *(rounded(split["fp32"][m]) for m in run.scores), "",
+            rows.append([escape(name), "fp32", f"{size_of(split):,}",
+                         *(rounded(split["fp32"][m]) for m in run.scores), "",
                          rounded(split["fp32"]["loss"])])  # fmt: skip
     return table(["Split", "Precision", "Pairs", *run.scores, f"95 % of {next(iter(run.scores))}", "Loss"], rows)
 
@@ -209,7 +193,7 @@ def details(run: Run) -> Markup:
 def confusion(run: Run, split: dict[str, Any]) -> Markup:
     if "confusion_matrix" not in split:
         return Markup("Scores have no confusion matrix.")
-    names = [escape(name, 30) for name in split.get("label_names", run.about["model"]["label_names"])]
+    names = [escape(name, 30) for name in run.classes(split)]
     if kept := split.get("confusion_classes"):
         text = f"More than {len(kept)} classes; the matrix of those with the most pairs is in results.json."
         return Markup(text)  # noqa: S704
@@ -221,64 +205,10 @@ def confusion(run: Run, split: dict[str, Any]) -> Markup:
 
 def sources(run: Run, split: dict[str, Any]) -> Markup:
     rows = [
-        [escape(name, 60), f"{own['num_samples']:,}", *(rounded(own[m]) for m in run.scores)]
+        [escape(name, 60), f"{own['num_samples']:,}", *(rounded(own.get(m)) for m in run.scores)]
         for name, own in split["by_source"].items()
     ]
     return table(["Source", "Pairs", *run.scores], rows)
-
-
-def hyperparameters(run: Run, changed_only: bool) -> dict[str, Any]:
-    """Fields and values; of local paths only the last part, the rest is nobody else's business."""
-    chosen = {}
-    for own in dataclasses.fields(Config):
-        name, value = own.name, run.config[own.name]
-        if rule(own).kind == "local" or (changed_only and value == default(own)):
-            continue
-        if rule(own).path and value is not None:
-            shown = [bare(name, path) for path in (value if isinstance(value, list) else [value])]
-            value = shown if isinstance(value, list) else shown[0]
-        chosen[name] = ",".join(value) if isinstance(value, list) else value
-    return chosen
-
-
-def bare(name: str, path: str) -> str:
-    """The last part of a local path, the value of the field `name`; behind NAME= if it has one."""
-    title, path = titled(path)
-    return title + (Path(path).name if path.startswith(("/", ".", "~")) or "_file" in name else path)
-
-
-def titled(path: str) -> tuple[str, str]:
-    """`NAME=` and the path behind it."""
-    title, equals, rest = path.partition("=")
-    return (title + equals, rest) if equals and "/" not in title else ("", path)
-
-
-def command(run: Run) -> str:
-    """What starts the same run from the same folder; the paths outside it are nobody else's business."""
-    num_nodes, here = run.about.get("num_nodes", 1), run.about.get("working_folder", "/nowhere")
-    words = ["crossrank", "train"]
-    if run.about["world_size"] > 1:
-        meeting = ["--nnodes", str(num_nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:PORT"]
-        words = ["torchrun", *(meeting if num_nodes > 1 else []), "--nproc-per-node",
-                 str(run.about["world_size"] // num_nodes), "-m", *words]  # fmt: skip
-    paths = {own.name for own in dataclasses.fields(Config) if rule(own).path}
-    for name in hyperparameters(run, changed_only=True):
-        value = run.config[name]
-        if name in paths:
-            value = [foreign(path, here) for path in value] if isinstance(value, list) else foreign(value, here)
-        if isinstance(value, list) and not any("," in item for item in value):
-            value = ",".join(value)
-        words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
-    return shlex.join(words)
-
-
-def foreign(path: str, here: str) -> str:
-    """`path` as others may see it, from the folder `here`."""
-    title, path = titled(path)
-    if not Path(path).is_absolute():
-        return title + path
-    inside = Path(path).is_relative_to(here)
-    return title + str(Path(path).relative_to(here) if inside else Path("/path/to", Path(path).name))
 
 
 def commit(git: dict[str, Any] | None) -> Markup:

@@ -5,19 +5,20 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from trainer.base.errors import UserError, named
 from trainer.base.fields import rule
 from trainer.base.files import write_text
 from trainer.config import Config
-from trainer.report import markdown
+from trainer.metrics import RESAMPLES
+from trainer.report import markdown, svg
 from trainer.report.bits import compared
-from trainer.report.card import hyperparameters, rounded
+from trainer.report.facts import fixed, hyperparameters
 from trainer.report.kept import is_ours, write_card
-from trainer.report.markdown import escape, table
-from trainer.report.plots import draw_training, figure, save, short
+from trainer.report.markdown import Table
+from trainer.report.paired import ALL_PAIRS, Difference, differences
+from trainer.report.plots import draw_training, figure, panels, save, short
 from trainer.report.read import Run
+from trainer.report.svg import Series
 
 Group = tuple[str, list[Run]]
 # What the runs of a group differ in, and what their batch came to by another way.
@@ -31,26 +32,38 @@ def write_comparison(runs: list[Run], folder: Path) -> Path:
     if made and not is_ours(folder / "README.md"):
         raise UserError(f"{folder} holds {made[0]}, which is not as crossrank has written it, and is kept; move it, or "
                         "choose another --output_dir")  # fmt: skip
+    tables = compared_tables(runs, groups)
     try:
         with figure(12, 6.4) as drawn:
             draw_training(drawn, groups)
             save(drawn, folder / "plots" / "training")
-        text = markdown.render("compare.md.j2", groups=groups, scores=score_table(groups), runs=run_table(groups),
-                               bits=bit_table(runs, groups))  # fmt: skip
-        write_card(folder, text)
-        write_text(folder / "report.html", markdown.to_html("Runs compared", text, folder))
+        write_card(folder, markdown.render("compare.md.j2", groups=groups, **tables))
+        write_text(folder / "report.html",
+                   markdown.page("compare.html.j2", groups=groups, curves=curves(groups), **tables))  # fmt: skip
     except OSError as error:
         raise UserError(f"cannot write the report into {folder}: {named(error)}") from None
     return folder / "report.html"
 
 
-def bit_table(runs: list[Run], groups: list[Group]) -> Markup:
+def compared_tables(runs: list[Run], groups: list[Group]) -> dict[str, Any]:
+    """What both pages show."""
+    found, reasons = differences(groups)
+    return {
+        "fields": field_table(runs, groups),
+        "scores": score_table(groups),
+        "differences": difference_table(found),
+        "reasons": reasons,
+        "resamples": RESAMPLES,
+        "beside_first": len(groups) > ALL_PAIRS,
+        "runs": run_table(groups),
+        "bits": bit_table(runs, groups),
+    }
+
+
+def bit_table(runs: list[Run], groups: list[Group]) -> Table:
     """Each run but the first, beside another one: the first of its group and seeds, or else the first of all."""
-    rows = [
-        [escape(run.folder.name), escape(other.folder.name), escape(compared(run, other))]
-        for run, other in beside(runs, groups)
-    ]
-    return table(["Folder", "Beside", "Bits"], rows)
+    rows = [[run.folder.name, other.folder.name, compared(run, other)] for run, other in beside(runs, groups)]
+    return Table(["Folder", "Beside", "Bits"], rows)
 
 
 def beside(runs: list[Run], groups: list[Group]) -> list[tuple[Run, Run]]:
@@ -70,18 +83,28 @@ def seeds(run: Run) -> tuple[int, int]:
     return seed, seed if of_data is None else of_data
 
 
+def of_group(run: Run) -> dict[str, Any]:
+    """What the runs of a group have in common: every field that changes a run, but for those of its seed."""
+    others = {own.name for own in dataclasses.fields(Config) if rule(own).kind in ("upkeep", "local")} | OF_A_GROUP
+    return {name: value for name, value in settings(run, run.config).items() if name not in others}
+
+
+def differing(runs: list[Run]) -> list[str]:
+    """The fields in which groups of `runs` differ."""
+    kept = [of_group(run) for run in runs]
+    return [name for name in kept[0] if any(own[name] != kept[0][name] for own in kept)]
+
+
 def grouped(runs: list[Run]) -> list[Group]:
     """Runs of one config but for the seed and what does not change a run; named by what the groups differ in."""
-    upkeep = {own.name for own in dataclasses.fields(Config) if rule(own).kind in ("upkeep", "local")} | OF_A_GROUP
-    kept = [{k: v for k, v in settings(run, run.config).items() if k not in upkeep} for run in runs]
-    differing = [name for name in kept[0] if any(own[name] != kept[0][name] for own in kept)]
+    fields = differing(runs)
     groups: dict[str, list[Run]] = {}
-    for run, own in zip(runs, kept, strict=True):
-        groups.setdefault(str([own[field] for field in differing]), []).append(run)
+    for run in runs:
+        groups.setdefault(str([of_group(run)[field] for field in fields]), []).append(run)
     names: list[str] = []
     for first, *_ in groups.values():
         own = settings(first, hyperparameters(first, False))
-        name = ", ".join(f"{field} {short(str(own[field]))}" for field in differing)
+        name = ", ".join(f"{field} {short(str(own[field]))}" for field in fields)
         # More differences than a legend can hold.
         name = name if 0 < len(name) <= 60 else short(first.config["run_name"] or first.folder.name)
         names.append(f"{name} ({len(names) + 1})" if name in names else name)
@@ -93,40 +116,66 @@ def settings(run: Run, fields: dict[str, Any]) -> dict[str, Any]:
     return {**fields, "global_batch_size": run.about["global_batch_size"]}
 
 
-def score_table(groups: list[Group]) -> Markup:
-    """Mean and standard deviation over the runs of a group that are finished."""
-    splits = list(dict.fromkeys(s for _, runs in groups for run in runs for s in run.results.get("metrics", {})))
-    shown = dict.fromkeys(metric for _, runs in groups for run in runs for metric in run.scores)
+def field_table(runs: list[Run], groups: list[Group]) -> Table:
+    """The fields in which the groups differ, a column a group."""
+    shown = [settings(members[0], hyperparameters(members[0], False)) for _, members in groups]
+    rows = [[name, *("-" if own[name] in (None, "") else str(own[name]) for own in shown)] for name in differing(runs)]
+    return Table(["Field", *(name for name, _ in groups)], rows)
+
+
+def score_table(groups: list[Group]) -> Table:
+    """A row a group and set: mean and standard deviation over the group's runs that are finished."""
+    runs = [run for _, members in groups for run in members]
+    scores = {name: title for run in runs for name, title in run.scores.items()}
+    splits = dict.fromkeys(split for run in runs for split in run.results.get("metrics", {}))
     rows = []
-    for name, runs in groups:
-        finished = [run.results for run in runs if run.results]
-        speed = [results["train"]["samples_per_second"] for results in finished]
-        cells = [
-            spread([own[metric] for own in scored(finished, split) if own.get(metric) is not None])
-            for split in splits
-            for metric in shown
-        ]
-        rows.append([escape(name), str(len(finished)), *cells, f"{statistics.mean(speed):,.0f}" if speed else "-"])
-    names = [f"{escape(split)} {metric}" for split in splits for metric in shown]
-    return table(["Runs", "Finished", *names, "Pairs a second"], rows)
-
-
-def scored(finished: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
-    """The scores on a split of those runs that have any."""
-    return [results["metrics"][split] for results in finished if split in results["metrics"]]
+    for split in splits:
+        for name, members in groups:
+            found = [own for run in members if (own := run.results.get("metrics", {}).get(split))]
+            if found:
+                cells = [
+                    spread([own[score] for own in found if own.get(score) is not None]) for score in (*scores, "loss")
+                ]
+                rows.append([name, split, str(len(found)), *cells])
+    return Table(["Group", "Set", "Runs", *scores.values(), "Loss"], rows)
 
 
 def spread(values: list[float]) -> str:
     if len(values) < 2:
-        return rounded(values[0] if values else None)
+        return fixed(values[0] if values else None)
     return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
 
 
-def run_table(groups: list[Group]) -> Markup:
-    rows: list[list[Any]] = [
-        [escape(run.folder.name), escape(name), str(run.config["seed"]), str(run.about["world_size"]),
-         escape(run.about["backend"]), "yes" if run.results else "no"]
+def difference_table(found: list[Difference]) -> Table:
+    rows = [
+        [own.split, own.second, own.first, f"{own.num_pairs:,}", f"{own.value:+.4f}",
+         f"{own.low:+.4f} to {own.high:+.4f}", f"{own.flips:.1%}"]
+        for own in found
+    ]  # fmt: skip
+    return Table(["Set", "Group", "Compared with", "Pairs", "F1 Macro", "95 % interval", "Sign flips"], rows)
+
+
+def run_table(groups: list[Group]) -> Table:
+    rows = [
+        [run.folder.name, name, str(run.config["seed"]), str(run.about["world_size"]), str(run.about["backend"]),
+         "yes" if run.results else "no",
+         f"{run.results['train']['samples_per_second']:,.0f}" if run.results else "-"]
         for name, runs in groups
         for run in runs
     ]  # fmt: skip
-    return table(["Folder", "Group", "Seed", "Ranks", "Backend", "Finished"], rows)
+    return Table(["Folder", "Group", "Seed", "Ranks", "Backend", "Finished", "Pairs a second"], rows)
+
+
+def curves(groups: list[Group]) -> list[dict[str, Any]]:
+    """Each of the panels, all groups on one axis: the mean of a group's runs, with a band of a standard deviation."""
+    made = []
+    for panel in panels([run for _, runs in groups for run in runs]):
+        series = [
+            Series(name, list(zip(steps, mean, strict=True)), i % svg.PALETTE, panel.kind == "eval", spread=deviation)
+            for i, (name, runs) in enumerate(groups)
+            for steps, mean, deviation in [panel.over(runs)]
+        ]
+        chart = svg.lines(series, f"{panel.title} over steps", height=220, from_zero=panel.from_zero)
+        if chart is not None:
+            made.append({"title": panel.title, "chart": chart})
+    return made

@@ -1,10 +1,9 @@
 """Markdown and HTML from the words of others: escaped, shortened, in tables that hold together."""
 
-import base64
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -14,6 +13,12 @@ LONGEST = 300
 # A _ inside a word is a _ to Markdown, too.
 MARKUP = re.compile(r"[&<>|`*\[\]\\$~#]|://|(?<!\w)_|_(?!\w)")
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def plain(value: object, longest: int | None = None) -> str:
+    """Printable text; what is longer than `longest` ends in "..."."""
+    text = UNPRINTABLE.sub("\ufffd", str(value).replace("\r\n", "\n").replace("\r", "\n"))
+    return text if longest is None or len(text) <= longest else text[:longest] + "..."
 
 
 def escape(value: object, longest: int = LONGEST) -> Markup:
@@ -49,6 +54,16 @@ def table(header: Sequence[object], rows: Sequence[Sequence[object]], align: str
     return Markup("\n".join([lines[0], f"|{'|'.join(rule)}|", *lines[1:]]))  # noqa: S704
 
 
+class Table(NamedTuple):
+    """Cells as they are, for either kind of page: text that is escaped there, or Markup of that kind."""
+
+    header: list[str]
+    rows: list[list[Any]]
+
+    def markdown(self) -> Markup:
+        return table([escape(cell) for cell in self.header], [[escape(cell) for cell in row] for row in self.rows])
+
+
 def environment() -> Environment:
     """Escapes whatever a template does not hand to one of the functions above."""
     made = Environment(
@@ -68,14 +83,8 @@ def render(template: str, **values: Any) -> str:
     return environment().get_template(template).render(**values)
 
 
-def to_html(title: str, markdown: str, folder: Path) -> str:
-    """A self-contained page: the document's pictures, which lie in `folder`, are in it; nothing is fetched."""
-    from markdown_it import MarkdownIt
-
-    body = MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown)
-    body = re.sub(r'src="(plots/[\w.-]+\.png)"', lambda found: f'src="{_inline(folder / found[1])}"', body)
-    return render("report.html.j2", title=title, body=Markup(body))  # noqa: S704
-
-
-def _inline(picture: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+def page(template: str, **values: Any) -> str:
+    """HTML that needs nothing but itself. All text in it is escaped and printable, whoever wrote it."""
+    made = environment()
+    made.finalize = lambda value: plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return made.get_template(template).render(**values)

@@ -6,13 +6,15 @@ Drawn with matplotlib's own objects, not with pyplot: no window system, no state
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trainer.report.predictions import BINS, Predictions, calibration, read_predictions
 from trainer.report.read import Run
 
 if TYPE_CHECKING:
@@ -33,7 +35,6 @@ STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a $ in a class name is a dollar
     "svg.hashsalt": "crossrank",  # the same run, the same file
 }
-BINS = 10
 
 
 @contextmanager
@@ -61,16 +62,9 @@ def draw(run: Run, folder: Path) -> list[str]:
             save(drawn, folder / "training")
         names.append("training")
     for split, scores in run.results.get("metrics", {}).items():
-        if "confusion_matrix" not in scores:
-            continue
         name = "scores-" + re.sub(r"[^\w-]+", "-", split)
         with figure(12, 4.8) as drawn:
-            left, right = drawn.subplots(1, 2)
-            names_shown = scores.get("label_names", run.about["model"]["label_names"])
-            if kept := scores.get("confusion_classes"):
-                names_shown = [*(names_shown[i] for i in kept), "all others"]
-            draw_confusion(left, scores["confusion_matrix"], names_shown, split)
-            draw_reliability(right, *confidences(run.folder / "predictions" / f"{split}.parquet"), split)
+            draw_split(drawn, run, split, scores)
             save(drawn, folder / name)
         names.append(name)
     with figure(12, 3.8) as drawn:
@@ -79,32 +73,70 @@ def draw(run: Run, folder: Path) -> list[str]:
     return [*names, "lengths"]
 
 
+def draw_split(drawn: Figure, run: Run, split: str, scores: dict[str, Any]) -> None:
+    """Confusion and reliability of a set; of scores that are no classes, predicted over true ones."""
+    found = read_predictions(run.folder, split)
+    if "confusion_matrix" not in scores:
+        draw_scatter(drawn.subplots(), found, split)
+        return
+    left, right = drawn.subplots(1, 2)
+    draw_confusion(left, scores["confusion_matrix"], run.classes(scores), split)
+    draw_reliability(right, found, split)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One curve over steps: `name` in the events of `kind`, which are train or eval."""
+
+    title: str
+    kind: str
+    name: str
+    from_zero: bool = False
+
+    def of(self, run: Run) -> dict[int, float]:
+        dev = run.about["data"].get("dev", {}).get("name")
+        return points(run, self.kind, dev if self.kind == "eval" else None, self.name)
+
+    def over(self, runs: list[Run]) -> tuple[list[int], list[float], list[float]]:
+        """The steps that all of them have, their mean there, and its standard deviation; empty for one run."""
+        series = [self.of(run) for run in runs]
+        steps = sorted(set.intersection(*(set(own) for own in series))) if series else []
+        values = np.array([[own[step] for step in steps] for own in series])  # (runs, steps)
+        return steps, values.mean(0).tolist(), values.std(0, ddof=1).tolist() if len(runs) > 1 else []
+
+
+def panels(runs: list[Run]) -> list[Panel]:
+    """Of runs of one objective; the main score's is that of the first."""
+    main, title = next(iter(runs[0].scores.items()))
+    return [
+        Panel("Training loss", "train", "loss"),
+        Panel("Validation loss", "eval", "loss"),
+        Panel(title, "eval", main),
+        Panel("Learning rate", "train", "learning_rate", from_zero=True),
+        Panel("Gradient norm", "train", "grad_norm", from_zero=True),
+        Panel("Training pairs a second", "train", "samples_per_second", from_zero=True),
+    ]
+
+
 def draw_training(drawn: Figure, groups: list[tuple[str, list[Run]]]) -> None:
     """Six panels over steps. Several runs of a group are a mean with a band of one standard deviation."""
-    panels = drawn.subplots(2, 3).ravel()
-    devs = [runs[0].about["data"].get("dev", {}).get("name") for _, runs in groups]
-    main, shown = next(iter(groups[0][1][0].scores.items()))
-    dev = devs[0] if len(set(devs)) == 1 else None
-    for panel, title, kind, name in zip(
-        panels,
-        ("Training loss", "Validation loss", shown, "Learning rate", "Gradient norm", "Training pairs a second"),
-        ("train", "eval", "eval", "train", "train", "train"),
-        ("loss", "loss", main, "learning_rate", "grad_norm", "samples_per_second"),
-        strict=True,
-    ):
-        panel.set_title(f"{title} ({short(dev)})" if kind == "eval" and dev else title, loc="left")
-        panel.set_xlabel("Step")
-        for colour, (label, runs), own in zip(cycle(len(groups)), groups, devs, strict=True):
-            split = own if kind == "eval" else None
-            curve(panel, [points(run, kind, split, name) for run in runs], colour, label, name == "loss", kind)
-        if name in ("learning_rate", "samples_per_second", "grad_norm"):
-            panel.set_ylim(bottom=0)
-            panel.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:g}")
-        if kind == "train":
-            panel.margins(x=0.01)
+    axes = drawn.subplots(2, 3).ravel()
+    devs = {runs[0].about["data"].get("dev", {}).get("name") for _, runs in groups}
+    dev = devs.pop() if len(devs) == 1 else None
+    for axis, panel in zip(axes, panels([run for _, runs in groups for run in runs]), strict=True):
+        evaluated = panel.kind == "eval"
+        axis.set_title(f"{panel.title} ({short(dev)})" if evaluated and dev else panel.title, loc="left")
+        axis.set_xlabel("Step")
+        for colour, (label, runs) in zip(cycle(len(groups)), groups, strict=True):
+            curve(axis, panel, runs, colour, label)
+        if panel.from_zero:
+            axis.set_ylim(bottom=0)
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:g}")
+        if not evaluated:
+            axis.margins(x=0.01)
 
     if len(groups) > 1:
-        drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(groups)))
+        drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(groups)))
 
 
 def cycle(count: int) -> list[str]:
@@ -120,29 +152,33 @@ def points(run: Run, kind: str, split: str | None, name: str) -> dict[int, float
     return found
 
 
-def curve(panel: Axes, series: list[dict[int, float]], colour: str, label: str, smoothed: bool, kind: str) -> None:
-    steps = sorted(set.intersection(*(set(own) for own in series))) if series else []
+def curve(axis: Axes, panel: Panel, runs: list[Run], colour: str, label: str) -> None:
+    steps, values, deviation = panel.over(runs)
     if not steps:
         return
-    values = np.array([[own[step] for step in steps] for own in series])  # (runs, steps)
-    mean, marker = values.mean(0), "o" if kind == "eval" or len(steps) == 1 else ""
-    if len(series) > 1:
-        spread = values.std(0, ddof=1)
-        panel.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.18, linewidth=0)
-    if smoothed and kind == "train" and len(steps) > 20:
-        panel.plot(steps, mean, color=colour, alpha=0.3, linewidth=1)
-        mean = smooth(mean, past=min(0.95, 1 - 10 / len(steps)))
-    panel.plot(steps, mean, color=colour, linewidth=1.8, marker=marker, markersize=4, label=label)
+    marker = "o" if panel.kind == "eval" or len(steps) == 1 else ""
+    mean = np.array(values)
+    if deviation:
+        axis.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.18, linewidth=0)
+    if panel.name == "loss" and panel.kind == "train" and len(steps) > 20:
+        axis.plot(steps, mean, color=colour, alpha=0.3, linewidth=1)
+        mean = smoothed(values)
+    axis.plot(steps, mean, color=colour, linewidth=1.8, marker=marker, markersize=4, label=label)
 
 
-def smooth(values: np.ndarray, past: float) -> np.ndarray:
+def smoothed(values: Sequence[float]) -> np.ndarray:
+    """A curve of many points, over about ten of them."""
+    return smooth(values, past=min(0.95, 1 - 10 / len(values)))
+
+
+def smooth(values: Sequence[float], past: float) -> np.ndarray:
     """An exponential moving average that is not drawn to 0 at its beginning (Kingma & Ba 2015, section 3)."""
     weights = np.cumsum(past ** np.arange(len(values)))
-    total, smoothed = 0.0, []
+    total, made = 0.0, []
     for value, weight in zip(values, weights, strict=True):
         total = past * total + value
-        smoothed.append(total / weight)
-    return np.array(smoothed)
+        made.append(total / weight)
+    return np.array(made)
 
 
 def draw_confusion(panel: Axes, matrix: list[list[int]], names: list[str], split: str) -> None:
@@ -165,42 +201,30 @@ def draw_confusion(panel: Axes, matrix: list[list[int]], names: list[str], split
         panel.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
 
 
-def confidences(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) probability of the predicted class, or of the likelier label of two, and whether it is the true one; empty
-    where the file can't be read."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        table = parquet.read_table(path)
-        if "score" in table.column_names:
-            scores = table["score"].to_numpy()
-            return np.maximum(scores, 1 - scores), (scores >= 0.5) == table["label"].to_numpy()
-        scores = np.stack([table[c].to_numpy() for c in table.column_names if c.startswith("score_")], axis=1)
-        return scores.max(1), scores.argmax(1) == table["label"].to_numpy()
-    except (OSError, pa.ArrowException, KeyError, ValueError):
-        return np.empty(0), np.empty(0, bool)
+def draw_scatter(panel: Axes, found: Predictions | None, split: str) -> None:
+    panel.set_title(f"Scores, {short(split)}", loc="left")
+    panel.set_xlabel("True")
+    panel.set_ylabel("Predicted")
+    if found is not None:
+        panel.scatter(found.label, found.scores, 8, color=COLOURS[0], alpha=0.3, linewidths=0)
 
 
-def draw_reliability(panel: Axes, confidence: np.ndarray, right: np.ndarray, split: str) -> None:
-    """Accuracy over confidence, and the expected calibration error (Guo et al. 2017)."""
+def draw_reliability(panel: Axes, found: Predictions | None, split: str) -> None:
+    """Accuracy over confidence, and the expected calibration error."""
     panel.set_title(f"Reliability, {short(split)}", loc="left")
     panel.set_xlabel("Probability of the predicted class")
     panel.set_ylabel("Share that is right")
     panel.set(xlim=(0, 1), ylim=(0, 1))
     panel.plot([0, 1], [0, 1], color="#8a939c", linestyle="--", linewidth=1, label="perfect")
-    if len(confidence) == 0:
+    if found is None or not len(found.label):
         panel.text(0.5, 0.5, "no predictions", ha="center")
         return
-    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    counts = np.bincount(bins, minlength=BINS)
-    filled = np.flatnonzero(counts)
-    accuracy = np.bincount(bins, right, BINS)[filled] / counts[filled]
-    mean = np.bincount(bins, confidence, BINS)[filled] / counts[filled]
-    error = float((np.abs(accuracy - mean) * counts[filled]).sum() / len(confidence))
-    centres = (np.arange(BINS) + 0.5) / BINS
-    panel.bar(centres, counts / len(confidence), 0.9 / BINS, color="#c9d1d9", label="share of the pairs")
-    panel.plot(mean, accuracy, color=COLOURS[0], marker="o", linewidth=1.8, label=f"accuracy (ECE {error:.3f})")
+    bins, error = calibration(*found.confidences())
+    shares = np.zeros(BINS)
+    shares[[own.number for own in bins]] = [own.count / len(found.label) for own in bins]
+    panel.bar((np.arange(BINS) + 0.5) / BINS, shares, 0.9 / BINS, color="#c9d1d9", label="share of the pairs")
+    panel.plot([own.confidence for own in bins], [own.accuracy for own in bins], color=COLOURS[0], marker="o",
+               linewidth=1.8, label=f"accuracy (ECE {error:.3f})")  # fmt: skip
     panel.legend(loc="upper left", frameon=True, framealpha=0.9, edgecolor="none")
 
 

@@ -55,6 +55,25 @@ class Run:
         """Names and titles of the scores that are shown, the main one first."""
         return SCORES[self.objective]
 
+    @property
+    def name(self) -> str:
+        return str(self.config["run_name"] or self.folder.resolve().name)
+
+    def role(self, split: str) -> str:
+        """Of a set that was scored: dev, test, test 2 ..."""
+        return next((role for role, own in self.about["data"].items() if own.get("name") == split), "test")
+
+    def headline(self) -> str | None:
+        """The set whose score comes first: the first test set, or the dev split; None where nothing was scored."""
+        scored = list(self.results.get("metrics", {}))
+        return next((split for split in scored if self.role(split) != "dev"), next(iter(scored), None))
+
+    def classes(self, scores: dict[str, Any]) -> list[str]:
+        """Names of the rows of a set's confusion matrix: its own classes, where it has others than the model."""
+        names = [str(name) for name in scores.get("label_names") or self.about["model"]["label_names"]]
+        kept = scores.get("confusion_classes")
+        return [*(names[number] for number in kept), "all others"] if kept else names
+
     def of(self, kind: str, split: str | None = None) -> list[dict[str, Any]]:
         return [e for e in self.events if e["event"] == kind and split in (None, e.get("split"))]
 

@@ -6,16 +6,14 @@ card. What is not in the folder is not on the card; what is there but unfinished
 
 from pathlib import Path
 
-from huggingface_hub import ModelCard
-
 from trainer.base.errors import UserError, named
 from trainer.base.files import write_text
 from trainer.base.log import log
-from trainer.report import markdown
 from trainer.report.bits import compared
-from trainer.report.card import card, title
+from trainer.report.card import card
 from trainer.report.compare import beside, grouped, write_comparison
 from trainer.report.kept import write_card
+from trainer.report.page import page
 from trainer.report.plots import draw
 from trainer.report.read import read_run
 
@@ -29,10 +27,8 @@ def write_report(folder: Path) -> Path:
     place = folder / "model" if run.results and (folder / "model").is_dir() else folder
     try:
         plots = draw(run, place / "plots")
-        text = card(run, plots)
-        path = write_card(place, text)
-        body = ModelCard(text, ignore_metadata_errors=True).text
-        write_text(folder / "report.html", markdown.to_html(title(run), body, place))
+        path = write_card(place, card(run, plots))
+        write_text(folder / "report.html", page(run))
     except OSError as error:
         raise UserError(f"cannot write the report into {place}: {named(error)}") from None
     return path

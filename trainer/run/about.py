@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import re
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from trainer.run.versions import git_state, versions
 
 FIRST = 1000  # rows that statistics are taken of, as sentence-transformers' cards do
 SHOWN = 300  # characters of a text that the card shows
+ERRORS = 10  # of a test set that the report shows
 ENGLISH = ("all-nli", "snli", "multi_nli", "mnli", "builtin")
 
 
@@ -43,6 +46,7 @@ def about(
     """All of it; `wiring` says the backend and the number of nodes."""
     return {
         "working_folder": os.getcwd(),
+        "started_at": now(),
         "dataset": of_dataset(config, splits["train"].pairs),
         "data": {
             role: of_split(split)
@@ -60,6 +64,11 @@ def about(
         "versions": versions(),
         "git": git_state(),
     }
+
+
+def now() -> str:
+    """Of UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def note(folder: Path, **facts: Any) -> None:
@@ -137,6 +146,37 @@ def example_scores(pairs: Pairs, logits: np.ndarray, objective: Objective) -> li
     return [
         {"premise": pairs.premise[i], "hypothesis": pairs.hypothesis[i], "scores": scores.tolist()}
         for i, scores in zip(chosen, activated(logits[chosen], objective), strict=True)
+    ]
+
+
+def confident_errors(pairs: Pairs, scores: np.ndarray, threshold: float | None = None) -> list[dict[str, Any]]:
+    """The wrong predictions that the model was surest of, the surest first.
+
+    Args:
+        scores: probabilities (n, classes); or (n, 1) of one score: the probability of label 1, which is predicted from
+            `threshold` on, or where that is None a number, and the largest differences are its errors.
+    """
+    truth = pairs.label if pairs.values is None else pairs.values[pairs.label]
+    names: Sequence[str] | None = pairs.label_names
+    if pairs.values is None:
+        said, sure = scores.argmax(1), scores.max(1)
+    elif threshold is not None:
+        said = (scores[:, 0] >= threshold).astype(int)
+        sure = np.where(said, scores[:, 0], 1 - scores[:, 0])
+    else:
+        said, sure, names = scores[:, 0], np.abs(scores[:, 0] - truth), None
+    wrong = np.flatnonzero(said != truth)
+    return [
+        {
+            "row": int(pairs.row[i]),
+            "source": pairs.source[i] if pairs.source else None,
+            "premise": pairs.premise[i][: SHOWN + 1],
+            "hypothesis": pairs.hypothesis[i][: SHOWN + 1],
+            "label": names[int(truth[i])] if names else float(truth[i]),
+            "predicted": names[int(said[i])] if names else float(said[i]),
+            "probability": float(sure[i]) if names else None,
+        }
+        for i in wrong[np.argsort(-sure[wrong], kind="stable")[:ERRORS]]
     ]
 
 
