@@ -28,6 +28,7 @@ class Rule:
         above, at_least, below: bounds of a number.
         path: a path, in which ~ means the home folder; or a list of them.
         mapping: a list of `name=value`, such as `a=x,b=x`, which is also `a,b=x`, and in Python a dict.
+        repeats: a list, whose option is given once for each item.
         kind: `run`: another value makes another run, so a resumed one cannot have it. `source`: where data lies; what
             is in it counts. `method`: how, not what, is computed. `upkeep`: how the run is kept and watched.
             `local`: the same, and nothing that a reader of the model card would need.
@@ -38,6 +39,7 @@ class Rule:
     below: float | None = None
     path: bool = False
     mapping: bool = False
+    repeats: bool = False
     kind: Kind = "run"
 
     def check(self, name: str, value: Any) -> None:
@@ -101,14 +103,14 @@ def typed(name: str, value: Any, kind: Any, rule: Rule = Rule()) -> Any:
         (inner,) = get_args(kind)
         if rule.mapping:
             return _mapping(name, value)
-        items = _items(value, rule.path) if isinstance(value, (str, os.PathLike)) else value
-        if rule.path and isinstance(items, (list, tuple)):
-            items = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in items]
-        if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) and item for item in items):
+        found = items(value, rule.path) if isinstance(value, (str, os.PathLike)) else value
+        if rule.path and isinstance(found, (list, tuple)):
+            found = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in found]
+        if not isinstance(found, (list, tuple)) or not all(isinstance(item, str) and item for item in found):
             raise UserError(f"{name} must be a list of texts such as a,b, none of them empty, got {_shown(value)}")
-        if items == ["none"] and get_origin(inner) is Literal:
+        if found == ["none"] and get_origin(inner) is Literal:
             return []  # so TrainingArguments writes report_to
-        return [typed(name, item, inner) for item in items]
+        return [typed(name, item, inner) for item in found]
     converted = _scalar(value, kind)
     if converted is None:
         raise UserError(f"{name} must be {WORDS[kind]}, got {_shown(value)}")
@@ -121,7 +123,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _items(value: str | os.PathLike[str], paths: bool) -> Any:
+def items(value: str | os.PathLike[str], paths: bool) -> Any:
     """A list as `a,b`, or as JSON where an item holds a comma; of paths, one that is there is one."""
     text = os.fspath(value)
     if paths and (value is not text or os.path.exists(text)):

@@ -18,14 +18,19 @@ from trainer.report.kept import is_ours, write_card
 from trainer.report.markdown import escape, table
 from trainer.report.plots import draw_training, figure, save, short
 from trainer.report.read import SCORES, Run
+from trainer.report.sweeps import titles
 
+LEGEND = 60  # characters of a group's name
 Group = tuple[str, list[Run]]
 # What the runs of a group differ in, and what their batch came to by another way.
 OF_A_GROUP = {"seed", "data_seed", "train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"}
 
 
-def write_comparison(runs: list[Run], folder: Path) -> Path:
-    """Writes report.html, README.md and their pictures into `folder`. Raises UserError where it can't be written."""
+def write_comparison(runs: list[Run], folder: Path, lacking: str | None = None) -> Path:
+    """Writes report.html, README.md and their pictures into `folder`; `lacking`: what is not there to be compared.
+
+    Raises UserError where it can't be written.
+    """
     groups = grouped(runs)
     made = [name for name in ("README.md", "report.html", "plots") if (folder / name).exists()]
     if made and not is_ours(folder / "README.md"):
@@ -36,7 +41,7 @@ def write_comparison(runs: list[Run], folder: Path) -> Path:
             draw_training(drawn, groups)
             save(drawn, folder / "plots" / "training")
         text = markdown.render("compare.md.j2", groups=groups, scores=score_table(groups), runs=run_table(groups),
-                               bits=bit_table(runs, groups))  # fmt: skip
+                               bits=bit_table(runs, groups), lacking=lacking)  # fmt: skip
         write_card(folder, text)
         write_text(folder / "report.html", markdown.to_html("Runs compared", text, folder))
     except OSError as error:
@@ -46,8 +51,9 @@ def write_comparison(runs: list[Run], folder: Path) -> Path:
 
 def bit_table(runs: list[Run], groups: list[Group]) -> Markup:
     """Each run but the first, beside another one: the first of its group and seeds, or else the first of all."""
+    names = dict(zip((run.folder for run in runs), titles(runs), strict=True))
     rows = [
-        [escape(run.folder.name), escape(other.folder.name), escape(compared(run, other))]
+        [escape(names[run.folder]), escape(names[other.folder]), escape(compared(run, other))]
         for run, other in beside(runs, groups)
     ]
     return table(["Folder", "Beside", "Bits"], rows)
@@ -81,9 +87,12 @@ def grouped(runs: list[Run]) -> list[Group]:
     names: list[str] = []
     for first, *_ in groups.values():
         own = settings(first, hyperparameters(first, False))
-        name = ", ".join(f"{field} {short(str(own[field]))}" for field in differing)
-        # More differences than a legend can hold.
-        name = name if 0 < len(name) <= 60 else short(first.config["run_name"] or first.folder.name)
+        values = [short(str(own[field])) for field in differing]
+        name = ", ".join(f"{field} {value}" for field, value in zip(differing, values, strict=True))
+        if len(name) > LEGEND:  # of each word its first letter
+            initials = ["".join(word[0] for word in field.split("_")) for field in differing]
+            name = ", ".join(f"{field} {value}" for field, value in zip(initials, values, strict=True))
+        name = name if 0 < len(name) <= LEGEND else short(first.config["run_name"] or first.folder.name)
         names.append(f"{name} ({len(names) + 1})" if name in names else name)
     return list(zip(names, groups.values(), strict=True))
 
@@ -117,10 +126,12 @@ def spread(values: list[float]) -> str:
 
 
 def run_table(groups: list[Group]) -> Markup:
+    runs = [run for _, members in groups for run in members]
+    names = dict(zip((run.folder for run in runs), titles(runs), strict=True))
     rows: list[list[Any]] = [
-        [escape(run.folder.name), escape(name), str(run.config["seed"]), str(run.about["world_size"]),
+        [escape(names[run.folder]), escape(name), str(run.config["seed"]), str(run.about["world_size"]),
          escape(run.about["backend"]), "yes" if run.results else "no"]
-        for name, runs in groups
-        for run in runs
+        for name, members in groups
+        for run in members
     ]  # fmt: skip
     return table(["Folder", "Group", "Seed", "Ranks", "Backend", "Finished"], rows)
