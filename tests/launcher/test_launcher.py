@@ -56,7 +56,7 @@ RENDERED = {
 RUNS = [
     Task(
         f"learning_rate-{rate}/seed-{seed}",
-        (f"--learning_rate={rate}", "--model_name_or_path=$(touch x)'", f"--seed={seed}"),
+        (f"--learning_rate={rate}", "--model_name_or_path=a b; 'c", f"--seed={seed}"),
         None,
     )
     for rate in ("1e-5", "5e-5")
