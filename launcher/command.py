@@ -6,17 +6,19 @@ Nothing here imports torch, and the arguments of `train` are checked before anyt
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from launcher.devices import num_present, num_visible
-from launcher.sbatch import SlurmConfig, render, submit
+from launcher.sbatch import SlurmConfig, max_runs, render, submit
+from launcher.sweep import SweepConfig, folder_of, in_turn, record, tasks
 from trainer.base.environment import heard
 from trainer.base.errors import UserError, unknown
 from trainer.base.fields import Fields, option
 from trainer.cli import asks_for_help, grouped, make_parser, parse, parse_train
-from trainer.config import Config
 from trainer.run.versions import ROOT
 
 USAGE = """usage: crossrank launch HOW [options] -- train [--recipe NAME] [--field value ...]
@@ -35,8 +37,8 @@ SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalConfig(Fields):
-    """Local"""
+class HereConfig(Fields):
+    """On this machine"""
 
     nproc: int | None = option(None, above=0)
     """Processes; None = one for each GPU, or one on the CPU."""
@@ -45,7 +47,12 @@ class LocalConfig(Fields):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TorchrunConfig(LocalConfig):
+class LocalConfig(HereConfig, SweepConfig):
+    """Local"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchrunConfig(HereConfig):
     """Torchrun"""
 
     nnodes: int = option(1, above=0)
@@ -83,7 +90,7 @@ def launch(argv: list[str]) -> None:
         raise UserError("nothing to launch: end the command with -- train and its options")
     if arguments[0] != "train":
         raise UserError(f"only `train` is launched, not {arguments[0]!r}")
-    start(options, parse_train(arguments[1:]), arguments[1:])
+    start(options, arguments[1:])
 
 
 def split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -92,27 +99,44 @@ def split(argv: list[str]) -> tuple[list[str], list[str]]:
     return argv[:place], argv[place + 1 :]
 
 
-def launch_local(options: LocalConfig, config: Config, arguments: list[str]) -> None:
+def launch_local(options: LocalConfig, arguments: list[str]) -> None:
+    """Of a sweep, one run after the other."""
+    runs = tasks(options, arguments)
     nproc = num_processes(options.nproc, num_visible(os.environ, num_present()))
     command = [sys.executable] if nproc == 1 else torchrun(TorchrunConfig(), nproc)
-    run([*command, FRONT_DOOR, "train", *arguments], options.dry_run)
+    command += [FRONT_DOOR, "train", *arguments]
+    if not options.is_sweep:
+        run(command, options.dry_run)
+        return
+    config = runs[0].config
+    folder = Path(config.output_dir or f"runs/{config.run_name or 'sweep'}-{time.strftime('%Y%m%d-%H%M%S')}")
+    commands = {f"{folder}/{own.folder}": [*command, *own.options, "--output_dir"] for own in runs}
+    if options.dry_run:
+        print(*(shlex.join([*own, place]) for place, own in commands.items()), sep="\n")
+        return
+    record(folder, runs)
+    sys.exit(in_turn({place: settled([*own, place]) for place, own in commands.items()}))
 
 
-def launch_torchrun(options: TorchrunConfig, config: Config, arguments: list[str]) -> None:
+def launch_torchrun(options: TorchrunConfig, arguments: list[str]) -> None:
+    parse_train(arguments)
     nproc = num_processes(options.nproc, num_visible(os.environ, num_present()))
     run([*torchrun(options, nproc), FRONT_DOOR, "train", *arguments], options.dry_run)
 
 
-def launch_slurm(options: SlurmConfig, config: Config, arguments: list[str]) -> None:
-    if options.job_name is None:
-        options = replace(options, job_name=config.run_name or "crossrank")
+def launch_slurm(options: SlurmConfig, arguments: list[str]) -> None:
+    runs = tasks(options, arguments, max_runs() if options.is_sweep else 1)
+    name = options.job_name or runs[0].config.run_name or "crossrank"
+    options = replace(options, job_name=name)
     if options.venv is None and options.container is None and sys.prefix != sys.base_prefix:
         options = replace(options, venv=sys.prefix)
-    script = render(options, arguments)
+    script = render(options, arguments, runs)
     if options.dry_run:
         print(script, end="")
         return
     job = submit(script, options)
+    if options.is_sweep:
+        record(Path(folder_of(arguments) or f"runs/{name}-{job}"), runs)
     if options.wait:
         from launcher.follow import follow
 
@@ -140,14 +164,20 @@ def run(command: list[str], dry_run: bool) -> None:
     """Becomes `command`, so that signals and the exit code are its own."""
     print(shlex.join(command), file=sys.stdout if dry_run else sys.stderr, flush=True)
     if not dry_run:
-        if TORCHRUN in command and "--nproc-per-node=1" not in command:
-            os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with a banner
-        if command[1:3] == ["-m", TORCHRUN]:  # the same torchrun, with an exit code and an end that are the ranks' own
-            command[1:3] = [FRONT_DOOR, "agent"]
+        command = settled(command)
         os.execv(command[0], command)  # noqa: S606
 
 
-WAYS: dict[str, tuple[type, Callable[[Any, Config, list[str]], None]]] = {
+def settled(command: list[str]) -> list[str]:
+    """What really is started, with the environment that it needs."""
+    if TORCHRUN in command and "--nproc-per-node=1" not in command:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with a banner
+    if command[1:3] == ["-m", TORCHRUN]:  # the same torchrun, with an exit code and an end that are the ranks' own
+        return [command[0], FRONT_DOOR, "agent", *command[3:]]
+    return command
+
+
+WAYS: dict[str, tuple[type, Callable[[Any, list[str]], None]]] = {
     "local": (LocalConfig, launch_local),
     "torchrun": (TorchrunConfig, launch_torchrun),
     "slurm": (SlurmConfig, launch_slurm),

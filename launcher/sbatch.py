@@ -10,12 +10,15 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from launcher.sweep import MAX_RUNS, SweepConfig, Task
 from trainer.base.errors import UserError
-from trainer.base.fields import Fields, option
+from trainer.base.fields import option
 
 SCRIPTS = Path(__file__).parent.parent / "slurm"
 TIMES = (
@@ -27,7 +30,7 @@ UNITS = {"days": 86_400, "hours": 3_600, "minutes": 60, "seconds": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlurmConfig(Fields):
+class SlurmConfig(SweepConfig):
     """Slurm"""
 
     nodes: int = option(1, above=0)
@@ -39,8 +42,6 @@ class SlurmConfig(Fields):
     ranks_by: Literal["torchrun", "srun"] = "torchrun"
     """What starts the ranks: one torchrun on each node (slurm/train.sbatch), or one task of Slurm for each rank
     (slurm/train_srun.sbatch)."""
-    seeds: str | None = None
-    """A run for each of these seeds, as a job array such as 0-4 or 1,7,42 (slurm/seeds.sbatch)."""
     time: str = "24:00:00"
     """Time limit as Slurm writes it: minutes, hours:minutes:seconds, days-hours; a job that reaches it is queued
     again, and resumes."""
@@ -85,9 +86,7 @@ class SlurmConfig(Fields):
                             f"{self.warning_seconds} s before; raise --time, or lower --warning_seconds")  # fmt: skip
         if self.job_name is not None and not re.fullmatch(r"[\w.+=:@%-]+", self.job_name):
             raise UserError(f"job_name {self.job_name!r} may hold only letters, digits and ._+=:@%-")
-        if self.seeds is not None and not re.fullmatch(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?", self.seeds):
-            raise UserError(f"seeds {self.seeds!r} must look like 0-4 or 1,7,42, with %N for at most N at a time")
-        if self.seeds is not None and (self.nodes > 1 or self.num_ranks > 1) and self.ranks_by == "torchrun":
+        if self.is_sweep and (self.nodes > 1 or self.num_ranks > 1) and self.ranks_by == "torchrun":
             raise UserError("the runs of an array are started by srun; add --ranks_by srun for more than one rank")
         if self.venv is not None and self.container is not None:
             raise UserError("venv and container exclude each other; give one of them")
@@ -110,12 +109,12 @@ def seconds(time: str) -> int | None:
     raise UserError(f"time {time!r} must look like 90 (minutes), 12:00:00 or 2-12")
 
 
-def directives(config: SlurmConfig) -> dict[str, object]:
+def directives(config: SlurmConfig, num_runs: int) -> dict[str, object]:
     """The #SBATCH options that `config` stands for; None = as in the script."""
-    by_torchrun = config.ranks_by == "torchrun" and config.seeds is None
+    by_torchrun = config.ranks_by == "torchrun" and not config.is_sweep
     own = {
         "job-name": config.job_name,
-        "array": config.seeds,
+        "array": f"0-{num_runs - 1}{config.at_a_time}" if config.grid else config.seeds,
         "nodes": config.nodes,
         "gpus-per-node": config.gpus_per_node,
         "ntasks-per-node": 1 if by_torchrun else config.num_ranks,
@@ -125,7 +124,7 @@ def directives(config: SlurmConfig) -> dict[str, object]:
         "account": config.account,
         "qos": config.qos,
         "constraint": config.constraint,
-        "output": f"{config.log_dir}/%x-{'%A_%a' if config.seeds else '%j'}.out",
+        "output": f"{config.log_dir}/%x-{'%A_%a' if config.is_sweep else '%j'}.out",
         "signal": f"B:{config.warning_signal}@{config.warning_seconds}",
     }
     for given in config.sbatch or []:
@@ -145,11 +144,14 @@ def directive(name: str, value: object) -> str:
     return f"#SBATCH --{name}={text}" if text else f"#SBATCH --{name}"
 
 
-def render(config: SlurmConfig, arguments: list[str]) -> str:
-    """The batch script for `crossrank train ARGUMENTS`; a function of these and of the files in slurm/ only."""
-    if config.seeds and any(argument.partition("=")[0] == "--seed" for argument in arguments):
-        raise UserError("the seeds of the array are the runs' seeds; leave out --seed")
-    name = "seeds" if config.seeds else "train" if config.ranks_by == "torchrun" else "train_srun"
+def render(config: SlurmConfig, arguments: list[str], runs: Sequence[Task] = ()) -> str:
+    """The batch script for `crossrank train ARGUMENTS`; a function of these and of the files in slurm/ only.
+
+    `runs` are those of a grid. Without one the array's index is the seed.
+    """
+    name = "train" if config.ranks_by == "torchrun" else "train_srun"
+    if config.is_sweep:
+        name = "sweep" if config.grid else "seeds"
     head, _, body = (SCRIPTS / f"{name}.sbatch").read_text(encoding="utf-8").partition("set -euo pipefail\n")
     comments, options = [], {}
     for line in head.splitlines():
@@ -157,13 +159,21 @@ def render(config: SlurmConfig, arguments: list[str]) -> str:
             options[match[1]] = match[2] or ""
         else:
             comments.append(line)
-    options |= directives(config)
+    options |= directives(config, len(runs))
     _, _, library = (SCRIPTS / "job.sh").read_text(encoding="utf-8").partition("\n")
     _, _, rest = body.partition('job.sh"\n')
+    if config.grid:
+        before, start, after = rest.partition(" in\n")
+        rest = before + start + table(runs) + after[after.index("*) fail") :]
     return "\n".join(
         [*comments[: comments.index("#")], *(directive(*option) for option in options.items()), "set -euo pipefail", "",
          *settings(config), shlex.join(["set", "--", *arguments]), "", library + rest]
     )  # fmt: skip
+
+
+def table(runs: Sequence[Task]) -> str:
+    """An arm of the script's `case` for each run: its folder and its options."""
+    return "".join(f"{number}) own=({shlex.join([run.folder, *run.options])}) ;;\n" for number, run in enumerate(runs))
 
 
 def settings(config: SlurmConfig) -> list[str]:
@@ -174,6 +184,15 @@ def settings(config: SlurmConfig) -> list[str]:
         "NPROC": config.nproc,
     }
     return [f"CROSSRANK_{name}={shlex.quote(str(value))}" for name, value in values.items() if value is not None]
+
+
+def max_runs() -> int:
+    """Of one array, as Slurm is set up here."""
+    with suppress(OSError, subprocess.SubprocessError):
+        shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=20).stdout
+        if found := re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE):
+            return int(found[1])
+    return MAX_RUNS
 
 
 def submit(script: str, config: SlurmConfig) -> str:

@@ -33,7 +33,7 @@ ORDER = [
     "__main__",
 ]
 # What starts a run stands beside what runs on every rank, and sees of it what needs no torch.
-LAUNCHER = ["devices", "sbatch", "follow", "preflight", "agent", "command"]
+LAUNCHER = ["devices", "sweep", "sbatch", "follow", "preflight", "agent", "command"]
 SEEN_BY_LAUNCHER = {"base", "config", "cli", "run.versions"}
 SEEN_BY_REPORT = {"base", "config", "metrics"}
 ROOT = Path(__file__).parent.parent

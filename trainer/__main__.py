@@ -97,7 +97,7 @@ def report(argv: list[str]) -> None:
     start_log(is_main=True)
 
     parser = make_parser("crossrank report", (), usage="crossrank report RUN_DIR [RUN_DIR ...] [--output_dir FOLDER]")
-    parser.add_argument("runs", metavar="RUN_DIR", nargs="+", help="run folders; several are compared")
+    parser.add_argument("runs", metavar="RUN_DIR", nargs="+", help="folders of runs; several are compared")
     parser.add_argument("--output_dir", help="where the comparison of several runs goes (default: report)")
     values = parse(parser, argv)
     target = values.get("output_dir")

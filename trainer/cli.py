@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from trainer.base.environment import read_place
 from trainer.base.errors import UserError, unknown
-from trainer.base.fields import TRUTH, checked, default, kinds
+from trainer.base.fields import TRUTH, checked, default, kinds, rule
 from trainer.base.log import log, start_log
 from trainer.config import GROUPS, Config, DataConfig, read_yaml
 
@@ -36,9 +36,9 @@ def make_parser(prog: str, groups: tuple[type, ...], explained: bool = True, **k
     for group in groups:
         section, texts = parser.add_argument_group(group.__doc__), _help(group) if explained else {}
         for own in dataclasses.fields(group):
-            flag: dict[str, Any] = (
-                {"nargs": "?", "const": "true"} if kinds(group)[own.name] in (bool, bool | None) else {}
-            )
+            flag: dict[str, Any] = {"action": "append"} if rule(own).repeats else {}
+            if kinds(group)[own.name] in (bool, bool | None):
+                flag = {"nargs": "?", "const": "true"}
             # argparse formats help with %, and shows a default only where it sets it.
             text = f"{texts.get(own.name, '')} (default: {default(own)})".replace("%", "%%")
             section.add_argument(f"--{own.name}", metavar=shown(kinds(group)[own.name]), help=text, **flag)
@@ -59,7 +59,9 @@ def shown(kind: Any) -> str:
 def _help(group: type) -> dict[str, str]:
     import docstring_parser
 
-    found = docstring_parser.parse_from_object(group).params
+    found = [
+        param for part in reversed(group.__mro__[:-1]) for param in docstring_parser.parse_from_object(part).params
+    ]
     return {param.arg_name: " ".join((param.description or "").split()) for param in found}
 
 

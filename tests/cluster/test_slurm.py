@@ -1,6 +1,7 @@
 """Jobs on a real Slurm, through the project's own batch scripts: see fake_slurm.py for the nodes."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -203,6 +204,33 @@ def test_an_array_of_seeds(cluster, local):
     assert losses(folder / "seed-7") != losses(folder / "seed-42")
     logs = sorted(path.name for path in cluster.work.glob("seeds-*.out"))
     assert logs == [f"seeds-{job.number}_{seed}.out" for seed in (42, 7)]
+
+
+def test_a_grid_and_its_report(cluster):
+    """Four points as one array, by launch; the same command again leaves what is finished; one table over them."""
+    folder, tiny = cluster.work / "grid", [*RUN, "--max_steps", "3", "--max_eval_samples", "30"]
+    command = ["launch", "slurm", "--grid", "learning_rate=1e-4,1e-3", "--grid", "train_batch_size=16,32", "--seeds",
+               "7", "--wait", "--", "train", *tiny, "--output_dir", folder]  # fmt: skip
+    result = cluster.crossrank(*command)
+    assert result.returncode == 0, result.stdout + result.stderr
+    points = [f"learning_rate-{rate},train_batch_size-{size}" for rate in ("1e-4", "1e-3") for size in (16, 32)]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*points, "sweep.json"])
+    assert all(len(losses(folder / point / "seed-7")) == 3 for point in points)
+    assert len({tuple(losses(folder / point / "seed-7")) for point in points}) == 4
+    shutil.rmtree(folder / points[2])
+    cluster.wait_until_idle()
+    result = cluster.crossrank("report", folder, "--output_dir", cluster.work / "before")
+    assert f"3 of 4 runs are finished; not begun: {points[2]}/seed-7" in result.stderr, result.stderr
+    result = cluster.crossrank(*command)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("finished before: ") == 3
+    result = cluster.crossrank("report", folder, "--output_dir", cluster.work / "report")
+    assert "finished" not in result.stderr
+    table = (cluster.work / "report" / "README.md").read_text()
+    assert "4 runs in 4 groups" in table
+    for rate in ("0.0001", "0.001"):
+        for size in (16, 32):
+            assert f"| learning_rate {rate}, global_batch_size {size} " in table
 
 
 def test_a_bad_option_never_reaches_the_queue(cluster):

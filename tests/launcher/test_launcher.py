@@ -17,6 +17,7 @@ from launcher.command import TorchrunConfig, num_processes, torchrun
 from launcher.devices import num_visible
 from launcher.follow import describe, exit_code, parse
 from launcher.sbatch import SlurmConfig, render, seconds
+from launcher.sweep import Task
 from trainer.base.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -47,13 +48,30 @@ RENDERED = {
     ),
     "srun": SlurmConfig(nodes=2, nproc=2, ranks_by="srun", warning_signal="USR2", warning_seconds=300, job_name="cpu"),
     "seeds": SlurmConfig(seeds="0-4", gpus_per_node=1, job_name="sweep"),
+    "sweep": SlurmConfig(seeds="0,7%2", grid=["learning_rate=1e-5,5e-5", "model_name_or_path=x"], gpus_per_node=1),
 }  # fmt: skip
+
+
+# Of a grid.
+RUNS = [
+    Task(
+        f"learning_rate-{rate}/seed-{seed}",
+        (f"--learning_rate={rate}", "--model_name_or_path=a b; 'c", f"--seed={seed}"),
+        None,
+    )
+    for rate in ("1e-5", "5e-5")
+    for seed in (0, 7)
+]
+
+
+def rendered(name: str) -> str:
+    return render(RENDERED[name], DEMO, RUNS if name == "sweep" else ())
 
 
 @pytest.mark.parametrize("name", RENDERED)
 def test_rendering(name):
     """The golden files hold what is written into the scripts; the shared part is slurm/job.sh itself."""
-    script = render(RENDERED[name], DEMO)
+    script = rendered(name)
     _, shared = (ROOT / "slurm" / "job.sh").read_text().split("\n", 1)
     assert script.count(shared) == 1
     assert script.replace(shared, "[slurm/job.sh]\n") == (GOLDEN / f"{name}.sbatch").read_text()
@@ -62,8 +80,8 @@ def test_rendering(name):
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck(tmp_path):
     scripts = [*(ROOT / "slurm").iterdir(), ROOT / ".ci" / "run"]
-    for name, config in RENDERED.items():
-        (tmp_path / name).write_text(render(config, DEMO))
+    for name in RENDERED:
+        (tmp_path / name).write_text(rendered(name))
         scripts.append(tmp_path / name)
     # 2317: of functions that only a trap calls.
     command = ["shellcheck", "--external-sources", "--exclude=SC2317", *map(str, scripts)]
@@ -160,6 +178,8 @@ BAD = {
     "slurm --venv /nowhere -- train --recipe demo": "has no bin/activate",
     "slurm --seeds 1..3 -- train --recipe demo": "must look like 0-4",
     "slurm --seeds 0-2 -- train --recipe demo --seed 3": "leave out --seed",
+    "local --seeds 4-0 -- train --recipe demo": "a range that ends before it begins",
+    "local --seeds 1,0-3 -- train --recipe demo": "seed has the value 1, twice in the sweep",
     "slurm --seeds 0-2 --nodes 2 -- train --recipe demo": "add --ranks_by srun",
     "slurm --job_name a;b -- train --recipe demo": "job_name 'a;b' may hold",
     "slurm -- train --recipe dmo": "did you mean 'demo'",

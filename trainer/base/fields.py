@@ -30,6 +30,7 @@ class Rule:
         refused: words that are no value of the field, and why.
         path: a path, in which ~ means the home folder; or a list of them.
         mapping: a list of `name=value`, such as `a=x,b=x`, which is also `a,b=x`, and in Python a dict.
+        repeats: a list, whose option is given once for each item.
         kind: `run`: another value makes another run, so a resumed one cannot have it. `source`: where data lies; what
             is in it counts. `method`: how, not what, is computed. `upkeep`: how the run is kept and watched.
             `local`: the same, and nothing that a reader of the model card would need.
@@ -43,6 +44,7 @@ class Rule:
     mapping: bool = False
     numbers: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
+    repeats: bool = False
     kind: Kind = "run"
 
     def check(self, name: str, value: Any) -> None:
@@ -109,17 +111,17 @@ def typed(name: str, value: Any, kind: Any, rule: Rule = Rule()) -> Any:
         (inner,) = get_args(kind)
         if rule.mapping:
             return _mapping(name, value)
-        items = _items(value, rule.path) if isinstance(value, (str, os.PathLike)) else value
-        if rule.numbers and isinstance(items, (list, tuple)):
-            items = [_number(item) for item in items]
-        if rule.path and isinstance(items, (list, tuple)):
-            items = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in items]
-        if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) and item for item in items):
+        found = items(value, rule.path) if isinstance(value, (str, os.PathLike)) else value
+        if rule.numbers and isinstance(found, (list, tuple)):
+            found = [_number(item) for item in found]
+        if rule.path and isinstance(found, (list, tuple)):
+            found = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in found]
+        if not isinstance(found, (list, tuple)) or not all(isinstance(item, str) and item for item in found):
             what = "numbers such as 1,2,1" if rule.numbers else "texts such as a,b"
             raise UserError(f"{name} must be a list of {what}, none of them empty, got {_shown(value)}")
-        if items == ["none"] and get_origin(inner) is Literal:
+        if found == ["none"] and get_origin(inner) is Literal:
             return []  # so TrainingArguments writes report_to
-        return [typed(name, item, inner) for item in items]
+        return [typed(name, item, inner) for item in found]
     converted = _scalar(value, kind)
     if converted is None:
         raise UserError(f"{name} must be {WORDS[kind]}, got {_shown(value)}")
@@ -143,7 +145,7 @@ def _number(item: Any) -> Any:
     return f"{number:g}" if float(f"{number:g}") == number else repr(number)
 
 
-def _items(value: str | os.PathLike[str], paths: bool) -> Any:
+def items(value: str | os.PathLike[str], paths: bool) -> Any:
     """A list as `a,b`, or as JSON where an item holds a comma; of paths, one that is there is one."""
     text = os.fspath(value)
     if paths and (value is not text or os.path.exists(text)):

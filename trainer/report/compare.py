@@ -19,14 +19,19 @@ from trainer.report.paired import ALL_PAIRS, Difference, differences
 from trainer.report.plots import draw_training, figure, panels, save, short
 from trainer.report.read import Run
 from trainer.report.svg import Series
+from trainer.report.sweeps import titles
 
+LEGEND = 60  # characters of a group's name
 Group = tuple[str, list[Run]]
 # What the runs of a group differ in, and what their batch came to by another way.
 OF_A_GROUP = {"seed", "data_seed", "train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"}
 
 
-def write_comparison(runs: list[Run], folder: Path) -> Path:
-    """Writes report.html, README.md and their pictures into `folder`. Raises UserError where it can't be written."""
+def write_comparison(runs: list[Run], folder: Path, lacking: str | None = None) -> Path:
+    """Writes report.html, README.md and their pictures into `folder`; `lacking`: what is not there to be compared.
+
+    Raises UserError where it can't be written.
+    """
     groups = grouped(runs)
     made = [name for name in ("README.md", "report.html", "plots") if (folder / name).exists()]
     if made and not is_ours(folder / "README.md"):
@@ -37,9 +42,9 @@ def write_comparison(runs: list[Run], folder: Path) -> Path:
         with figure(12, 6.4) as drawn:
             draw_training(drawn, groups)
             save(drawn, folder / "plots" / "training")
-        write_card(folder, markdown.render("compare.md.j2", groups=groups, **tables))
-        write_text(folder / "report.html",
-                   markdown.page("compare.html.j2", groups=groups, curves=curves(groups), **tables))  # fmt: skip
+        write_card(folder, markdown.render("compare.md.j2", groups=groups, lacking=lacking, **tables))
+        write_text(folder / "report.html", markdown.page("compare.html.j2", groups=groups, curves=curves(groups),
+                                                         lacking=lacking, **tables))  # fmt: skip
     except OSError as error:
         raise UserError(f"cannot write the report into {folder}: {named(error)}") from None
     return folder / "report.html"
@@ -62,7 +67,8 @@ def compared_tables(runs: list[Run], groups: list[Group]) -> dict[str, Any]:
 
 def bit_table(runs: list[Run], groups: list[Group]) -> Table:
     """Each run but the first, beside another one: the first of its group and seeds, or else the first of all."""
-    rows = [[run.folder.name, other.folder.name, compared(run, other)] for run, other in beside(runs, groups)]
+    names = dict(zip((run.folder for run in runs), titles(runs), strict=True))
+    rows = [[names[run.folder], names[other.folder], compared(run, other)] for run, other in beside(runs, groups)]
     return Table(["Folder", "Beside", "Bits"], rows)
 
 
@@ -104,9 +110,12 @@ def grouped(runs: list[Run]) -> list[Group]:
     names: list[str] = []
     for first, *_ in groups.values():
         own = settings(first, hyperparameters(first, False))
-        name = ", ".join(f"{field} {short(str(own[field]))}" for field in fields)
-        # More differences than a legend can hold.
-        name = name if 0 < len(name) <= 60 else short(first.config["run_name"] or first.folder.name)
+        values = [short(str(own[field])) for field in fields]
+        name = ", ".join(f"{field} {value}" for field, value in zip(fields, values, strict=True))
+        if len(name) > LEGEND:  # of each word its first letter
+            initials = ["".join(word[0] for word in field.split("_")) for field in fields]
+            name = ", ".join(f"{field} {value}" for field, value in zip(initials, values, strict=True))
+        name = name if 0 < len(name) <= LEGEND else short(first.config["run_name"] or first.folder.name)
         names.append(f"{name} ({len(names) + 1})" if name in names else name)
     return list(zip(names, groups.values(), strict=True))
 
@@ -156,12 +165,14 @@ def difference_table(found: list[Difference]) -> Table:
 
 
 def run_table(groups: list[Group]) -> Table:
+    runs = [run for _, members in groups for run in members]
+    names = dict(zip((run.folder for run in runs), titles(runs), strict=True))
     rows = [
-        [run.folder.name, name, str(run.config["seed"]), str(run.about["world_size"]), str(run.about["backend"]),
+        [names[run.folder], name, str(run.config["seed"]), str(run.about["world_size"]), str(run.about["backend"]),
          "yes" if run.results else "no",
          f"{run.results['train']['samples_per_second']:,.0f}" if run.results else "-"]
-        for name, runs in groups
-        for run in runs
+        for name, members in groups
+        for run in members
     ]  # fmt: skip
     return Table(["Folder", "Group", "Seed", "Ranks", "Backend", "Finished", "Pairs a second"], rows)
 

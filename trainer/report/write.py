@@ -16,6 +16,7 @@ from trainer.report.kept import write_card
 from trainer.report.page import page
 from trainer.report.plots import draw
 from trainer.report.read import read_run
+from trainer.report.sweeps import gaps, runs_in, titles
 
 
 def write_report(folder: Path) -> Path:
@@ -35,11 +36,16 @@ def write_report(folder: Path) -> Path:
 
 
 def report(folders: list[str], output_dir: str | None) -> None:
-    """`crossrank report`: one run's card, or several runs compared in `output_dir` or report/. Raises UserError."""
+    """`crossrank report`: one run's card, or several runs compared in `output_dir` or report/. Raises UserError.
+
+    A folder that holds runs stands for all of them.
+    """
+    found = [runs_in(Path(folder)) for folder in folders]
+    given, folders = [str(Path(folder)) for folder in folders], [str(run) for runs, _ in found for run in runs]
     places = [Path(folder).resolve() for folder in folders]
     if twice := [folder for number, folder in enumerate(folders) if places[number] in places[:number]]:
         raise UserError(f"{twice[0]} is given twice; name each run once")
-    if len(folders) == 1:
+    if len(folders) == 1 and folders == given:
         if output_dir is not None:
             raise UserError("--output_dir is for the comparison of several runs; the report of one lies in its folder")
         path = write_report(Path(folders[0]))
@@ -52,7 +58,10 @@ def report(folders: list[str], output_dir: str | None) -> None:
     if own := next((name for name in ("config.yaml", "config.json") if (target / name).exists()), None):
         raise UserError(f"{target} holds {own}: a run or a model, whose report stays; choose another --output_dir")
     runs = [read_run(Path(folder)) for folder in folders]
-    path = write_comparison(runs, target)
+    if lacking := gaps(runs, [name for _, absent in found for name in absent]):
+        log.warning(lacking)
+    path = write_comparison(runs, target, lacking)
+    names = dict(zip((run.folder for run in runs), titles(runs), strict=True))
     for run, other in beside(runs, grouped(runs)):
-        log.info(f"{run.folder} beside {other.folder}: {compared(run, other)}")
+        log.info(f"{names[run.folder]} beside {names[other.folder]}: {compared(run, other)}")
     log.info(f"report: {path}")
