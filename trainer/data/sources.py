@@ -23,7 +23,7 @@ from trainer.data.labels import read_labels
 from trainer.data.splits import Loaded, from_data_set, from_folder
 from trainer.data.splits import Role as Role
 from trainer.data.tables import LONGEST_ROW, MIXED, SUFFIXES, read_table, too_long, values_of
-from trainer.data.targets import read_targets
+from trainer.data.targets import Targets, read_targets
 from trainer.options import Objective
 
 # AllNLI's splits by their number of rows, and the row where SNLI ends and MultiNLI begins: it has no column for that.
@@ -187,12 +187,13 @@ def _check(
     texts = _text_columns(table, place, config.premise_column, config.hypothesis_column)
     premise, hypothesis = (table[name] for name in texts)
     label = _column(table, place, "label_column", config.label_column, LABEL)
-    found = read_targets(table[label], place, config, objective, classes, class_names.get(label), of_model)
+    labels = read_labels(table[label], place)
+    found = read_targets(labels, config, objective, classes, class_names.get(label), of_model)
     available = np.flatnonzero(found.label >= 0)
     kept = available[:limit]
     if len(kept) == 0:
         raise UserError(f"{place}: no pair with a label ({table.num_rows} rows)")
-    targets = found.of(kept)
+    targets = Targets.joined([found], [kept])
     if len(absent := np.flatnonzero(np.bincount(targets.label, minlength=len(found.names)) == 0)):
         shown = " or ".join(found.names[number] for number in absent[:5]) + (" ..." if len(absent) > 5 else "")
         log.info(f"{place}: no pair has the label {shown}")

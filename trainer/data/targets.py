@@ -4,17 +4,15 @@ Of one score the targets are a small table of numbers, and each pair has its pla
 a pair whatever is learned, and -100 for a pair that only fills up.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
 from trainer.base.errors import UserError
 from trainer.config import DataConfig
-from trainer.data.labels import MISSING, NO_CONSENSUS, Labels, class_numbers, read_labels
+from trainer.data.labels import MISSING, NO_CONSENSUS, Labels, class_numbers
 from trainer.options import Objective
 
 BINARY = ("0", "1")
@@ -34,18 +32,19 @@ class Targets:
     names: tuple[str, ...]
     values: np.ndarray | None = None
 
-    def of(self, rows: np.ndarray) -> "Targets":
-        """Those of some rows, which all have one. Of numbers only those that occur are kept."""
-        label, values = self.label[rows], self.values
-        if values is not None and not self.names:
-            there, label = np.unique(label, return_inverse=True)
-            values = values[there]
-        return dataclasses.replace(self, label=label, values=values)
+    @classmethod
+    def joined(cls, parts: "Sequence[Targets]", rows: Sequence[np.ndarray]) -> "Targets":
+        """Those of some rows of each part, one part after the other. Of numbers only those that occur are kept."""
+        names, values = parts[0].names, parts[0].values
+        if values is None or names:
+            return cls(np.concatenate([own.label[some] for own, some in zip(parts, rows, strict=True)]), names, values)
+        numbers = [own.values[own.label[some]] for own, some in zip(parts, rows, strict=True) if own.values is not None]
+        values, label = np.unique(np.concatenate(numbers), return_inverse=True)
+        return cls(label, names, values)
 
 
 def read_targets(
-    column: pa.ChunkedArray,
-    place: str,
+    labels: Labels,
     config: DataConfig,
     objective: Objective,
     classes: Sequence[str] | None = None,
@@ -55,7 +54,6 @@ def read_targets(
     """What a column of labels says. For the arguments see labels.class_numbers; `classes` of binary cross-entropy are
     the names of 0 and 1, of which a model knows nothing. Raises UserError naming the first row that says something
     else."""
-    labels = read_labels(column, place)
     if objective == "cross_entropy":
         return Targets(*class_numbers(labels, classes, config.label_names, own_names, of_model))
     for name in ("label_map", "eval_label_map"):

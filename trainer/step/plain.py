@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
 from trainer.backends import Single
 from trainer.base.errors import TrainingFailed
@@ -13,13 +14,13 @@ from trainer.base.log import log
 from trainer.config import Config
 from trainer.data.sampler import Step, deal, num_forwards
 from trainer.data.tokens import Split
-from trainer.model.batch import Batch
+from trainer.model.batch import IGNORED, Batch
 from trainer.model.cross_encoder import CrossEncoder
 from trainer.model.masks import hash_key
 from trainer.model.precision import autocast, products
 from trainer.ranks import World
 from trainer.run.state import State
-from trainer.step.loss import make_loss
+from trainer.step.score_loss import ScoreLoss
 
 
 @dataclass(kw_only=True)
@@ -44,8 +45,8 @@ class PlainStep:
     batch_size: int
 
     def __post_init__(self) -> None:
-        # Before a step is recorded: what it copies to the device would be copied in every replay.
-        self.criterion = make_loss(self.config, self.split.pairs.values, self.world.device)
+        values = self.split.pairs.values
+        self.of_score = None if values is None else ScoreLoss(self.config, values, self.world.device)
 
     def __call__(self, current: Step, rate: float) -> torch.Tensor:
         """Takes the step. Returns the gradient's norm, on the device."""
@@ -109,8 +110,13 @@ class PlainStep:
         return self.model.batch(tokens, self.split.pairs.label, rows, device, longest, num_pairs, **keys)
 
     def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Summed over the pairs of a batch, given their logits (pairs, classes)."""
-        return self.criterion(logits, batch.labels)
+        """Summed over the pairs of a batch, given their logits (pairs, outputs)."""
+        if self.of_score is not None:
+            return self.of_score(logits, batch.labels)
+        smoothing = self.config.label_smoothing_factor
+        return cross_entropy(
+            logits.float(), batch.labels, reduction="sum", ignore_index=IGNORED, label_smoothing=smoothing
+        )
 
     def skipped(self, norm: torch.Tensor) -> bool:
         """Whether the step was left out for its gradient, as skip_nonfinite allows. Raises TrainingFailed."""

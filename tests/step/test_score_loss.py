@@ -7,7 +7,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
 from trainer.config import Config
 from trainer.model.batch import IGNORED
-from trainer.step.loss import make_loss
+from trainer.step.score_loss import ScoreLoss
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 )
 def test_sums(fields, values):
     table = np.array(values, np.float32)
-    loss = make_loss(Config(dataset_name=["builtin"], **fields), table, CPU)
+    loss = ScoreLoss(Config(dataset_name=["builtin"], **fields), table, CPU)
     labels = torch.arange(9) % len(values)
     logits = torch.randn(9, 1, generator=torch.Generator().manual_seed(0))
     targets = torch.tensor(values)[labels].float()
