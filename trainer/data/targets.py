@@ -59,11 +59,9 @@ def read_targets(
     for name in ("label_map", "eval_label_map"):
         if getattr(config, name):
             raise UserError(f"{name} is for classes, and the model here gives one score; leave it out")
-    return (
-        _numbers(labels, config)
-        if objective == "mse"
-        else _binary(labels, config, None if of_model else classes, own_names)
-    )
+    if objective == "mse":
+        return _numbers(labels, config)
+    return _binary(labels, config, None if of_model else classes, own_names)
 
 
 def _numbers(labels: Labels, config: DataConfig) -> Targets:
