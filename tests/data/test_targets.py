@@ -8,6 +8,7 @@ import pytest
 
 from trainer.base.errors import UserError
 from trainer.config import DataConfig
+from trainer.data.labels import Targets, read_labels
 from trainer.data.sources import load_scored, load_splits
 from trainer.data.targets import read_targets
 from trainer.data.tokens import targets_of
@@ -15,12 +16,9 @@ from trainer.data.tokens import targets_of
 TEXTS = {"premise": "a b", "hypothesis": "c d"}
 
 
-def column(values: list) -> pa.ChunkedArray:
-    return pa.chunked_array([pa.array(values)])
-
-
 def read(values: list, objective: str, own_names=None, classes=None, of_model=False, **fields):
-    return read_targets(column(values), "file", DataConfig(**fields), objective, classes, own_names, of_model)
+    labels = read_labels(pa.chunked_array([pa.array(values)]), "file")
+    return read_targets([(labels, own_names)], DataConfig(**fields), objective, classes, of_model)[0]
 
 
 @pytest.mark.parametrize(
@@ -32,8 +30,10 @@ def test_numbers(values):
     assert found.values.tolist() == [-1, 0, 5]
     assert found.values.dtype == np.float32
     assert found.values[found.label].tolist() == [-1, 5, 0, 5]
-    some = found.of(np.array([1, 2]))
+    some = Targets.joined([found], [np.array([1, 2])])
     assert (some.values.tolist(), some.label.tolist(), some.names) == ([0, 5], [1, 0], ())
+    more = Targets.joined([found, read([3, 5, 9], "mse")], [np.array([1]), np.array([0, 1])])
+    assert (more.values[more.label].tolist(), more.values.tolist()) == ([5, 3, 5], [3, 5])
 
 
 @pytest.mark.parametrize(

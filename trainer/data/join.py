@@ -16,7 +16,7 @@ from trainer.base.errors import UserError
 from trainer.base.log import log
 from trainer.config import DataConfig
 from trainer.data.columns import LABEL, column_named, only, text_columns, texts_of
-from trainer.data.labels import Labels, read_labels
+from trainer.data.labels import Labels, Targets, read_labels
 from trainer.data.pairs import Pairs
 from trainer.data.places import Place
 from trainer.data.splits import Role
@@ -78,30 +78,25 @@ def join(
             texts += texts_of(part.table[column], part.place, field, chosen)
         rows.append(start + chosen)
         start += len(own)
-    label = np.concatenate([own[chosen] for own, chosen in zip(numbers, kept, strict=True)])
-    names, values = targets[0].names, targets[0].values
-    if values is not None and not names:  # only those that occur
-        there, label = np.unique(label, return_inverse=True)
-        values = values[there]
-    _say_absent(place, label, names)
-    words = "; ".join(dict.fromkeys(own.mapped for own in targets if own.mapped))
-    if words:
-        log.info(f"{place}: {'taken' if classes is None else 'scored'} with {words}")
+    found = Targets.joined(targets, kept)
+    _say_absent(place, found.label, found.names)
+    if found.mapped:
+        log.info(f"{place}: {'taken' if classes is None else 'scored'} with {found.mapped}")
     return Pairs(
         name=place,
         premise=premise,
         hypothesis=hypothesis,
-        label=label,
+        label=found.label,
         row=np.concatenate(rows),
         source=sources,
-        label_names=names,
+        label_names=found.names,
         num_dropped=dropped,
         num_available=sum(int((own >= 0).sum()) for own in numbers),
         columns=columns,
-        values=values,
-        of_class=targets[0].of_class,
-        mapped=words,
-        said=tuple(dict.fromkeys(name for own in targets for name in own.said)),
+        values=found.values,
+        of_class=found.of_class,
+        mapped=found.mapped,
+        said=found.said,
     )
 
 

@@ -76,6 +76,19 @@ class Targets:
     of_class: np.ndarray | None = None
     mapped: str = ""
 
+    @classmethod
+    def joined(cls, parts: Sequence["Targets"], rows: Sequence[np.ndarray]) -> "Targets":
+        """Those of some rows of each part, one part after the other. Of numbers only those that occur are kept."""
+        first = parts[0]
+        if first.values is None or first.names:
+            values, label = first.values, np.concatenate([own.label[i] for own, i in zip(parts, rows, strict=True)])
+        else:
+            numbers = [own.values[own.label[i]] for own, i in zip(parts, rows, strict=True) if own.values is not None]
+            values, label = np.unique(np.concatenate(numbers), return_inverse=True)
+        said = tuple(dict.fromkeys(name for own in parts for name in own.said))
+        words = "; ".join(dict.fromkeys(own.mapped for own in parts if own.mapped))
+        return cls(label, first.names, values, said, first.of_class, words)
+
 
 def read_labels(column: pa.ChunkedArray, place: str) -> Labels:
     """Raises UserError where a row's label is neither text nor number."""

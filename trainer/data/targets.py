@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -25,7 +24,7 @@ def read_targets(
     classes: Sequence[str] | None = None,
     of_model: bool = False,
 ) -> list[Targets]:
-    """What the columns of a split's sources say, with one set of names or values.
+    """What the columns of a split's sources say; classes are the same in all of them.
 
     Args:
         classes: those of the training split or, with `of_model`, of a model; None = this is the training split. Of
@@ -39,7 +38,7 @@ def read_targets(
         if getattr(config, name):
             raise UserError(f"{name} is for classes, and the model here gives one score; leave it out")
     if objective == "mse":
-        return _of_one_table([_numbers(labels, config) for labels, _ in columns])
+        return [_numbers(labels, config) for labels, _ in columns]
     return [_binary(labels, config, None if of_model else classes, own_names) for labels, own_names in columns]
 
 
@@ -89,16 +88,6 @@ def _common(columns: Sequence[Column], found: list[tuple[str, ...]]) -> tuple[st
 def _is_numbered(column: Column) -> bool:
     labels, own_names = column
     return own_names is None and labels.numbered
-
-
-def _of_one_table(found: list[Targets]) -> list[Targets]:
-    """The same targets, all as places in one table."""
-    tables = [own.values for own in found if own.values is not None]
-    values = np.unique(np.concatenate(tables))
-    return [
-        replace(own, label=np.searchsorted(values, table[own.label]), values=values)
-        for own, table in zip(found, tables, strict=True)
-    ]
 
 
 def _numbers(labels: Labels, config: DataConfig) -> Targets:

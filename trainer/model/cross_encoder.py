@@ -41,7 +41,7 @@ class CrossEncoder(nn.Module):
             changes scores, or comes first.
         note: for the user, where the model runs padded unasked.
         lora: where adapters are trained; `model` then has them, and what `save` writes as the model has them merged.
-        objective: what its outputs mean, classes or one score; see metrics.activated.
+        objective: what its outputs mean; see metrics.activated.
     """
 
     def __init__(
@@ -58,9 +58,7 @@ class CrossEncoder(nn.Module):
         self.model, self.objective = model, objective
         self.tokenizer, self.max_length, self.lora = tokenizer, max_length, lora
         self.layout: Layout | None = None
-        self.calls = DropoutCalls()
-        self.draws = False
-        self.note = ""
+        self.calls, self.draws, self.note = DropoutCalls(), False, ""
         if attn_implementation is None:
             self.layout, self.note = adopt(model, unpad)
         self.num_types = number_of_types(model)
@@ -187,7 +185,6 @@ class CrossEncoder(nn.Module):
                 number = int(np.searchsorted(tokens.offsets, wrong[0], side="right")) - 1
                 raise UserError(f"{pairs.at(number)}: the tokenizer gives {one} {numbers[wrong[0]]}, and the "
                                 f"model has {limit} {all_of_them}; take the tokenizer of this model")  # fmt: skip
-
         eos = getattr(self.model.config, "eos_token_id", None)
         if hasattr(self.model, "classification_head") and isinstance(eos, int):
             ends = np.add.reduceat((tokens.ids == eos).astype(np.int64), tokens.offsets[:-1])
