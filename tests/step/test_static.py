@@ -237,6 +237,7 @@ def test_a_recording_meets_no_older_forward(trainer):
             node.metadata["seen"] = True
         return value
 
+    watched.divisor = loss.divisor
     trainer.plain.loss = watched
     trainer.model.train()
     StaticStep(trainer.plain, Watching())(trainer.sampler.at(0), 1e-3)

@@ -136,9 +136,9 @@ class Identity:
                 raise UserError(f"{places[role]} is not the {role} data with which the run began")
         if saved.get("rest") != self.frozen:
             raise UserError(
-                "the checkpoint cannot be resumed here: its run froze other rows of the embedding table, or embeddings "
-                "and layers, or all under LoRA, of another model; give the same model_name_or_path, init, seed, "
-                "weight_decay, freeze and lora fields"
+                "the checkpoint cannot be resumed here: its run froze other rows of the embedding table, embeddings or "
+                "layers of another model, or all of another model, under LoRA; give the same model_name_or_path, init, "
+                "seed, weight_decay, freeze and lora fields"
             )
         before, now = saved.get("exact") or {}, self.exact or {}
         changed = [name for name in now if name in before and before[name] != now[name]]
