@@ -55,6 +55,14 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
+def activated(logits: np.ndarray, objective: str) -> np.ndarray:
+    """What a user is shown of logits (n, classes) or (n, 1), in float64: probabilities, or scores."""
+    if objective == "cross_entropy":
+        return np.exp(log_softmax(logits))
+    scores = logits.astype(np.float64)
+    return np.exp(-np.logaddexp(0, -scores)) if objective == "binary_cross_entropy" else scores
+
+
 def cross_entropy(labels: np.ndarray, logits: np.ndarray) -> float:
     """Mean over samples, in float64, so that it does not depend on who computed which logits."""
     return float(-log_softmax(logits)[np.arange(len(labels)), labels].mean())

@@ -5,24 +5,23 @@ Sources: local files, `save_to_disk` folders, the hub, and the embedded data set
 0, header excluded, and a pair keeps the row it had in its source.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from trainer.base.errors import UserError
 from trainer.base.log import log
 from trainer.config import DataConfig
 from trainer.data import builtin
+from trainer.data.faults import Faults
 from trainer.data.labels import class_numbers, read_labels
 from trainer.data.splits import Loaded, from_data_set, from_folder
 from trainer.data.splits import Role as Role
-from trainer.data.tables import LONGEST_ROW, MIXED, SUFFIXES, read_table, too_long, values_of
+from trainer.data.tables import SUFFIXES, read_table
+from trainer.data.texts import checked, only, texts_of
 
 # AllNLI's splits by their number of rows, and the row where SNLI ends and MultiNLI begins: it has no column for that.
 ALLNLI = {942069: 549367, 19657: 9842, 19656: 9824}
@@ -166,7 +165,7 @@ def _check(
 ) -> Pairs:
     if table.num_rows == 0:
         raise UserError(f"{place}: no rows")
-    texts = _text_columns(table, place, config.premise_column, config.hypothesis_column)
+    texts = text_columns(table, place, config.premise_column, config.hypothesis_column)
     premise, hypothesis = (table[name] for name in texts)
     label = _column(table, place, "label_column", config.label_column, LABEL)
     found = read_labels(table[label], place)
@@ -188,8 +187,8 @@ def _check(
         source = ["SNLI" if row < border else "MNLI" for row in kept.tolist()]
     return Pairs(
         name=place,
-        premise=_text(premise, place, "premise", kept),
-        hypothesis=_text(hypothesis, place, "hypothesis", kept),
+        premise=texts_of(premise, place, "premise", kept),
+        hypothesis=texts_of(hypothesis, place, "hypothesis", kept),
         label=numbers[kept],
         row=kept,
         source=source,
@@ -200,9 +199,10 @@ def _check(
     )
 
 
-def _text_columns(
+def text_columns(
     table: pa.Table, place: str, premise_column: str | None, hypothesis_column: str | None
 ) -> tuple[str, str]:
+    """The names of the columns of premise and hypothesis. Raises UserError."""
     premise = _column(table, place, "premise_column", premise_column, PREMISE)
     hypothesis = _column(table, place, "hypothesis_column", hypothesis_column, HYPOTHESIS)
     if premise == hypothesis:
@@ -223,56 +223,26 @@ def _column(table: pa.Table, place: str, field: str, name: str | None, usual: tu
     )
 
 
-def only(column: pa.ChunkedArray, rows: np.ndarray) -> pa.ChunkedArray:
-    """`rows`, which ascend. Chunk by chunk: `take` would make one chunk of them, which more than 2 GB do not fit."""
-    mask = np.zeros(len(column), dtype=bool)
-    mask[rows] = True
-    return column.filter(pa.array(mask))
-
-
-def _text(column: pa.ChunkedArray, place: str, field: str, rows: np.ndarray, start: int = 0) -> list[str]:
-    if column.type == MIXED:
-        _raise_no_text(values_of(column), place, field, start)
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if column.null_count == len(column):
-        column = pa.chunked_array([pa.nulls(len(column), pa.large_string())])
-    elif not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        first = int(np.flatnonzero(column.is_valid().to_numpy())[0])
-        raise UserError(f"{place}, row {start + first}: {field} must be text, found {column.type}")
-    column = only(column.cast(pa.large_string()), rows)
-    blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(column), ""), True).to_numpy()
-    if blank.any():
-        first = int(np.flatnonzero(blank)[0])
-        what = "null" if column[first].as_py() is None else "empty"
-        raise UserError(
-            f"{place}, row {start + rows[first]}: {field} is {what} (of {int(blank.sum())} such rows the first)"
-        )
-    lengths = pc.binary_length(column).to_numpy()
-    if (lengths > LONGEST_ROW).any():
-        raise too_long(f"{place}, row {start + rows[int(lengths.argmax())]}, {field}")
-    return column.to_pylist()
-
-
-def _raise_no_text(values: list[Any], place: str, field: str, start: int) -> NoReturn:
-    """Names the first of `values` that a column of text cannot hold."""
-    for row, value in enumerate(values):
-        if value is not None and not isinstance(value, str):
-            raise UserError(f"{place}, row {start + row}: {field} must be text, found {json.dumps(value)[:80]}")
-        if value and any("\ud800" <= c <= "\udfff" for c in value):
-            raise UserError(
-                f"{place}, row {start + row}: {field} holds half of a surrogate pair, which is no character; remove it"
-            )
-    raise AssertionError("text in a column of no text")
-
-
 def unlabelled(
-    table: pa.Table, place: str, premise_column: str | None, hypothesis_column: str | None, start: int = 0
+    table: pa.Table,
+    place: str,
+    premise_column: str | None,
+    hypothesis_column: str | None,
+    start: int = 0,
+    faults: Faults | None = None,
 ) -> Pairs:
     """Pairs without labels, for prediction; `label` is 0 everywhere. Raises UserError naming a row without text.
 
-    `start` is the first row's number in its file.
+    `start` is the first row's number in its file. With `faults`, rows without text are left out and noted there, and so
+    are those that it has already.
     """
-    premise, hypothesis = (table[c] for c in _text_columns(table, place, premise_column, hypothesis_column))
+    names = text_columns(table, place, premise_column, hypothesis_column)
+    columns = dict(zip(("premise", "hypothesis"), names, strict=True))
     rows = np.arange(table.num_rows)
-    texts = _text(premise, place, "premise", rows, start), _text(hypothesis, place, "hypothesis", rows, start)
-    return Pairs(place, *texts, label=np.zeros_like(rows), row=start + rows, source=None, label_names=())
+    if faults is not None:
+        for field, name in columns.items():
+            for row, what in checked(table[name], field)[1].items():
+                faults.setdefault(start + row, what)
+        rows = np.array([row for row in rows if start + row not in faults], dtype=np.int64)
+    premise, hypothesis = (texts_of(table[name], place, field, rows, start) for field, name in columns.items())
+    return Pairs(place, premise, hypothesis, label=np.zeros_like(rows), row=start + rows, source=None, label_names=())
