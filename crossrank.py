@@ -3,7 +3,8 @@
     import crossrank
 
     results = crossrank.train(recipe="demo", output_dir="runs/mine")  # what results.json holds
-    scores = crossrank.predict("runs/mine/model", [("A man sleeps.", "A person rests.")])
+    model = crossrank.load("runs/mine/model")  # once
+    scores = model.predict([("A man sleeps.", "A person rests.")])  # as often as one likes: (pairs, classes)
     metrics = crossrank.evaluate("runs/mine/model", test_file="test.parquet")
 
 `python -m crossrank VERB ...` is the command `crossrank VERB ...`, also as a rank of torchrun or srun. The functions
@@ -19,8 +20,8 @@ if __name__ == "__main__" and os.path.realpath(sys.path[0]) == os.getcwd() != HE
     del sys.path[0]
 
 __version__ = "0.2.0.dev0"
-VERBS, ERRORS = ("evaluate", "predict", "train"), ("Preempted", "TrainingFailed", "UserError")
-__all__ = ["Preempted", "TrainingFailed", "UserError", "evaluate", "predict", "train"]  # noqa: F822 - see __getattr__
+VERBS, ERRORS = ("evaluate", "load", "predict", "train"), ("Preempted", "TrainingFailed", "UserError")
+__all__ = ["Preempted", "TrainingFailed", "UserError", "evaluate", "load", "predict", "train"]  # noqa: F822 - __getattr__
 
 
 def _own(name: str) -> None:

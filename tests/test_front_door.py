@@ -66,7 +66,7 @@ def test_a_package_that_was_there_first_is_one_clear_error(tmp_path):
 
 def test_importing_is_quick_and_names_are_complete():
     code = "import sys, crossrank; assert 'torch' not in sys.modules; print(*(getattr(crossrank, n) for n in {}))"
-    assert run(ROOT, "-c", code.format("crossrank.__all__")).stdout.count("<function") == 3
+    assert run(ROOT, "-c", code.format("crossrank.__all__")).stdout.count("<function") == 4
     assert "UserError" in run(ROOT, "-c", "import crossrank; print(crossrank.UserError, dir(crossrank))").stdout
     result = run(ROOT, "-c", "import crossrank; crossrank.trian")
     assert "has no attribute 'trian'" in result.stderr

@@ -120,18 +120,20 @@ def test_the_model_gives_our_scores_elsewhere(runs, tmp_path):
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     crossrank("predict", model, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
     ours = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    scores = np.array([[row["scores"][name] for name in LABEL_NAMES] for row in ours])
+    scores = np.array([[row[f"score_{name}"] for name in LABEL_NAMES] for row in ours])
 
     encoder = sentence_transformers.CrossEncoder(str(model))
     theirs = encoder.predict([(r["premise"], r["hypothesis"]) for r in rows], apply_softmax=True)
     assert np.allclose(theirs, scores, atol=1e-5)
-    assert [encoder.config.id2label[int(i)] for i in theirs.argmax(1)] == [row["label"] for row in ours]
+    assert [encoder.config.id2label[int(i)] for i in theirs.argmax(1)] == [row["prediction"] for row in ours]
 
     classify = pipeline("text-classification", str(model), top_k=None)
     for row, mine in zip(
         classify([{"text": r["premise"], "text_pair": r["hypothesis"]} for r in rows]), ours, strict=True
     ):
-        assert {c["label"]: c["score"] for c in row} == pytest.approx(mine["scores"], abs=1e-5)
+        assert {c["label"]: c["score"] for c in row} == pytest.approx(
+            {name: mine[f"score_{name}"] for name in LABEL_NAMES}, abs=1e-5
+        )
 
 
 def test_predict_formats(runs, tmp_path):
@@ -139,13 +141,15 @@ def test_predict_formats(runs, tmp_path):
     tabs = crossrank("predict", model, text="A dog sleeps.\tAn animal sleeps.\nA cat.\tA dog.\n").stdout.splitlines()
     lines = crossrank("predict", model, text='{"premise": "A cat.", "hypothesis": "A dog."}\n').stdout.splitlines()
     one, other = json.loads(tabs[1]), json.loads(lines[0])
-    assert one["label"] == other["label"]
-    assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
+    assert [*one] == [*other]
+    assert one["prediction"] == other["prediction"]
+    assert [*one.values()][3:] == pytest.approx([*other.values()][3:], abs=1e-5)
     (tmp_path / "in.csv").write_text("sentence1,sentence2\nA cat.,A dog.\n")
     crossrank("predict", model, "--input", tmp_path / "in.csv", "--output", tmp_path / "out.tsv")
     header, row = (tmp_path / "out.tsv").read_text().splitlines()
-    assert header.split("\t") == ["index", "label", "score_entailment", "score_neutral", "score_contradiction"]
-    assert row.split("\t")[:2] == ["0", json.loads(lines[0])["label"]]
+    scores = ["score_entailment", "score_neutral", "score_contradiction"]
+    assert header.split("\t") == ["sentence1", "sentence2", "prediction", *scores]
+    assert row.split("\t")[:3] == ["A cat.", "A dog.", other["prediction"]]
 
 
 def test_what_is_there_is_not_overwritten(runs, tmp_path):

@@ -1,16 +1,16 @@
-"""crossrank from Python: predict, evaluate, train. The command line's verbs are these functions.
+"""crossrank from Python: load, predict, evaluate, train. The command line's verbs are functions of these names.
 
     import crossrank
 
     results = crossrank.train(recipe="demo", output_dir="runs/mine")
-    scores = crossrank.predict("runs/mine/model", [("A man sleeps.", "A person rests.")])
+    model = crossrank.load("runs/mine/model")
+    scores = model.predict([("A man sleeps.", "A person rests.")])
     metrics = crossrank.evaluate("runs/mine/model", test_file="test.parquet")
 
 Fields are those of the command line, by the same names. Mistakes in the input raise crossrank.UserError. crossrank.py
 looks at the folders of caches before it imports this, as libraries read their names when they are imported.
 """
 
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from trainer.base.log import log
 from trainer.cli import grouped, parse_train
 from trainer.config import Config, DataConfig
 from trainer.data.given import as_files
-from trainer.predict import InferenceConfig, predict_pairs
+from trainer.predict import InferenceConfig, Model
 from trainer.report import hub
 from trainer.report.write import write_report
 from trainer.score import EvaluateConfig, evaluate_model
@@ -67,16 +67,24 @@ def hand_over(config: Config, folder: Path) -> None:
         hub.push(config, folder)
 
 
-def predict(model: str | Path, pairs: Iterable[tuple[str, str]], **options: Any) -> np.ndarray:
-    """Probabilities (n, classes) of n pairs, in their order; the classes' names are in the model's config.json.
+def load(folder: str | Path, **options: Any) -> Model:
+    """A trained model, loaded once, to be called as often as one likes; see predict.Model.
+
+        model = crossrank.load("runs/mine/model")
+        scores = model.predict([("A man sleeps.", "A person rests.")])  # (pairs, classes), as model.label_names
 
     Of a model with one output, scores (n,): a probability where it was trained by binary cross-entropy.
 
     Args:
-        model: folder of a trained model.
+        folder: of a trained model.
         options: fields of `crossrank predict --help`'s group Inference, such as bf16.
     """
-    return predict_pairs(str(model), pairs, *grouped(options, InferenceConfig))
+    return Model(str(folder), *grouped(options, InferenceConfig))
+
+
+def predict(model: str | Path, pairs: Any, **options: Any) -> np.ndarray:
+    """load(model, **options).predict(pairs): to score once, since it loads the model in each call."""
+    return load(model, **options).predict(pairs)
 
 
 def evaluate(model: str | Path, **fields: Any) -> dict[str, Any]:

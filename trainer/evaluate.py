@@ -94,7 +94,8 @@ def predict_logits(
     missing or was computed twice, on every rank TrainingFailed if a logit is not finite, and TrainingFailed where the
     memory does not suffice.
     """
-    model.eval()
+    if model.training:  # to look through all modules takes longer than to tokenise a pair
+        model.eval()
     longest_first = np.argsort(-tokens.lengths, kind="stable")
     batches = [longest_first[i : i + batch_size] for i in range(0, len(longest_first), batch_size)]
     costs = np.array([tokens.lengths[batch].sum() for batch in batches])

@@ -1,11 +1,12 @@
-"""A trained model at work: the classes of new pairs."""
+"""A trained model at work: the classes, or the score, of new pairs."""
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -16,10 +17,16 @@ from trainer.base.errors import UserError
 from trainer.base.fields import Fields, option
 from trainer.base.log import log
 from trainer.config import ModelConfig
+from trainer.data.answers import Answers
+from trainer.data.columns import text_columns
+from trainer.data.faults import Faults, with_columns
+from trainer.data.given import PLACE, is_pair, pairs_of
+from trainer.data.pipes import as_file
 from trainer.data.sources import Pairs, unlabelled
-from trainer.data.stream import WRITERS, id_column, ids_of, open_output, stream_stdin
-from trainer.data.tables import column_of, nothing_in, read_parts
-from trainer.data.tokens import Tokens, tokenize
+from trainer.data.stream import stream_stdin
+from trainer.data.tables import nothing_in, read_parts
+from trainer.data.tokens import Encoder, Tokens
+from trainer.data.writers import WRITERS, open_output
 from trainer.evaluate import predict_logits
 from trainer.metrics import activated
 from trainer.model.cross_encoder import model_facts
@@ -51,16 +58,22 @@ class PredictConfig(Fields):
 
     input: str = option("-", path=True)
     """File of pairs: jsonl, csv, tsv or parquet, each also .gz; - = stdin, as jsonl or as two tab-separated columns
-    without a header. Every row is answered, in order; an empty line before the last row, or a row without text, is an
-    error."""
+    without a header."""
     output: str = option("-", path=True)
-    """File of predictions, .jsonl, .csv, .tsv or .parquet by its name; - = jsonl on stdout. Each row begins with the
-    pair's `id` (or `idx`, `index`, `pairID`, `guid`) if the input has that column, and else with its number from 0 as
-    `index`; then come its label and the score of every class."""
+    """File of predictions, .jsonl, .csv, .tsv or .parquet by its name; - = jsonl on stdout. Row for row it is the
+    input, every column of it, and behind these `prediction` (the class) and `score_<class>` of each; of a model with
+    one output, `score`."""
+    prefix: str | None = None
+    """What the names of the new columns begin with, where the input has such columns itself."""
     premise_column: str | None = None
     """None = `premise`, else `sentence1`."""
     hypothesis_column: str | None = None
     """None = `hypothesis`, else `sentence2`."""
+    on_error: Literal["fail", "mark"] = "fail"
+    """What to do at a row that cannot be used, such as an empty line, or one without text: `fail`, or `mark` it: its
+    new columns are empty, and one more, `error`, says why."""
+    csv_formulas: Literal["defuse", "keep"] = "defuse"
+    """Text in csv and tsv that a spreadsheet would take for a formula: `defuse` puts a ' before it."""
 
 
 class Predictor:
@@ -75,80 +88,120 @@ class Predictor:
         origin = ModelConfig(model_name_or_path=folder, trust_remote_code=code, max_length=config.max_length)
         self.model = load_trained(origin).to(world.device)
         self.label_names, self.objective = self.model.label_names, self.model.objective
+        self.encoder = Encoder(self.model.tokenizer, self.model.max_length)
         options = dataclasses.asdict(config) | {"device": world.device.type}
         world.agree(lambda: options | versions() | {"code": code_hash()} | model_facts(self.model))
 
     def tokens(self, pairs: Pairs, cache: Path | None) -> Tokens:
-        tokens = tokenize(pairs, self.model.tokenizer, self.model.max_length, cache, progress=self.world.is_main)
+        tokens = self.encoder.tokens(pairs, cache, progress=self.world.is_main)
         self.model.check(pairs, tokens)
         return tokens
 
-    def logits(self, pairs: Pairs) -> np.ndarray | None:
-        """(n, classes) on rank 0, None elsewhere. Raises UserError where the ranks have other pairs."""
+    def logits(self, pairs: Pairs, row: int = 0, errors: Sequence[str | None] = ()) -> np.ndarray | None:
+        """(n, classes) on rank 0, None elsewhere. Raises UserError where the ranks have other pairs.
+
+        `row` is the number of the first one; `errors`, from there on, say what keeps a row from being a pair.
+        """
+        if len(pairs) == 0:
+            self.agree(row, [*errors] or "none")
+            return np.empty((0, self.model.num_classes), np.float32) if self.world.is_main else None
         tokens = self.tokens(pairs, cache=None)  # new pairs are seen once, so their tokens are not worth keeping
-        self.agree(int(pairs.row[0]), tokens.fingerprint)
+        self.agree(row, [tokens.fingerprint, *errors] if any(errors) else tokens.fingerprint)
         size, bf16 = self.config.per_device_eval_batch_size, self.config.bf16
         return predict_logits(self.model, pairs, tokens, self.world, size, bf16)
 
-    def shaped(self, scores: np.ndarray) -> np.ndarray:
-        """Scores (n, outputs) as users get them: (n,) of one output, as CrossEncoder.predict gives them."""
-        return scores if self.objective == "cross_entropy" else scores[:, 0]
-
-    def agree(self, row: int, content: str) -> None:
+    def agree(self, row: int, content: Any) -> None:
         """Every rank says what it has from this row on."""
         self.world.agree(lambda: {f"the input from row {row}": content})
 
 
-def predict_pairs(folder: str, given: Iterable[tuple[str, str]], config: InferenceConfig) -> np.ndarray:
-    """Probabilities (n, classes) of pairs, or scores (n,) of a model with one output, in order, on every rank.
+class Model:
+    """A trained model, loaded once: see crossrank.load.
 
-    Raises UserError naming a pair without text.
+    Several threads may call it; it computes for one at a time. Of several ranks each makes the same calls.
+
+    Attributes:
+        folder: where it was loaded from.
+        label_names: of the classes, in the order of the scores' columns.
     """
-    if not isinstance(given, Iterable):
-        raise UserError(f"pairs must be a list of (premise, hypothesis), got {repr(given)[:80]}")
-    pairs = list(given)
-    for row, pair in enumerate(pairs):
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:  # a dict of two would be its keys
-            raise UserError(f"pairs, row {row}: expected (premise, hypothesis), found {repr(pair)[:80]}")
-        for field, text in zip(("premise", "hypothesis"), pair, strict=True):
-            if not isinstance(text, (str, NoneType)):
-                raise UserError(f"pairs, row {row}: {field} must be text, found {repr(text)[:80]}")
-    world = ranks.start(config.ddp_timeout)
-    predictor = Predictor(folder, config, world)
-    if not pairs:
-        predictor.agree(0, "none")
-        return predictor.shaped(np.empty((0, len(predictor.label_names))))
-    table = pa.table({name: column_of([pair[i] for pair in pairs]) for i, name in enumerate(("premise", "hypothesis"))})
-    logits = predictor.logits(unlabelled(table, "pairs", None, None))
-    scores = None if logits is None else activated(logits, predictor.objective).tolist()
-    return predictor.shaped(np.array(world.broadcast(scores)))
+
+    def __init__(self, folder: str, config: InferenceConfig) -> None:
+        check_folder(folder)
+        self.folder = Path(folder)
+        self.predictor = Predictor(folder, config, ranks.start(config.ddp_timeout))
+        self.label_names = self.predictor.label_names
+        self.lock = threading.Lock()
+
+    def predict(
+        self, pairs: Any, premise_column: str | None = None, hypothesis_column: str | None = None
+    ) -> np.ndarray:
+        """Probabilities (n, classes) of n pairs, in order, on every rank; of a model with one output its scores (n,).
+
+        Args:
+            pairs: (premise, hypothesis) each, or dicts, a DataFrame, a datasets.Dataset or a pyarrow.Table with such
+                columns. Of a single pair of texts the result lacks the first dimension.
+            premise_column: None = `premise`, else `sentence1`.
+            hypothesis_column: None = `hypothesis`, else `sentence2`.
+
+        Raises UserError naming a pair without text.
+        """
+        alone = is_pair(pairs)
+        table = pairs_of([pairs] if alone else pairs, premise_column, hypothesis_column)
+        world, predictor = self.predictor.world, self.predictor
+        with self.lock:
+            logits = predictor.logits(unlabelled(table, PLACE, *table.column_names))
+            scores = None if logits is None else activated(logits, predictor.objective)
+            if world.size > 1:
+                scores = np.array(world.broadcast(None if scores is None else scores.tolist()))
+        assert scores is not None
+        if predictor.model.num_classes == 1:
+            scores = scores.reshape(-1)
+        return scores[0] if alone else scores
 
 
 def predict_file(folder: str, config: PredictConfig, inference: InferenceConfig) -> None:
-    """Reads pairs, writes the class and the classes' probabilities of each, in order, a part of the file at a time."""
+    """Reads pairs, writes them with what the model says of each, in order, a part of the file at a time."""
     check_output(config.output)
     check_folder(folder)
     world = ranks.start(inference.ddp_timeout)
     if world.size > 1 and config.input == "-":
         raise UserError("stdin reaches only one rank; give several ranks a file as --input")
     place = "stdin" if config.input == "-" else config.input
-    tables = stream_stdin() if config.input == "-" else read_parts(Path(config.input), every_line=True)
+    faults: Faults | None = {} if config.on_error == "mark" else None
+    tables = _tables(config.input, faults)
     first = next(tables, None)
     if first is None:
         raise nothing_in(Path(place))
-    parts = itertools.chain([first], tables)
-    predictor, done, id_name = Predictor(folder, inference, world), 0, id_column(first)
+    texts = text_columns(first, place, config.premise_column, config.hypothesis_column)
+    predictor = Predictor(folder, inference, world)
+    answers = Answers(predictor.label_names, predictor.objective, faults is not None, config.prefix or "")
     bar = tqdm(unit="pair", desc="predicting", disable=None if world.is_main else True)
     output = config.output if world.is_main else None
-    with bar, open_output(output, predictor.label_names, id_name or "index") as write:
-        for table in parts:
-            pairs = unlabelled(table, place, config.premise_column, config.hypothesis_column, start=done)
-            logits = predictor.logits(pairs)
+    done = marked = 0
+    with bar, open_output(output, config.csv_formulas == "defuse") as write:
+        for table in itertools.chain([first], tables):
+            answers.check(table, place)
+            if faults is not None:
+                table = with_columns(table, texts)
+            pairs = unlabelled(table, place, *texts, start=done, faults=faults)
+            errors = [(faults or {}).pop(row, None) for row in range(done, done + table.num_rows)]
+            logits = predictor.logits(pairs, done, errors)
             if logits is not None:
-                write(ids_of(table, id_name, done), activated(logits, predictor.objective))
-            done += len(pairs)
-            bar.update(len(pairs))
+                write(table, answers.table(logits, pairs.row - done, errors))
+            done, marked = done + table.num_rows, marked + sum(error is not None for error in errors)
+            bar.update(table.num_rows)
         predictor.agree(done, "none")
+    if marked:
+        log.warning(f"{place}: {marked:,} of {done:,} rows have no prediction; the column {answers.names[-1]} says why")
+
+
+def _tables(given: str, faults: Faults | None) -> Iterator[pa.Table]:
+    """The input, a part at a time."""
+    if given == "-":
+        yield from stream_stdin(faults)
+        return
+    with as_file(Path(given)) as file:
+        yield from read_parts(file, True, faults)
 
 
 def check_output(output: str) -> None:

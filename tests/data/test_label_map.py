@@ -177,7 +177,10 @@ def test_the_maps_of_a_run(tmp_path, said):
     ("fields", "expected"),
     [
         ({"label_map": "nuetral=x"}, "label_map maps 'nuetral', which is no class of .*snli.csv .*mean 'neutral'"),
-        ({"label_map": "entailment,neutral,contradiction=x"}, "label_map takes entailment, neutral, contradiction as x"),
+        (
+            {"label_map": "entailment,neutral,contradiction=x"},
+            "label_map takes entailment, neutral, contradiction as",
+        ),
         ({"eval_label_map": "suports=entailment"}, "eval_label_map maps 'suports', which is no class of .*rte.csv or"),
     ],
 )

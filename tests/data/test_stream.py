@@ -13,6 +13,7 @@ from conftest import crossrank
 
 from trainer.base.errors import UserError
 from trainer.data import tables
+from trainer.data.builtin import LABEL_NAMES
 from trainer.data.tables import read_parts, read_table
 
 COUNT = 500
@@ -70,20 +71,12 @@ def test_every_way_out_says_the_same_in_order(kind, model, tmp_path, monkeypatch
     monkeypatch.setattr(tables, "ROWS", 64)
     source, target = write_pairs(tmp_path / f"in.{kind}", COUNT), tmp_path / f"out.{kind}"
     predict_file(str(model), PredictConfig(input=str(source), output=str(target)), InferenceConfig())
-    if kind == "jsonl":
-        rows = [json.loads(line) for line in target.read_text().splitlines()]
-        labels, scores = [row["label"] for row in rows], np.array([list(row["scores"].values()) for row in rows])
-    else:
-        table = read_table(target)
-        labels, scores = (
-            table["label"].to_pylist(),
-            np.array([table[c].to_pylist() for c in table.column_names[2:]], float).T,
-        )
-    pairs = [(row["premise"], row["hypothesis"]) for row in read_table(source).to_pylist()]
-    expected = predict(model, pairs)
+    table, given = read_table(target), read_table(source)
+    assert table.select(given.column_names).to_pylist() == given.to_pylist()
+    scores = np.array([table[f"score_{name}"].to_pylist() for name in LABEL_NAMES], float).T
+    expected = predict(model, [(row["premise"], row["hypothesis"]) for row in given.to_pylist()])
     assert np.allclose(scores, expected, atol=2e-6)
-    names = list(json.loads((model / "config.json").read_text())["id2label"].values())
-    assert labels == [names[i] for i in expected.argmax(1)]
+    assert table["prediction"].to_pylist() == [LABEL_NAMES[i] for i in expected.argmax(1)]
     assert not list(tmp_path.glob(".*"))
 
 
@@ -92,8 +85,8 @@ def test_several_ranks_write_the_same_file(model, tmp_path):
     for ranks in (0, 3):
         crossrank("predict", model, "--input", source, "--output", tmp_path / f"{ranks}.csv", ranks=ranks)
     first, other = (read_table(tmp_path / f"{ranks}.csv").to_pandas() for ranks in (0, 3))
-    assert first["label"].tolist() == other["label"].tolist()
-    assert np.allclose(first.iloc[:, 2:].astype(float), other.iloc[:, 2:].astype(float), atol=2e-6)
+    assert first["prediction"].tolist() == other["prediction"].tolist()
+    assert np.allclose(first.iloc[:, 3:].astype(float), other.iloc[:, 3:].astype(float), atol=2e-6)
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
@@ -245,45 +238,6 @@ def test_an_empty_line_of_a_table(tmp_path, name):
     assert read_table(tmp_path / name).num_rows == 2
 
 
-def predicted(model, source, target):
-    from trainer.predict import InferenceConfig, PredictConfig, predict_file
-
-    predict_file(str(model), PredictConfig(input=str(source), output=str(target)), InferenceConfig())
-    if target.suffix != ".jsonl":
-        return read_table(target).to_pylist()
-    return [json.loads(line) for line in target.read_text().splitlines()]
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet"])
-def test_rows_are_known_by_their_ids(kind, model, tmp_path, monkeypatch):
-    """Ids of any kind, over several parts."""
-    monkeypatch.setattr(tables, "ROWS", 2)
-    texts = {"premise": "a", "hypothesis": "b"}
-
-    def ids(values, column="id"):
-        (tmp_path / "in.jsonl").write_text("".join(json.dumps({column: v} | texts) + "\n" for v in values))
-        (tmp_path / f"out.{kind}").unlink(missing_ok=True)
-        return [row[column] for row in predicted(model, tmp_path / "in.jsonl", tmp_path / f"out.{kind}")]
-
-    number = int if kind in ("csv", "tsv") else lambda value: value
-    assert [number(i) for i in ids([7, 5, 6])] == [7, 5, 6]
-    assert ids(["x", "y", "z"], "pairID") == ["x", "y", "z"]
-    assert ids(["x", None, 3])[::2] == ["x", 3 if kind == "jsonl" else "3"]
-    assert [int(i) for i in ids([2**64 - 1, 1, 2])] == [2**64 - 1, 1, 2]
-    shown = (lambda value: value) if kind == "jsonl" else json.dumps
-    for values in ([2.5, 1, True, False], [{"a": 1}, {"b": [1]}]):
-        assert [repr(i) for i in ids(values)] == [repr(shown(value)) for value in values]
-    if kind == "parquet":
-        with pytest.raises(UserError, match="id is a number in the first rows"):
-            ids([1, 2, "x"])
-
-
-def test_rows_without_ids_are_numbered(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "ROWS", 2)
-    source = write_pairs(tmp_path / "in.csv", 5)
-    assert [row["index"] for row in predicted(model, source, tmp_path / "out.parquet")] == list(range(5))
-
-
 def test_columns_that_nothing_reads_may_hold_anything(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "ROWS", 2)
     odd = [1, 2**64 - 1, -1, 2.5, 2**70, "\ud800", [1, "x"], {"a": {"b": []}}, None, True]
@@ -306,18 +260,17 @@ def test_a_line_without_end(tmp_path, monkeypatch, name):
 
 
 def test_a_long_text_of_a_table(tmp_path, monkeypatch):
-    from trainer.data import columns
-    from trainer.data.sources import unlabelled
+    from trainer.data import sources, texts
 
-    monkeypatch.setattr(columns, "LONGEST_ROW", 100)
+    monkeypatch.setattr(texts, "LONGEST_ROW", 100)
     table = pa.table({"premise": ["a", "b" * 101], "hypothesis": ["a", "b"]})
-    with pytest.raises(UserError, match="row 1, premise: longer than"):
-        unlabelled(table, "pairs", None, None)
+    with pytest.raises(UserError, match="row 1: premise is longer than"):
+        sources.unlabelled(table, "pairs", None, None)
 
 
 def test_more_text_than_one_array_holds():
     """Of 33 texts of 64 MB, which are one in memory, the last two."""
-    from trainer.data.columns import only
+    from trainer.data.texts import only
 
     chunk = pa.array(["x" * (1 << 26)])
     column = pa.chunked_array([chunk] * 33)
@@ -372,6 +325,72 @@ def test_pairs_from_python_that_are_none(model):
             api.predict(model, pairs)
 
 
+def test_a_loaded_model_takes_pairs_of_any_kind(builtin_model, tmp_path):
+    """Once loaded, it needs its folder no more; the same pairs have the same scores whatever they come in."""
+    import shutil
+    from concurrent.futures import ThreadPoolExecutor
+
+    import datasets
+    import pandas as pd
+
+    import crossrank as front
+
+    folder = shutil.copytree(builtin_model, tmp_path / "model")
+    model = front.load(folder, per_device_eval_batch_size=2)
+    shutil.rmtree(folder)
+    assert model.folder == folder
+    assert model.label_names == list(LABEL_NAMES)
+    rows = [{"n": [i], "sentence1": f"A man {'very ' * i} sleeps.", "sentence2": "b"} for i in range(5)]
+    pairs = [(row["sentence1"], row["sentence2"]) for row in rows]
+    expected = model.predict(pairs)
+    assert expected.shape == (5, 3)
+    renamed = [{"a": a, "b": b, "premise": 1} for a, b in pairs]
+    for given in (
+        rows,
+        pd.DataFrame(rows),
+        datasets.Dataset.from_list(rows),
+        pa.Table.from_pylist(rows),
+        map(list, pairs),
+    ):
+        assert np.array_equal(model.predict(given), expected)
+    assert np.array_equal(model.predict(renamed, premise_column="a", hypothesis_column="b"), expected)
+    assert np.abs(model.predict(pairs[3]) - expected[3]).max() < 1e-6  # a single pair
+    assert model.predict([]).shape == (0, 3)
+    with ThreadPoolExecutor(4) as pool:
+        for scores in pool.map(model.predict, [pairs] * 8):
+            assert np.array_equal(scores, expected)
+    for given, said in (
+        ([*rows, {"sentence1": "a"}], "pairs, row 5: hypothesis is null"),
+        ([rows[0], pairs[0]], "row 1: expected what row 0 is, a dict"),
+        (pd.DataFrame({"premise": ["a", None], "hypothesis": ["b", "c"]}), "row 1: premise is null"),
+        (
+            pd.DataFrame({"premise": ["a"], "text": ["b"]}),
+            "no column 'hypothesis' .*; it has premise, text",
+        ),
+        (pa.table({"premise": ["a"], "hypothesis": [1]}), "row 0: hypothesis must be text, found int64"),
+        ({"premise": "a", "hypothesis": "b"}, "must be a list of"),
+        ("ab", "must be a list of"),
+    ):
+        with pytest.raises(UserError, match=said):
+            model.predict(given)
+    with pytest.raises(UserError, match="no such folder"):
+        front.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("objective", ["binary_cross_entropy", "mse"])
+def test_a_loaded_model_of_one_output_gives_a_score_a_pair(objective, builtin_model, monkeypatch):
+    from trainer import api
+    from trainer.metrics import activated
+
+    model = api.load(builtin_model)
+    logits = np.array([[-1.5], [0.25]], np.float32)
+    monkeypatch.setattr(model.predictor, "objective", objective)
+    monkeypatch.setattr(model.predictor.model, "num_classes", 1)
+    monkeypatch.setattr(model.predictor, "logits", lambda pairs: logits[: len(pairs)])
+    assert np.array_equal(model.predict([("a", "b"), ("c", "d")]), activated(logits, objective)[:, 0])
+    assert model.predict(("a", "b")) == activated(logits, objective)[0, 0]
+
+
 def test_numbers_of_other_classes_are_no_score(model, tmp_path):
     from trainer import api
 
@@ -382,29 +401,24 @@ def test_numbers_of_other_classes_are_no_score(model, tmp_path):
     assert api.evaluate(model, test_file=str(tmp_path / "test.csv"), label_names=names)
 
 
-def test_a_number_that_json_lacks_is_no_id(model, tmp_path):
-    rows = "".join(f'{{"id": {value}, "premise": "a", "hypothesis": "b"}}\n' for value in ("NaN", "1.5", "-Infinity"))
-    (tmp_path / "in.jsonl").write_text(rows)
-    assert [row["id"] for row in predicted(model, tmp_path / "in.jsonl", tmp_path / "out.jsonl")] == [None, 1.5, "-inf"]
-
-
 def test_streams_that_are_closed_or_full(monkeypatch):
     import io
     import sys
 
     from trainer.__main__ import main
-    from trainer.data.stream import open_output, stream_stdin
+    from trainer.data.stream import stream_stdin
+    from trainer.data.writers import open_output
 
     for name in ("stdin", "stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
     with pytest.raises(UserError, match="stdin is closed"):
         next(stream_stdin())
-    with pytest.raises(UserError, match="stdout is closed"), open_output("-", ["a", "b"], "index"):
+    with pytest.raises(UserError, match="stdout is closed"), open_output("-"):
         pass
     full = io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True)  # noqa: SIM115
     monkeypatch.setattr(sys, "stdout", full)
-    with open_output("-", ["a", "b"], "index") as write, pytest.raises(OSError, match="No space") as caught:
-        write(pa.chunked_array([[0]]), np.array([[0.5, 0.5]]))
+    with open_output("-") as write, pytest.raises(OSError, match="No space") as caught:
+        write(pa.table({"a": [0]}), pa.table({"b": [0.5]}))
     assert caught.value.filename == "stdout"
     monkeypatch.setattr(sys, "stdout", sys.__stdout__)
     assert main(["--version"]) == 0

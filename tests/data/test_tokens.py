@@ -152,8 +152,8 @@ from tests.data.test_tokens import make_pairs
 from trainer.data import tokens
 from trainer.data.builtin import pairs
 from transformers import AutoTokenizer
-encode = tokens._encode
-tokens._encode = lambda *a: (print("encoded"), encode(*a))[1]
+encode = tokens.Encoder._encode
+tokens.Encoder._encode = lambda *a: (print("encoded"), encode(*a))[1]
 tokens.tokenize(make_pairs(pairs("train")), AutoTokenizer.from_pretrained(sys.argv[1]), 64, Path(sys.argv[2]))
 """
 

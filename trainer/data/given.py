@@ -1,12 +1,13 @@
-"""Pairs that a Python program has in memory, as files: what fields name, a run can resume, and every rank can read.
+"""Pairs that a Python program has in memory: as a table to predict, or as files that fields name, a run can resume,
+and every rank can read.
 
-A data set is a `datasets.Dataset`, a pandas DataFrame, a list of (premise, hypothesis, label), or a list of dicts. It
-becomes <cache>/data/<hash of its content>/NAME.parquet, so the same pairs are the same file.
+A data set is a `datasets.Dataset`, a pandas DataFrame, a pyarrow.Table, a list of (premise, hypothesis, label), or a list of
+dicts. As a file it is <cache>/data/<hash of its content>/NAME.parquet, so the same pairs are the same file.
 """
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -17,7 +18,7 @@ from trainer.base.errors import UserError, named
 from trainer.base.files import replacing
 from trainer.base.folders import caches
 from trainer.base.log import log
-from trainer.data.columns import HYPOTHESIS, LABEL, PREMISE, column_named
+from trainer.data.columns import HYPOTHESIS, LABEL, PREMISE, column_named, text_columns
 from trainer.data.files import may_be_title
 from trainer.data.sources import lack_of
 from trainer.data.splits import NAMES, Role
@@ -28,6 +29,25 @@ FIELDS = {"train": "train_file", "eval": "validation_file", "test": "test_file"}
 ROLES: dict[str, Role] = {"train": "train", "eval": "dev", "test": "test"}
 COLUMNS = {"premise_column": PREMISE, "hypothesis_column": HYPOTHESIS, "label_column": LABEL}
 Column = Callable[[str], pa.ChunkedArray | pa.Array]
+PLACE = "pairs"  # what messages call those that are to be predicted
+
+
+def is_pair(given: Any) -> bool:
+    """Whether it is a premise and a hypothesis, and no list of pairs."""
+    return isinstance(given, (tuple, list)) and len(given) == 2 and all(isinstance(text, str) for text in given)
+
+
+def pairs_of(given: Any, premise_column: str | None = None, hypothesis_column: str | None = None) -> pa.Table:
+    """The columns premise and hypothesis of a data set without labels, which may be empty. Raises UserError."""
+    texts = ("premise", "hypothesis")
+    if isinstance(given, Iterable) and not (_is_table(given) or isinstance(given, (str, bytes, Mapping))):
+        given = list(given)
+    if isinstance(given, (list, tuple)) and not given:
+        return pa.table({name: pa.array([], pa.string()) for name in texts})
+    names, column = _columns(given, PLACE, texts)
+    nothing = pa.schema([(name, pa.null()) for name in names]).empty_table()
+    return pa.table(dict(zip(texts, map(column, text_columns(nothing, PLACE, premise_column, hypothesis_column)),
+                             strict=True)))  # fmt: skip
 
 
 def as_files(fields: dict[str, Any]) -> dict[str, Any]:
@@ -99,8 +119,19 @@ def _table(data: Any, place: str, fields: Mapping[str, Any], may_lack: bool = Fa
     return table
 
 
-def _columns(data: Any, place: str) -> tuple[list[str], Column]:
-    """The names of the columns, and a function from one to its values. Raises UserError."""
+def _is_table(data: Any) -> bool:
+    return hasattr(data, "column_names") or (hasattr(data, "columns") and hasattr(data, "iloc"))
+
+
+def _columns(
+    data: Any, place: str, row_names: tuple[str, ...] = ("premise", "hypothesis", "label")
+) -> tuple[list[str], Column]:
+    """The names of the columns, and a function from one to its values. `row_names` are those of a list of tuples.
+
+    Raises UserError.
+    """
+    if isinstance(data, pa.Table):
+        return data.column_names, lambda name: data[name]
     if hasattr(data, "features") and hasattr(data, "with_format"):
         if not hasattr(data, "__len__"):
             raise UserError(f"{place} is a stream; take as many of its pairs as you need, as a Dataset")
@@ -119,10 +150,9 @@ def _columns(data: Any, place: str) -> tuple[list[str], Column]:
         names = list(dict.fromkeys(str(name) for own in data for name in own))
         return names, lambda name: _values([own.get(name) for own in data], place, name)
     for row, own in enumerate(data):
-        if not isinstance(own, (tuple, list)) or len(own) != 3:
-            raise UserError(f"{place}, row {row}: expected (premise, hypothesis, label), found {_shown(own)}")
-    names = ["premise", "hypothesis", "label"]
-    return names, lambda name: _values([own[names.index(name)] for own in data], place, name)
+        if not isinstance(own, (tuple, list)) or len(own) != len(row_names):
+            raise UserError(f"{place}, row {row}: expected ({', '.join(row_names)}), found {_shown(own)}")
+    return [*row_names], lambda name: _values([own[row_names.index(name)] for own in data], place, name)
 
 
 def _of_dataset(data: Any, name: str) -> pa.ChunkedArray | pa.Array:

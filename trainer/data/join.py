@@ -15,12 +15,13 @@ import pyarrow as pa
 from trainer.base.errors import UserError
 from trainer.base.log import log
 from trainer.config import DataConfig
-from trainer.data.columns import LABEL, column_named, only, text_columns, texts_of
+from trainer.data.columns import LABEL, column_named, text_columns
 from trainer.data.labels import Labels, Targets, read_labels
 from trainer.data.pairs import Pairs
 from trainer.data.places import Place
 from trainer.data.splits import Role
 from trainer.data.targets import read_targets
+from trainer.data.texts import only, texts_of
 from trainer.options import Objective
 
 # AllNLI's splits by their number of rows, and the row where SNLI ends and MultiNLI begins: it has no column for that.

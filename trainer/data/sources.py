@@ -18,8 +18,9 @@ from trainer.base.log import log
 from trainer.config import DataConfig
 from trainer.data import builtin
 from trainer.data.columns import HYPOTHESIS as HYPOTHESIS
-from trainer.data.columns import LABEL, text_columns, texts_of
+from trainer.data.columns import LABEL, text_columns
 from trainer.data.columns import PREMISE as PREMISE
+from trainer.data.faults import Faults
 from trainer.data.files import Source, find_sources
 from trainer.data.join import Part, join, part_of
 from trainer.data.label_map import check_known
@@ -31,6 +32,7 @@ from trainer.data.places import Place, listed
 from trainer.data.splits import Loaded, from_data_set, from_folder, is_saved, named_sets
 from trainer.data.splits import Role as Role
 from trainer.data.tables import joined, read_table
+from trainer.data.texts import checked, texts_of
 from trainer.options import Objective
 
 
@@ -181,13 +183,25 @@ def split_name(title: str, role: Role) -> str:
 
 
 def unlabelled(
-    table: pa.Table, place: str, premise_column: str | None, hypothesis_column: str | None, start: int = 0
+    table: pa.Table,
+    place: str,
+    premise_column: str | None,
+    hypothesis_column: str | None,
+    start: int = 0,
+    faults: Faults | None = None,
 ) -> Pairs:
     """Pairs without labels, for prediction; `label` is 0 everywhere. Raises UserError naming a row without text.
 
-    `start` is the first row's number in its file.
+    `start` is the first row's number in its file. With `faults`, rows without text are left out and noted there, and so
+    are those that it has already.
     """
-    premise, hypothesis = (table[c] for c in text_columns(table, place, premise_column, hypothesis_column))
+    names = text_columns(table, place, premise_column, hypothesis_column)
+    columns = dict(zip(("premise", "hypothesis"), names, strict=True))
     rows = np.arange(table.num_rows)
-    texts = texts_of(premise, place, "premise", rows, start), texts_of(hypothesis, place, "hypothesis", rows, start)
-    return Pairs(place, *texts, label=np.zeros_like(rows), row=start + rows, source=None, label_names=())
+    if faults is not None:
+        for field, name in columns.items():
+            for row, what in checked(table[name], field)[1].items():
+                faults.setdefault(start + row, what)
+        rows = np.array([row for row in rows if start + row not in faults], dtype=np.int64)
+    premise, hypothesis = (texts_of(table[name], place, field, rows, start) for field, name in columns.items())
+    return Pairs(place, premise, hypothesis, label=np.zeros_like(rows), row=start + rows, source=None, label_names=())

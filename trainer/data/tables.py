@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from trainer.base.errors import UserError
+from trainer.data.faults import Faults, fault, with_faults
 from trainer.data.quotes import check_quotes, plain_tabs
 
 LONGEST_ROW = 1 << 26  # bytes
@@ -43,20 +44,21 @@ def nothing_in(path: Path) -> UserError:
     return UserError(f"{path}: no rows{header}")
 
 
-def read_parts(path: Path, every_line: bool = False) -> Iterator[pa.Table]:
+def read_parts(path: Path, every_line: bool = False, faults: Faults | None = None) -> Iterator[pa.Table]:
     """The rows in parts of ROWS at most, in constant memory. Raises UserError as read_table does.
 
-    `every_line`: an empty line is an error, not skipped.
+    `every_line`: an empty line is an error, not skipped. With `faults`, a row that cannot be read is null in all
+    columns, and noted there, in place of an error.
     """
     kind = kind_of(path)
     with readable(path, kind):
         if kind == ".parquet":
             yield from _parquet(path)
         elif kind in CSV:
-            yield from _csv(path, kind != ".csv", every_line)
+            yield from _csv(path, kind != ".csv", every_line, faults)
         else:
             with _binary(path) as file:
-                yield from jsonl(file, str(path), every_line)
+                yield from jsonl(file, str(path), every_line, faults)
 
 
 def kind_of(path: Path) -> str:
@@ -102,30 +104,39 @@ def readable(path: Path, kind: str) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read as {kind[1:]}: {reason}; repair the file, or get a new copy") from None
 
 
-def _csv(path: Path, tabs: bool, every_line: bool) -> Iterator[pa.Table]:
+def _csv(path: Path, tabs: bool, every_line: bool, faults: Faults | None) -> Iterator[pa.Table]:
     """All columns text."""
     done = 0
     try:
         quoted = check_quotes(lambda: _binary(path), str(path), "\t" if tabs else ",", LONGEST_ROW)
-        with _open_csv(path, tabs, quoted, every_line) as reader:
+        with _open_csv(path, tabs, quoted, every_line, faults) as reader:
             for batch in reader:
-                yield from _cut(batch if quoted else plain_tabs(batch))
-                done += batch.num_rows
+                whole = with_faults(batch if quoted else plain_tabs(batch), done, faults or {})
+                yield from _cut(whole)
+                done += whole.num_rows
+            nothing = pa.RecordBatch.from_pylist([], reader.schema)
+            yield from _cut(with_faults(nothing, done, faults or {}, at_end=True))
     except pa.ArrowInvalid as error:
         if "straddling" in str(error):
             quote = "" if tabs else ", or a quote in it is never closed"
-            raise too_long(f"{path}, row {done}", quote) from None
+            raise UserError(f"{path}, row {done}: {too_long(quote)}") from None
         raise
 
 
-def _open_csv(path: Path, tabs: bool, quoted: bool, every_line: bool) -> Any:
+def _open_csv(path: Path, tabs: bool, quoted: bool, every_line: bool, faults: Faults | None) -> Any:
     from pyarrow import csv
+
+    def note(row: Any) -> str:
+        what = f"expected {row.expected_columns} fields, found {row.actual_columns}"
+        fault(faults, str(path), row.number - 2, what, row.text)  # it counts from 1, the header among them
+        return "skip"
 
     parsing = csv.ParseOptions(
         delimiter="\t" if tabs else ",",
         quote_char='"' if quoted else False,
         newlines_in_values=quoted,
         ignore_empty_lines=not every_line,
+        invalid_row_handler=None if faults is None else note,
     )
     # Several threads do not know the row's number.
     one_thread = csv.ReadOptions(use_threads=False, block_size=LONGEST_ROW)
@@ -135,8 +146,8 @@ def _open_csv(path: Path, tabs: bool, quoted: bool, every_line: bool) -> Any:
     return csv.open_csv(path, one_thread, parsing, as_text)
 
 
-def too_long(place: str, other: str = "") -> UserError:
-    return UserError(f"{place}: longer than {LONGEST_ROW:,} bytes{other}; shorten it")
+def too_long(other: str = "") -> str:
+    return f"longer than {LONGEST_ROW:,} bytes{other}; shorten it"
 
 
 def _parquet(path: Path) -> Iterator[pa.Table]:
@@ -157,26 +168,28 @@ def _cut(batch: pa.RecordBatch) -> Iterator[pa.Table]:
         yield pa.Table.from_batches([batch.slice(start, ROWS)])
 
 
-def lines(file: BinaryIO, place: str, every_line: bool = False) -> Iterator[list[tuple[int, str]]]:
+EMPTY = "an empty line; each line is a pair, so remove it or fill it in"
+
+
+def lines(
+    file: BinaryIO, place: str, every_line: bool = False, faults: Faults | None = None
+) -> Iterator[list[tuple[int, str]]]:
     """Lists of (row, line), of ROWS and about LONGEST_ROW bytes at most, without empty lines; these are no rows.
 
-    `every_line`: an empty line is an error.
+    `every_line`: an empty line is an error. With `faults`, a line that cannot be used is noted there, and empty.
     """
     part: list[tuple[int, str]] = []
     row = size = 0
     while raw := file.readline(LONGEST_ROW + 1):
-        if len(raw) > LONGEST_ROW:
-            raise too_long(f"{place}, row {row}")
-        try:
-            line = raw.decode("utf-8").removeprefix("\ufeff" if row == 0 else "")
-        except UnicodeDecodeError:
-            raise UserError(f"{place}, row {row}: not UTF-8 text") from None
-        full = bool(line.strip(" \r\n"))  # a tab stands between two texts, empty ones as well
-        if not full and every_line:
-            raise UserError(f"{place}, row {row}: an empty line; each line is a pair, so remove it or fill it in")
-        if full:
-            part.append((row, line.rstrip("\r\n")))
-            row, size = row + 1, size + len(raw)
+        line, what = _decoded(raw, row == 0)
+        if what == EMPTY and not every_line:
+            continue
+        if what:
+            fault(faults, place, row, what)
+        part.append((row, line))
+        row, size = row + 1, size + len(raw)
+        while len(raw) > LONGEST_ROW and not raw.endswith(b"\n"):  # the rest of one that is too long
+            raw = file.readline(LONGEST_ROW + 1)
         if len(part) == ROWS or size > LONGEST_ROW:
             yield part
             part, size = [], 0
@@ -184,11 +197,24 @@ def lines(file: BinaryIO, place: str, every_line: bool = False) -> Iterator[list
         yield part
 
 
-def jsonl(file: BinaryIO, place: str, every_line: bool = False) -> Iterator[pa.Table]:
-    """One object a line. Raises UserError naming the row."""
-    for part in lines(file, place, every_line):
-        rows = [_object(line, f"{place}, row {row}") for row, line in part]
+def _decoded(raw: bytes, first: bool) -> tuple[str, str]:
+    """A line's text, and what is wrong with it."""
+    if len(raw) > LONGEST_ROW:
+        return "", too_long()
+    try:
+        line = raw.decode("utf-8").removeprefix("\ufeff" if first else "").rstrip("\r\n")
+    except UnicodeDecodeError:
+        return "", "not UTF-8 text"
+    return line, "" if line.strip(" \r\n") else EMPTY  # a tab stands between two texts, empty ones as well
+
+
+def jsonl(file: BinaryIO, place: str, every_line: bool = False, faults: Faults | None = None) -> Iterator[pa.Table]:
+    """One object a line. Raises UserError naming the row, unless `faults` are collected; see lines."""
+    for part in lines(file, place, every_line, faults):
+        rows = [_object(line, place, row, faults) for row, line in part]
         names = dict.fromkeys(name for row in rows for name in row)
+        if faults is not None and not names:  # a table has no rows without columns
+            names = dict.fromkeys(("premise", "hypothesis"))
         try:
             yield pa.table({name: column_of([row.get(name) for row in rows]) for name in names})
         except UnicodeEncodeError:
@@ -212,15 +238,21 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
-def _object(line: str, place: str) -> dict[str, Any]:
+def _object(line: str, place: str, row: int, faults: Faults | None) -> dict[str, Any]:
+    """Without anything where there is a fault."""
+    if faults and row in faults:
+        return {}
     try:
         value = DECODER.decode(line)
-        if type(value) is not dict:
-            twice = isinstance(value, _Doubled)
-            raise ValueError(f"the key {value.key!r} twice" if twice else f"a {type(value).__name__}")
-        return value
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not a JSON object ({error}); write one object a line") from None
+        if type(value) is dict:
+            return value
+        error: Exception | str = f"a {type(value).__name__}"
+        if isinstance(value, _Doubled):
+            error = f"the key {value.key!r} twice"
+    except (ValueError, RecursionError) as found:
+        error = found
+    fault(faults, place, row, f"not a JSON object ({error}); write one object a line", line)
+    return {}
 
 
 def column_of(values: list[Any]) -> pa.Array:

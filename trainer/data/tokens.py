@@ -111,25 +111,7 @@ def tokenize(
     `folder` None: no cache. One that cannot be written is a warning, not an error. `check` is called now and then, and
     may raise to stop.
     """
-    rust = _backend(tokenizer, max_length)
-    has_types = "token_type_ids" in tokenizer.model_input_names
-    fingerprint = _fingerprint(pairs, rust, has_types)
-    encoder = Encoder(rust, max_length, tokenizer.truncation_side == "left", has_types)
-    if folder is None:
-        return _encode(pairs, encoder, fingerprint, progress, check)
-    tokens = None
-    path = folder / f"{fingerprint}.{ARRAYS}.safetensors"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            remove_remains(path)
-            tokens = _read(path, fingerprint)
-            if tokens is None:
-                tokens = _encode(pairs, encoder, fingerprint, progress, check)
-                _write(tokens, path)
-    except (OSError, SafetensorError) as error:
-        log.warning(f"no token cache, tokenising at every start: {named(error)}")
-    return tokens or _encode(pairs, encoder, fingerprint, progress, check)
+    return Encoder(tokenizer, max_length).tokens(pairs, folder, progress, check)
 
 
 def _backend(tokenizer: Any, max_length: int) -> Any:
@@ -139,20 +121,6 @@ def _backend(tokenizer: Any, max_length: int) -> Any:
     rust.no_padding()
     rust.encode_special_tokens = tokenizer.backend_tokenizer.encode_special_tokens  # to_str() leaves it out
     return rust
-
-
-def _fingerprint(pairs: Pairs, rust: Any, has_types: bool) -> str:
-    digest = hashlib.sha256(f"{FORMAT}\n{has_types}\n{rust.to_str()}\n".encode())
-    if rust.encode_special_tokens:
-        digest.update(b"special tokens as text\n")
-    if has_types and _forgets(rust):
-        digest.update(b"types of its slow way\n")
-    for texts in (pairs.premise, pairs.hypothesis):
-        digest.update("\x1e".join(texts).encode("utf-8", "surrogatepass") + b"\x1d")
-    digest.update(pairs.label.tobytes())
-    if pairs.values is not None:
-        digest.update(pairs.values.tobytes())
-    return digest.hexdigest()
 
 
 def _forgets(rust: Any) -> bool:
@@ -165,19 +133,80 @@ class Encoder:
     """The tokenizer's tokens of pairs, cut as it would cut them, in memory that grows with the text.
 
     The library keeps all that it cuts off, as every combination of pieces of the two texts: gigabytes for a pair of
-    books. So nothing is cut there, and `cut` does what its `longest_first` does.
+    books. So nothing is cut there, and `cut` does what its `longest_first` does. One is made for many calls: to copy a
+    tokenizer of 50,000 words takes longer than to tokenise a thousand pairs.
     """
 
-    def __init__(self, rust: Any, max_length: int, from_left: bool, has_types: bool) -> None:
-        self.rust, self.max_length, self.from_left, self.has_types = rust, max_length, from_left, has_types
-        self.room = max_length - rust.num_special_tokens_to_add(True)
-        rust.no_truncation()
-        largest = max(rust.get_vocab().values(), default=0)  # numbers may have gaps
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self.rust, self.max_length = _backend(tokenizer, max_length), max_length
+        self.from_left = tokenizer.truncation_side == "left"
+        self.has_types = "token_type_ids" in tokenizer.model_input_names
+        self.slowly = self.has_types and _forgets(self.rust)
+        self.digest = self._digest()
+        self.room = max_length - self.rust.num_special_tokens_to_add(True)
+        self.rust.no_truncation()
+        largest = max(self.rust.get_vocab().values(), default=0)  # numbers may have gaps
         self.kind = np.uint16 if largest < 1 << 16 else np.int32
+
+    def _digest(self) -> Any:
+        """SHA-256 of the tokenizer and the options, with which a fingerprint begins."""
+        digest = hashlib.sha256(f"{FORMAT}\n{self.has_types}\n{self.rust.to_str()}\n".encode())
+        if self.rust.encode_special_tokens:
+            digest.update(b"special tokens as text\n")
+        if self.slowly:
+            digest.update(b"types of its slow way\n")
+        return digest
+
+    def fingerprint(self, pairs: Pairs) -> str:
+        digest = self.digest.copy()
+        for texts in (pairs.premise, pairs.hypothesis):
+            digest.update("\x1e".join(texts).encode("utf-8", "surrogatepass") + b"\x1d")
+        digest.update(pairs.label.tobytes())
+        if pairs.values is not None:
+            digest.update(pairs.values.tobytes())
+        return digest.hexdigest()
+
+    def tokens(
+        self, pairs: Pairs, folder: Path | None, progress: bool = False, check: Callable[[], None] = lambda: None
+    ) -> Tokens:
+        """See tokenize."""
+        fingerprint = self.fingerprint(pairs)
+        if folder is None:
+            return self._encode(pairs, fingerprint, progress, check)
+        tokens = None
+        path = folder / f"{fingerprint}.{ARRAYS}.safetensors"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_suffix(".lock")):
+                remove_remains(path)
+                tokens = _read(path, fingerprint)
+                if tokens is None:
+                    tokens = self._encode(pairs, fingerprint, progress, check)
+                    _write(tokens, path)
+        except (OSError, SafetensorError) as error:
+            log.warning(f"no token cache, tokenising at every start: {named(error)}")
+        return tokens or self._encode(pairs, fingerprint, progress, check)
+
+    def _encode(self, pairs: Pairs, fingerprint: str, progress: bool, check: Callable[[], None]) -> Tokens:
+        flat, types, lengths, truncated = [], [], [], []
+        with tqdm(total=len(pairs), desc="tokenising", unit="pair", delay=3, disable=None if progress else True) as bar:
+            for chunk in _chunks(pairs):
+                encoded = self.encode(list(zip(pairs.premise[chunk], pairs.hypothesis[chunk], strict=True)))
+                flat.append(np.concatenate([ids for ids, _, _ in encoded]))
+                types.append(np.concatenate([own for _, own, _ in encoded]))
+                lengths += [len(ids) for ids, _, _ in encoded]
+                truncated += [cut for _, _, cut in encoded]
+                bar.update(len(encoded))
+                check()
+        if 0 in lengths:
+            nothing = "the tokenizer makes no token of this pair, not even a special one"
+            raise UserError(f"{pairs.at(lengths.index(0))}: {nothing}")
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        return Tokens(np.concatenate(flat), offsets, np.concatenate(types), np.array(truncated), fingerprint)
 
     def encode(self, texts: list[tuple[str, str]]) -> list[tuple[np.ndarray, np.ndarray, bool]]:
         """Of each pair its ids and types, and whether it was cut."""
-        encode = self.rust.encode_batch if self.has_types and _forgets(self.rust) else self.rust.encode_batch_fast
+        encode = self.rust.encode_batch if self.slowly else self.rust.encode_batch_fast
         return [self.cut(encoding) for encoding in encode(texts)]
 
     def cut(self, encoding: Any) -> tuple[np.ndarray, np.ndarray, bool]:
@@ -210,25 +239,6 @@ def _chunks(pairs: Pairs) -> Iterator[slice]:
         if row + 1 - start == CHUNK or size > CHARACTERS or row + 1 == len(pairs):
             yield slice(start, row + 1)
             start, size = row + 1, 0
-
-
-def _encode(pairs: Pairs, encoder: Encoder, fingerprint: str, progress: bool, check: Callable[[], None]) -> Tokens:
-    flat, types, lengths, truncated = [], [], [], []
-    with tqdm(total=len(pairs), desc="tokenising", unit="pair", delay=3, disable=None if progress else True) as bar:
-        for chunk in _chunks(pairs):
-            encoded = encoder.encode(list(zip(pairs.premise[chunk], pairs.hypothesis[chunk], strict=True)))
-            flat.append(np.concatenate([ids for ids, _, _ in encoded]))
-            types.append(np.concatenate([own for _, own, _ in encoded]))
-            lengths += [len(ids) for ids, _, _ in encoded]
-            truncated += [cut for _, _, cut in encoded]
-            bar.update(len(encoded))
-            check()
-    if 0 in lengths:
-        raise UserError(
-            f"{pairs.at(lengths.index(0))}: the tokenizer makes no token of this pair, not even a special one"
-        )
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return Tokens(np.concatenate(flat), offsets, np.concatenate(types), np.array(truncated), fingerprint)
 
 
 def _checksum(arrays: dict[str, np.ndarray]) -> str:

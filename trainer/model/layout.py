@@ -30,6 +30,14 @@ class Moved(torch.autograd.Function):
         return moved if real is None else moved.mul_(real[:, None]), None, None, None
 
 
+def moved(rows: torch.Tensor, forth: torch.Tensor, back: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """Moved of them. Without gradients the function around the operation takes longer than that, for one pair."""
+    if not torch.is_grad_enabled():
+        return rows.index_select(0, forth)
+    result: torch.Tensor = Moved.apply(rows, forth, back, real)
+    return result
+
+
 class Taken(torch.autograd.Function):
     """rows.index_select(0, places) of `places` that differ, so that the backward needs no sum."""
 
@@ -100,12 +108,12 @@ class Layout:
         `parts`: queries, keys and values, say, of which each has its own grid.
         """
         token, place, _ = self._once(("moves", heads, parts), lambda: self._moves(heads, parts))
-        return Moved.apply(rows, token, place, None)
+        return moved(rows, token, place, None)
 
     def tokens(self, rows: torch.Tensor, heads: int = 1) -> torch.Tensor:
         """(slots * heads, ...) back to (tokens * heads, ...)."""
         token, place, real = self._once(("moves", heads, 1), lambda: self._moves(heads, 1))
-        return Moved.apply(rows, place, token, real)
+        return moved(rows, place, token, real)
 
     def filled(self, values: torch.Tensor, filler: int) -> torch.Tensor:
         """(tokens,) to the only group's (pairs, longest), with `filler` where no token lies."""
