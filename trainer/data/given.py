@@ -1,8 +1,8 @@
 """Pairs that a Python program has in memory: as a table to predict, or as files that fields name, a run can resume,
 and every rank can read.
 
-A data set is a `datasets.Dataset`, a pandas DataFrame, a pyarrow.Table, a list of (premise, hypothesis, label), or a list of
-dicts. As a file it is <cache>/data/<hash of its content>/NAME.parquet, so the same pairs are the same file.
+A data set is a `datasets.Dataset`, a pandas DataFrame, a pyarrow.Table, a list of (premise, hypothesis, label), or a
+list of dicts. As a file it is <cache>/data/<hash of its content>/NAME.parquet, so the same pairs are the same file.
 """
 
 import hashlib
