@@ -43,7 +43,7 @@ from trainer.run.versions import code_hash, versions
 from trainer.schedules import Schedule
 from trainer.step.exact import ExactStep
 from trainer.step.form import make_step
-from trainer.step.loss import Loss, class_weights
+from trainer.step.loss import class_weights
 from trainer.step.memory import fit_micro_batches
 from trainer.step.plain import PlainStep
 
@@ -74,15 +74,13 @@ def train(config: Config, report: Callable[[Path], None] | None = None) -> dict[
 def prepare(config: Config, world: World, preemption: Preemption | None = None) -> Trainer:
     """Reads and checks everything that the run needs, before its first step. Raises UserError."""
     preemption = preemption or Preemption(world, [])
-    shared = (own for own in dataclasses.fields(config) if rule(own).kind in ("run", "method", "upkeep"))
-    world.agree(lambda: {own.name: getattr(config, own.name) for own in shared} | versions() | {"code": code_hash()})
+    agree_on_run(config, world)
     backend = make_backend(config, world)
     opened = open_run(config, world)
     pairs = read_pairs(config)
     model = build_model(config, world, pairs["train"].label_names)
     meter = Meter(config, world)  # from here on it is work, not looking for mistakes
     data = tokenize_splits(config, world, pairs, model, preemption)
-    loss = Loss(config, data["train"], world.device)
     sampler = make_sampler(config, world, data["train"])
     schedule = Schedule(config, sampler.num_steps)
     with failures(config, world, opened.path):
@@ -104,7 +102,6 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
         split=data["train"],
         model=model,
         backend=backend,
-        loss=loss,
         forward=forward,
         state=start.state,
         micro_batch_size=config.per_device_train_batch_size,
@@ -124,6 +121,12 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
         preemption=preemption,
         plain=plain,
     )
+
+
+def agree_on_run(config: Config, world: World) -> None:
+    """Raises UserError where the ranks were started with other settings, or run other code."""
+    shared = (own for own in dataclasses.fields(config) if rule(own).kind in ("run", "method", "upkeep"))
+    world.agree(lambda: {own.name: getattr(config, own.name) for own in shared} | versions() | {"code": code_hash()})
 
 
 def read_pairs(config: Config) -> dict[str, Pairs]:

@@ -20,6 +20,7 @@ from trainer.model.batch import Batch, assemble
 from trainer.model.calls import DropoutCalls
 from trainer.model.dropout import KeyedDropout
 from trainer.model.embedding import UsedRows
+from trainer.model.facts import first_position, num_rows, number_of_types, pads_left
 from trainer.model.families import adopt
 from trainer.model.layout import Layout
 from trainer.model.lora import Lora, is_adapter
@@ -270,31 +271,3 @@ def compile_layers(model: CrossEncoder, **options: Any) -> None:
             module.columns = columns_of(module.site, 1, widest, next(model.parameters()).device)[0]
     for part in parts:
         part.compile(dynamic=True, **options)
-
-
-def num_rows(model: Any) -> int:
-    """The tokens that the model has, frozen rows included. Raises UserError where it has no table of them."""
-    try:
-        table = model.get_input_embeddings()
-    except (NotImplementedError, AttributeError):
-        raise UserError(f"{model.config.model_type} has no table of tokens, which crossrank needs") from None
-    return len(table.place) if isinstance(table, UsedRows) else int(table.weight.shape[0])
-
-
-def number_of_types(model: Any) -> int:
-    """How many token types the model tells apart."""
-    if model.config.model_type == "xlnet":
-        return int(1e9)  # it compares them, and has no table
-    return getattr(model.config, "type_vocab_size", None) or 0
-
-
-def pads_left(model: Any) -> bool:
-    """Whether the model takes the last place for a pair's last token, as XLNet does."""
-    return getattr(model.config, "summary_type", "") == "last" and hasattr(model, "sequence_summary")
-
-
-def first_position(model: Any) -> int:
-    """The position of a pair's first token: 0, or in RoBERTa's kind the padding token's number + 1."""
-    positions = next((m for n, m in model.named_modules() if n.endswith("position_embeddings")), None)
-    padding = getattr(positions, "padding_idx", None)
-    return 0 if padding is None else padding + 1

@@ -5,7 +5,7 @@ from typing import Any
 
 from trainer.base.errors import UserError
 from trainer.base.log import log
-from trainer.model.cross_encoder import first_position, num_rows
+from trainer.model.facts import first_position, num_rows
 from trainer.model.families import FAMILIES
 
 # What changes only how a forward runs or what it returns besides the logits, and would break ours.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -39,11 +39,14 @@ class PlainStep:
     split: Split
     model: CrossEncoder
     backend: Single
-    loss: Loss
     forward: Callable[[Batch], torch.Tensor]
     state: State
     micro_batch_size: int
     batch_size: int
+    loss: Loss = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.loss = Loss(self.config, self.split, self.world.device)
 
     def __call__(self, current: Step, rate: float) -> torch.Tensor:
         """Takes the step. Returns the gradient's norm, on the device."""
