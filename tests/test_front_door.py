@@ -51,7 +51,8 @@ def test_what_is_launched_is_our_own_file(folder):
     """`python -m crossrank` would start the user's."""
     (folder / "crossrank.py").write_text(THEIRS)
     command = [str(ROOT / "crossrank.py"), "launch", "local", "--nproc", "2", "--", "train", "--recipe", "demo",
-               "--max_train_samples", "64", "--max_steps", "1", "--track_emissions=0", "--output_dir=run"]  # fmt: skip
+               "--max_train_samples", "64", "--max_eval_samples", "9", "--max_test_samples", "9", "--max_steps", "1",
+               "--track_emissions=0", "--write_report=0", "--output_dir=run"]  # fmt: skip
     result = run(folder, *command)
     assert result.returncode == 0, result.stderr
     assert (folder / "run" / "results.json").exists()

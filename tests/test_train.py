@@ -277,12 +277,13 @@ def test_the_failing_ranks_error_is_printed_once(tmp_path, rank, where):
 
 
 def test_mistakes_are_reported_once(tmp_path):
-    for options, expected in (
-        (["--backend", "single"], "cannot wire 2 ranks"),
-        (["--train_file", tmp_path / "none.csv"], "no such file"),
-        (["--lerning_rate", "1"], "did you mean"),
+    """Before the ranks have met, too, which makes it the launcher's business."""
+    for start, options, expected in (
+        (crossrank, ["--backend", "single"], "cannot wire 2 ranks"),
+        (crossrank, ["--train_file", tmp_path / "none.csv"], "no such file"),
+        (torchrun, ["--lerning_rate", "1"], "did you mean"),
     ):
-        result = torchrun("train", *SMALL, *options, ranks=2, check=False)
+        result = start("train", *SMALL, *options, ranks=2, check=False)
         assert result.returncode != 0
         assert result.said.count(expected) == 1
         assert "crossrank:" in result.said

@@ -54,7 +54,7 @@ def classifier(kind: str, shape: dict[str, Any]) -> Any:
 def count_case(name: str) -> dict[str, Any]:
     """{"plain": ..., "static": ..., "kernels": ..., "evaluation": ...} of one of CASES, as Counted.to_json gives it.
 
-    No static step of a model that runs padded. "others": distilroberta's with kernels, on 61 other pairs of the shape.
+    No static step of a model that runs padded. "others": bert's with kernels, on 61 other pairs of the shape.
     """
     kind, shape = CASES[name]
     lengths = drawn_lengths()
@@ -67,6 +67,6 @@ def count_case(name: str) -> dict[str, Any]:
 
     forms = ["plain", "static", "kernels"] if encoder().layout else ["plain"]
     counted = {form: counted_step(encoder(), config, split, form).to_json() for form in forms}
-    if name == "distilroberta":
+    if name == "bert":
         counted["others"] = counted_step(encoder(others), config, others, "kernels").to_json()
     return counted | {"evaluation": counted_evaluation(encoder(), config, split).to_json()}

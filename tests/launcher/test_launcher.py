@@ -237,7 +237,8 @@ def test_torchruns_command():
 def test_local_runs(tmp_path):
     """Two processes end as one does."""
     options = ["--recipe", "demo", "--max_steps", "5", "--logging_steps", "1", "--max_train_samples", "320",
-               "--max_test_samples", "101"]  # fmt: skip
+               "--max_eval_samples", "30", "--max_test_samples", "30", "--track_emissions", "false", "--write_report",
+               "false"]  # fmt: skip
     for nproc in (1, 2):
         result = launch("local", "--nproc", nproc, "--", "train", *options, "--output_dir", tmp_path / str(nproc))
         assert result.returncode == 0, result.stderr

@@ -361,7 +361,8 @@ def test_a_step_that_is_not_repeatable_is_not_trusted(trainer, monkeypatch):
         (["--skip_nonfinite", "3"], "skip_nonfinite is set"),
     ],
 )
-def test_what_a_static_step_cannot_do_is_said(tmp_path, said, options, reason):
+def test_what_a_static_step_cannot_do_is_said(tmp_path, said, options, reason, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *args, **given: None)  # whose compiler takes long to load
     trainer = prepare(parse_train([*STATIC, *options, "--output_dir", str(tmp_path / "run")]), World(0, 1, 0, CPU))
     assert make_step(trainer.plain) is None
     assert f"no static steps: {reason}" in said

@@ -16,7 +16,7 @@ from trainer.report.kept import write_card
 from trainer.report.page import page
 from trainer.report.plots import draw
 from trainer.report.read import read_run
-from trainer.report.sweeps import gaps, runs_in, titles
+from trainer.report.sweeps import gaps, runs_in
 
 
 def write_report(folder: Path) -> Path:
@@ -61,7 +61,6 @@ def report(folders: list[str], output_dir: str | None) -> None:
     if lacking := gaps(runs, [name for _, absent in found for name in absent]):
         log.warning(lacking)
     path = write_comparison(runs, target, lacking)
-    names = dict(zip((run.folder for run in runs), titles(runs), strict=True))
     for run, other in beside(runs, grouped(runs)):
-        log.info(f"{names[run.folder]} beside {names[other.folder]}: {compared(run, other)}")
+        log.info(f"{run.folder} beside {other.folder}: {compared(run, other)}")
     log.info(f"report: {path}")
