@@ -96,7 +96,6 @@ def test_names_of_sentence_transformers():
     assert {name.partition("(")[0] for name in named} >= {*every, *evaluation.__all__[:4]}
 
 
-@pytest.mark.xfail(reason="until mixes, label maps and scores are there", strict=False)
 @pytest.mark.parametrize("example", ["A mix, and sets of two classes", "Scores, as in STS-B"])
 def test_the_examples_run(example, tmp_path, monkeypatch):
     part = re.split(r"\n##+ ", PAGE.split(f"### {example}\n")[1])[0]
