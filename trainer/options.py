@@ -128,7 +128,8 @@ class OptimisationConfig(Fields):
     learning_rate: float = option(5e-5, at_least=0)
     """Peak learning rate of AdamW."""
     layerwise_lr_decay: float = option(1.0, above=0, at_most=1)
-    """Learning rate of a layer relative to the one above it, such as 0.9; 1 = all alike. The head has the full one."""
+    """Learning rate of a layer relative to the one above it, such as 0.9; 1 = all alike. The head and the top layer
+    have the full one."""
     freeze_embeddings: bool = False
     """Leave the embeddings as they are."""
     freeze_layers: int = option(0, at_least=0)

@@ -66,9 +66,9 @@ class PredictConfig(Fields):
     prefix: str | None = None
     """What the names of the new columns begin with, where the input has such columns itself."""
     premise_column: str | None = None
-    """None = `premise`, else `sentence1`."""
+    """None = `premise`, else `sentence1`, `sentence_A` or `context`."""
     hypothesis_column: str | None = None
-    """None = `hypothesis`, else `sentence2`."""
+    """None = `hypothesis`, else `sentence2` or `sentence_B`."""
     on_error: Literal["fail", "mark"] = "fail"
     """What to do at a row that cannot be used, such as an empty line, or one without text: `fail`, or `mark` it: its
     new columns are empty, and one more, `error`, says why."""
@@ -140,8 +140,8 @@ class Model:
         Args:
             pairs: (premise, hypothesis) each, or dicts, a DataFrame, a datasets.Dataset or a pyarrow.Table with such
                 columns. Of a single pair of texts the result lacks the first dimension.
-            premise_column: None = `premise`, else `sentence1`.
-            hypothesis_column: None = `hypothesis`, else `sentence2`.
+            premise_column: None = `premise`, else `sentence1`, `sentence_A` or `context`.
+            hypothesis_column: None = `hypothesis`, else `sentence2` or `sentence_B`.
 
         Raises UserError naming a pair without text.
         """
@@ -153,6 +153,7 @@ class Model:
             scores = None if logits is None else activated(logits, predictor.objective)
             if world.size > 1:
                 scores = np.array(world.broadcast(None if scores is None else scores.tolist()))
+                scores = scores.reshape(-1, predictor.model.num_classes)
         assert scores is not None
         if predictor.model.num_classes == 1:
             scores = scores.reshape(-1)

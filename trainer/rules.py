@@ -50,12 +50,12 @@ def _check_parts(config: Any) -> None:
         raise UserError("push_to_hub needs write_report, since a model goes there with its card")
     if config.dataset_name is None and config.train_file is None:
         raise UserError("no data: give --train_file FILE, --dataset_name NAME, or a --recipe that names a data set")
-    if config.label_names is not None and len(set(config.label_names)) != len(config.label_names):
-        raise UserError(f"label_names holds a name twice: {config.label_names}")
 
 
 def _check_objective(config: Any) -> None:
     """What is learned, and what it is scored by."""
+    if config.label_names is not None and len(set(config.label_names)) != len(config.label_names):
+        raise UserError(f"label_names holds a name twice: {config.label_names}")
     objective, metric = config.objective, config.metric_for_best_model
     valid = (*SCORES[objective], "loss")
     if metric is not None and metric not in valid:

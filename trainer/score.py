@@ -35,7 +35,7 @@ def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, ou
     objective = predictor.objective
     splits = {
         role: Split(pairs.split, pairs, predictor.tokens(pairs, cache_folder()))
-        for role, pairs in load_scored(data, predictor.label_names, True, objective).items()
+        for role, pairs in load_scored(data, predictor.model.classes, True, objective).items()
     }
     world.agree(lambda: {role: split.tokens.fingerprint for role, split in splits.items()})
     if not splits:

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from trainer.data.labels import NLI
 from trainer.data.mix import Mix
 from trainer.data.places import Place, at, rows_at
 from trainer.data.sampler import GlobalBatchSampler, epoch_order
-from trainer.data.sources import load_pairs, load_splits
+from trainer.data.sources import load_pairs, load_splits, split_name
 from trainer.run.about import of_files, of_sources, padding
 
 
@@ -342,3 +343,23 @@ def test_weights_need_sources(tmp_path):
     config = DataConfig(train_file=str(write(tmp_path / "a.csv", rows("x", "y"))), source_weights="a=2")
     with pytest.raises(UserError, match="source_weights needs several sources"):
         load_splits(config)
+
+
+def test_a_folder_beside_files(tmp_path):
+    """It is neither left out nor taken without a word."""
+    make(tmp_path, "a.csv", "more/b.csv")
+    for item in ("@", "@*"):
+        with pytest.raises(UserError, match=r"holds the folder more beside files"):
+            named(tmp_path, item)
+    assert named(tmp_path, "@*.csv") == {"a": ["a.csv"]}
+    assert named(tmp_path, "@**/*") == {"a": ["a.csv"], "b": ["more/b.csv"]}
+
+
+def test_a_file_in_memory_is_a_file():
+    assert not pipes.is_stream(Path("/dev/shm/pairs.csv"))
+    assert all(map(pipes.is_stream, map(Path, ("/dev/stdin", "/dev/fd/63"))))
+
+
+@pytest.mark.parametrize(("title", "name"), [("latest", "latest-test"), ("rte-test", "rte-test"), ("test", "test")])
+def test_what_a_set_is_called(title, name):
+    assert split_name(title, "test") == name

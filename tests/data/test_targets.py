@@ -95,8 +95,26 @@ def test_names_of_classes_are_no_numbers():
 
 
 def test_a_models_name_is_no_label():
-    """Its one output is called LABEL_0, which says nothing of 0 and 1."""
-    assert read([0, 1], "binary_cross_entropy", classes=["LABEL_0"], of_model=True).names == ("0", "1")
+    """Of a model that knows the names of 0 and 1 these count, whatever order a set has them in."""
+    assert read([0, 1], "binary_cross_entropy", of_model=True).names == ("0", "1")
+    known = {"objective": "binary_cross_entropy", "classes": ["no", "yes"], "of_model": True}
+    turned = read([0, 1], own_names=["yes", "no"], **known)
+    assert (turned.label.tolist(), turned.names) == ([1, 0], ("no", "yes"))
+    assert read([0, 1], **known).label.tolist() == [0, 1]
+    assert read(["yes", "no"], **known).label.tolist() == [1, 0]
+    with pytest.raises(UserError, match="'maybe'"):
+        read(["yes", "maybe"], **known)
+
+
+def test_names_of_several_sources():
+    """Two that number the same names in another way are one."""
+    sources = [(read_labels(pa.chunked_array([[0, 1, 1]]), name), own)
+               for name, own in (("a", ["no", "yes"]), ("b", ["yes", "no"]), ("c", None))]  # fmt: skip
+    found = read_targets(sources, DataConfig(), "binary_cross_entropy")
+    assert [own.label.tolist() for own in found] == [[0, 1, 1], [1, 0, 0], [0, 1, 1]]
+    other = [sources[0], (sources[1][0], ["so", "no"])]
+    with pytest.raises(UserError, match="include 'so'"):
+        read_targets(other, DataConfig(), "binary_cross_entropy")
 
 
 def written(path, labels: list) -> list[str]:

@@ -31,11 +31,10 @@ SHARD = re.compile(
 
 @dataclass(frozen=True)
 class Source:
-    """Files of one source, in order. `named`: by its user."""
+    """Files of one source, in order."""
 
     name: str
     paths: tuple[Path, ...]
-    named: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,7 @@ def find_sources(items: list[str], field: str) -> list[Source]:
         groups.setdefault(file.key if file.key in shards else (file.path,), []).append(file)
     choices = [_choices(key, own, len(groups) == 1) for key, own in groups.items()]
     names = _names(choices, [own[0].path for own in groups.values()], field)
-    return [
-        Source(name, tuple(file.path for file in own), own[0].title is not None)
-        for name, own in zip(names, groups.values(), strict=True)
-    ]
+    return [Source(name, tuple(file.path for file in own)) for name, own in zip(names, groups.values(), strict=True)]
 
 
 def _titled(item: str) -> tuple[str | None, str]:
@@ -108,10 +104,13 @@ def _files(item: str) -> Iterator[tuple[str | None, Path]]:
         found = [path] if is_saved(path) else _of_folder(path)
     elif not os.path.lexists(path) and glob.has_magic(text):
         found = [Path(name) for name in sorted(glob.glob(text, recursive=True))]
-        found = [own for own in found if own.is_file() and not NO_DATA.fullmatch(own.name)]
+        found = [own for own in found if not NO_DATA.fullmatch(own.name)]
+        if "**" in text:  # the files in a folder match as well
+            found = [own for own in found if own.is_file()]
         if not found:
             raise UserError(f"{text}: no file matches")
-        _check_kinds(found, text)
+        _check_no_folder([own for own in found if not is_saved(own)], text)
+        _check_kinds([own for own in found if own.is_file()], text)
     else:
         found = [path]
     yield from ((title, own) for own in found)
@@ -125,6 +124,7 @@ def _of_folder(folder: Path) -> list[Path]:
         inner = next((path for path in found if path.is_dir()), None)
         hint = f"; it has folders: give one of them, or {folder / '**' / '*'}" if inner else ""
         raise UserError(f"{folder}: a folder without data files, and none of datasets' save_to_disk{hint}")
+    _check_no_folder(found, str(folder))
     _check_kinds(files, str(folder))
     splits: dict[str, tuple[str, str]] = {}
     for path in files:
@@ -136,6 +136,15 @@ def _of_folder(folder: Path) -> list[Path]:
         raise UserError(f"{folder} holds several splits, as {one} and {other}; name the files of one by a glob, such "
                         f"as {folder}/*{word}*")  # fmt: skip
     return files
+
+
+def _check_no_folder(found: list[Path], place: str) -> None:
+    """A folder beside files would be left out, or be the same data twice."""
+    folder = next((path for path in found if path.is_dir()), None)
+    if folder:
+        some, all_of_them = folder.parent / "*.jsonl", folder.parent / "**" / "*"
+        raise UserError(f"{place} holds the folder {folder.name} beside files, and it is not clear whether what is in "
+                        f"it is meant; say which files are, as {some} or {all_of_them}")  # fmt: skip
 
 
 def _check_kinds(files: list[Path], place: str) -> None:

@@ -125,8 +125,12 @@ def _kept(
         kept.append(rows[:left])
         sources += (names or [])[:left]
     if unused := [part.place for part, rows in zip(parts, kept, strict=True) if not len(rows)]:
-        more = "; max_samples_per_source takes some of each" if role == "train" else ""
-        log.info(f"the first {limit:,} pairs are none of {', '.join(unused)}{more}")
+        places = ", ".join(unused)
+        if limit is None:
+            log.info(f"max_samples_per_source {config.max_samples_per_source} is reached before {places}")
+        else:
+            more = "; max_samples_per_source takes some of each" if role == "train" else ""
+            log.info(f"the first {limit:,} pairs are none of {places}{more}")
     return kept, sources if sources and (len(parts) == 1 or len(set(sources)) > 1) else None
 
 

@@ -56,6 +56,12 @@ class Mix:
         counts = np.bincount(self.codes, minlength=len(self.names)).tolist()
         return [math.floor(w) * count + _part(w, count) for w, count in zip(self.weights, counts, strict=True)]
 
+    @property
+    def often(self) -> np.ndarray:
+        """(pairs,) how often an epoch has each pair, on average."""
+        share = np.array(self.sizes) / np.bincount(self.codes, minlength=len(self.names))
+        return np.asarray(share[self.codes])
+
     def describe(self) -> str:
         """How many of each source an epoch has."""
         each = zip(self.names, self.sizes, np.bincount(self.codes).tolist(), strict=True)

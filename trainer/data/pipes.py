@@ -12,7 +12,8 @@ from pathlib import Path
 from trainer.base.environment import read_place
 from trainer.base.errors import UserError
 
-STREAMS = ("/dev/", "/proc/self/fd/")  # also where a shell has put a file behind them, whose name nobody knows
+# Also where a shell has put a file behind them, whose name nobody knows.
+STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
 BEGINNING = 1 << 16  # bytes that tell what kind of file it is
 
 

@@ -5,6 +5,7 @@ test sets one each. A row without a consensus label (SNLI's `-`, the hub's -1) i
 is an error that names its place. Rows count from 0, header excluded, and a pair keeps the row it had in its source.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,9 +18,7 @@ from trainer.base.fields import mapped
 from trainer.base.log import log
 from trainer.config import DataConfig
 from trainer.data import builtin
-from trainer.data.columns import HYPOTHESIS as HYPOTHESIS
 from trainer.data.columns import LABEL, text_columns
-from trainer.data.columns import PREMISE as PREMISE
 from trainer.data.faults import Faults
 from trainer.data.files import Source, find_sources
 from trainer.data.join import Part, join, part_of
@@ -34,6 +33,8 @@ from trainer.data.splits import Role as Role
 from trainer.data.tables import joined, read_table
 from trainer.data.texts import checked, texts_of
 from trainer.options import Objective
+
+LONGEST_TITLE = 100  # characters of several names together
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def load_splits(config: DataConfig, objective: Objective = "cross_entropy") -> d
 
 
 def load_scored(
-    config: DataConfig, classes: Sequence[str], of_model: bool = False, objective: Objective = "cross_entropy"
+    config: DataConfig, classes: Sequence[str] | None, of_model: bool = False, objective: Objective = "cross_entropy"
 ) -> dict[str, Pairs]:
     """What there is of dev and test: the test sets are "test", "test 2", "test 3" and so on."""
     splits: dict[str, Pairs] = {}
@@ -70,7 +71,8 @@ def load_scored(
         splits["dev"] = pairs
     for number, pairs in enumerate(load_pairs(config, "test", classes, of_model, objective), 1):
         splits["test" if number == 1 else f"test {number}"] = pairs
-    check_maps(config, splits.values(), classes, of_model)
+    if splits:
+        check_maps(config, splits.values(), classes or (), of_model)
     return splits
 
 
@@ -89,7 +91,7 @@ def load_pairs(
     of_model: bool = False,
     objective: Objective = "cross_entropy",
 ) -> list[Pairs]:
-    """The role's split, or every test set. None where the data set has none, or none with labels, which is said.
+    """The role's split, or every test set; none where the data has none, or none with labels, which is said.
 
     `classes` are those of the training split or, with `of_model`, of a model; None = from this split.
     """
@@ -172,12 +174,13 @@ def _title(config: DataConfig, names: list[str], num_sets: int) -> str:
     """What the data of a split are called: by the data set's name, where there is one and nothing to tell apart."""
     if config.has_files and config.dataset_name and num_sets == 1:
         names = [title for title, _, _ in named_sets(config.dataset_name, None)]
-    return "+".join(names) if len(names) < 4 else f"{names[0]}+{len(names) - 1}"
+    together = "+".join(names)
+    return together if len(names) < 4 and len(together) <= LONGEST_TITLE else f"{names[0]}+{len(names) - 1}"
 
 
 def split_name(title: str, role: Role) -> str:
     """`AllNLI-dev`, `snli-test`, ...: as reports, file names and metrics call a split."""
-    if title.endswith(role):
+    if re.fullmatch(rf"(.*[^a-z])?{role}", title, re.IGNORECASE):
         return title
     return f"{'AllNLI' if title == 'all-nli' else title}-{role}"
 

@@ -28,7 +28,7 @@ def read_targets(
 
     Args:
         classes: those of the training split or, with `of_model`, of a model; None = this is the training split. Of
-            binary cross-entropy they are the names of 0 and 1, of which a model knows nothing.
+            binary cross-entropy they are the names of 0 and 1; None = the first column's, where it has any.
 
     Raises UserError naming the first row that says something else.
     """
@@ -39,7 +39,10 @@ def read_targets(
             raise UserError(f"{name} is for classes, and the model here gives one score; leave it out")
     if objective == "mse":
         return [_numbers(labels, config) for labels, _ in columns]
-    return [_binary(labels, config, None if of_model else classes, own_names) for labels, own_names in columns]
+    found: list[Targets] = []
+    for labels, own_names in columns:
+        found.append(_binary(labels, config, classes or (found[0].names if found else None), own_names))
+    return found
 
 
 def _learned(columns: Sequence[Column], config: DataConfig) -> list[Targets]:
@@ -77,10 +80,11 @@ def _common(columns: Sequence[Column], found: list[tuple[str, ...]]) -> tuple[st
                 "mean, from 0, with --label_names"
             )
         if any(fold(name) not in known for name in names):
+            with_map = f"say which class is which with --label_map, such as {names[0]}={classes[0]}, or "
             raise UserError(
                 f"sources with different classes: {reference[0].place} has {', '.join(classes)}, and "
-                f"{column[0].place} has {', '.join(names)}; say which class is which with --label_map, such as "
-                f"{names[0]}={classes[0]}, or name all classes, in the order of their numbers, with --label_names"
+                f"{column[0].place} has {', '.join(names)}; {'' if _is_numbered(column) else with_map}name all "
+                "classes, in the order of their numbers, with --label_names"
             )
     return classes
 
@@ -115,10 +119,15 @@ def _binary(labels: Labels, config: DataConfig, classes: Sequence[str] | None, o
         raise UserError(f"{labels.place}: binary_cross_entropy needs two labels, and has {len(named)} "
                         f"({', '.join(named[:5])}); give --label_names NEGATIVE,POSITIVE, or use objective "
                         "cross_entropy")  # fmt: skip
+    if classes is not None and tuple(classes) == BINARY:
+        classes = None  # which say nothing of names
     known = tuple(classes or named or BINARY)
+    digits = _as_digits(labels)
+    if not named and all(value is None or value in (*BINARY, *NO_CONSENSUS) for value in digits.values):
+        numbers, _ = class_numbers(digits, BINARY)
+        return Targets(numbers, known, np.array([0, 1], np.float32))
     if known == BINARY and not named:
-        labels = _as_digits(labels)
-        for value in labels.values:
+        for value in digits.values:
             if value is not None and value not in (*BINARY, *NO_CONSENSUS) and value.lower() not in MISSING:
                 raise UserError(f"{labels.at(value)}: label is {value!r}, and objective binary_cross_entropy needs 0 "
                                 "and 1; of two names say which is which by --label_names NEGATIVE,POSITIVE, of other "
@@ -130,6 +139,4 @@ def _binary(labels: Labels, config: DataConfig, classes: Sequence[str] | None, o
 def _as_digits(labels: Labels) -> Labels:
     """false and true as 0 and 1."""
     digits = {"false": "0", "true": "1"}
-    values = [value if value is None else digits.get(value.lower(), value) for value in labels.values]
-    place = {value: number for number, value in enumerate(dict.fromkeys(values))}
-    return Labels(labels.place, list(place), np.array([place[value] for value in values], np.int64)[labels.codes])
+    return labels.renamed([value if value is None else digits.get(value.lower(), value) for value in labels.values])

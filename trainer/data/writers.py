@@ -156,7 +156,9 @@ class Csv:
 
     def write(self, given: pa.Table, new: pa.Table) -> None:
         if not self.columns.names:
-            self._line(map(self._cell, [*given.column_names, *new.column_names]))
+            # Quotes around a header say that they enclose cells: in tab-separated files they are often text.
+            always = self.separator == "\t"
+            self._line(self._cell(name, always) for name in [*given.column_names, *new.column_names])
         columns = [[self._cell(_text(value)) for value in values_of(own)] for own in self.columns.of(given)]
         columns += [[self._own(value) for value in own.to_pylist()] for own in self.new_columns.of(new)]
         for row in zip(*columns, strict=True):
@@ -168,12 +170,12 @@ class Csv:
     def _line(self, cells: Any) -> None:
         self.file.write(self.separator.join(cells) + "\n")
 
-    def _cell(self, text: str | None) -> str:
+    def _cell(self, text: str | None, always: bool = False) -> str:
         text = text or ""
         if self.defuse and FORMULA.match(text) and not NUMBER.fullmatch(text):
             text = "'" + text
             self.defused += 1
-        return '"' + text.replace('"', '""') + '"' if self.enclosed.search(text) else text
+        return '"' + text.replace('"', '""') + '"' if always or self.enclosed.search(text) else text
 
 
 @contextmanager

@@ -78,6 +78,12 @@ class CrossEncoder(nn.Module):
         return [self.model.config.id2label[i] for i in range(self.num_classes)]
 
     @property
+    def classes(self) -> list[str] | None:
+        """What labels mean: its classes, or of a score the names of 0 and 1; None where it says nothing of them."""
+        known: list[str] | None = getattr(self.model.config, "score_labels", None)
+        return self.label_names if self.objective == "cross_entropy" else known
+
+    @property
     def num_parameters(self) -> int:
         """Frozen rows included, adapters not."""
         frozen = self.used_rows[1].frozen.numel() if self.used_rows else 0

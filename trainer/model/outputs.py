@@ -23,12 +23,16 @@ PROBLEM_TYPES: dict[Objective, str] = {
 
 
 def settle_outputs(settings: Any, objective: Objective, classes: Sequence[str]) -> list[str]:
-    """Makes a config one of a model with these outputs, whose names are returned: the classes, or that of a score."""
+    """Makes a config one of a model with these outputs, whose names are returned: the classes, or that of a score.
+
+    `score_labels` there are the names of 0 and 1, by which sets are scored later whose labels are names.
+    """
     names = list(classes if objective == "cross_entropy" else SCORE)
     settings.num_labels = len(names)
     settings.id2label = dict(enumerate(names))
     settings.label2id = {name: number for number, name in enumerate(names)}
     settings.problem_type = PROBLEM_TYPES[objective]
+    settings.score_labels = list(classes) if objective == "binary_cross_entropy" else None
     return names
 
 

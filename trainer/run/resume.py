@@ -45,7 +45,7 @@ def resume(
         state = State.from_json(saved, identity.sampler, world, has_best)
     if found and found.state["best"] and state.best is None:
         log.info(f"the best model so far, of step {found.state['best'][1]}, is not in {opened.path}: the best is that "
-                 "of the evaluations to come")  # fmt: skip
+                 "of the evaluations to come, and any patience begins anew")  # fmt: skip
     if found:
         log.info(f"resuming at step {state.step} from {found.path}")
     if saved is None:

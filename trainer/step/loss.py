@@ -9,9 +9,9 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from trainer.base.errors import UserError
-from trainer.base.fields import mapped
 from trainer.config import Config
-from trainer.data.sources import Pairs
+from trainer.data.mix import Mix
+from trainer.data.pairs import Pairs
 from trainer.data.tokens import Split
 from trainer.model.batch import IGNORED, Batch
 
@@ -76,10 +76,9 @@ def class_weights(config: Config, pairs: Pairs) -> np.ndarray | None:
                             f"classes; give one for each of {', '.join(names)}, in this order")  # fmt: skip
         return np.array(config.class_weights, np.float64).astype(np.float32)
     # n / (classes * n of the class), as scikit-learn's, of the pairs that an epoch has.
-    often = {name: float(weight) for name, weight in mapped(config.source_weights).items()}
-    sources = np.unique(pairs.source, return_inverse=True) if often and pairs.source is not None else None
-    of_pairs = None if sources is None else np.array([often.get(str(name), 1.0) for name in sources[0]])[sources[1]]
-    counts = np.bincount(pairs.label, weights=of_pairs, minlength=len(names))
+    mix = Mix.of(config.source_weights, pairs)
+    often = None if mix is None else mix.often
+    counts = np.bincount(pairs.label, weights=often, minlength=len(names))
     if lost := [name for name, count in zip(names, counts, strict=True) if count == 0]:
         raise UserError(f"class_weights balanced: {pairs.name} has no pair of {', '.join(lost)}; give a number for "
                         f"each of {', '.join(names)}")  # fmt: skip
