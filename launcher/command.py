@@ -14,10 +14,11 @@ from typing import Any
 
 from launcher.devices import num_present, num_visible
 from launcher.sbatch import SlurmConfig, max_runs, render, submit
-from launcher.sweep import SweepConfig, folder_of, in_turn, record, tasks
+from launcher.sweep import SweepConfig, folder_of, in_turn, tasks
 from trainer.base.environment import heard
 from trainer.base.errors import UserError, unknown
 from trainer.base.fields import Fields, option
+from trainer.base.record import record
 from trainer.cli import asks_for_help, grouped, make_parser, parse, parse_train
 from trainer.run.versions import ROOT
 
@@ -108,13 +109,13 @@ def launch_local(options: LocalConfig, arguments: list[str]) -> None:
     if not options.is_sweep:
         run(command, options.dry_run)
         return
-    config = runs[0].config
-    folder = Path(config.output_dir or f"runs/{config.run_name or 'sweep'}-{time.strftime('%Y%m%d-%H%M%S')}")
+    name = runs[0].config.run_name or "sweep"
+    folder = Path(folder_of(arguments) or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     commands = {f"{folder}/{own.folder}": [*command, *own.options, "--output_dir"] for own in runs}
     if options.dry_run:
         print(*(shlex.join([*own, place]) for place, own in commands.items()), sep="\n")
         return
-    record(folder, runs)
+    record(folder, [own.folder for own in runs])
     sys.exit(in_turn({place: settled([*own, place]) for place, own in commands.items()}))
 
 
@@ -136,7 +137,7 @@ def launch_slurm(options: SlurmConfig, arguments: list[str]) -> None:
         return
     job = submit(script, options)
     if options.is_sweep:
-        record(Path(folder_of(arguments) or f"runs/{name}-{job}"), runs)
+        record(Path(folder_of(arguments) or f"runs/{name}-{job}"), [own.folder for own in runs])
     if options.wait:
         from launcher.follow import follow
 

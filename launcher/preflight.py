@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.devices import num_present
+from launcher.sweep import check_run
 from trainer.base.environment import check_host
 from trainer.base.errors import UserError
 from trainer.base.files import write_json
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> int:
     node, num_nodes = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
     try:
         if node == 0:
-            parse_train(arguments)
+            check_run(Path(folder), parse_train(arguments))
             check_port(int(os.environ["MASTER_PORT"]))
         check_host(os.environ["MASTER_ADDR"])
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")

@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from trainer.base.environment import heard
-from trainer.base.errors import UserError, named, unknown
+from trainer.base.errors import UserError, unknown
 from trainer.base.fields import Fields, checked, items, kinds, option, rule
-from trainer.base.files import json_object, write_text
+from trainer.base.record import recorded
 from trainer.cli import parse, parse_train, train_parser
-from trainer.config import Config
+from trainer.config import Config, differences, read_run_config
 
 MAX_RUNS = 1001  # of one sweep: what an array of Slurm holds by itself
 SEEDS = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
-RECORD = "sweep.json"  # in the sweep's folder: the runs that are to come, for the report to miss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +80,9 @@ def tasks(options: SweepConfig, arguments: list[str], most: int = MAX_RUNS) -> l
     if not options.is_sweep:
         return [Task("", (), parse_train(arguments))]
     given = parse(train_parser(explained=False), arguments)
-    if (Path(folder_of(arguments) or ".") / "about.json").exists():
-        raise UserError(f"{given['output_dir']} is a run's folder; the sweep needs one of its own: choose another "
-                        "--output_dir")  # fmt: skip
+    folder = folder_of(arguments)
+    if folder is not None and (Path(folder) / "about.json").exists():
+        raise UserError(f"{folder} is a run's folder; the sweep needs one of its own: choose another --output_dir")
     axes = [axis(text, given) for text in options.grid or ()]
     names = [name for name, _ in axes]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -97,7 +96,34 @@ def tasks(options: SweepConfig, arguments: list[str], most: int = MAX_RUNS) -> l
     if number > most:
         raise UserError(f"the sweep has more than {most} runs, which is what one array of jobs can hold (Slurm's "
                         "MaxArraySize); give fewer values or seeds, or submit it in parts")  # fmt: skip
-    return list(_checked(axes, arguments))
+    runs = list(_checked(axes, arguments))
+    if folder is not None:
+        recorded(Path(folder))  # a damaged list is found here, before anything is queued
+        for run in runs:
+            check_run(Path(folder) / run.folder, run.config)
+    return runs
+
+
+def is_finished(folder: Path | str) -> bool:
+    return (Path(folder) / "results.json").exists()
+
+
+def check_run(folder: Path, config: Config) -> None:
+    """Raises UserError where `folder` holds a run, finished or not, that is not the one of `config`.
+
+    One that is resumed asks what is in its data, not how they are called; a finished one asks nothing any more, so
+    their names must be the same, too.
+    """
+    finished = is_finished(folder)
+    if absent := [name for name in ("about.json", "config.yaml") if not (folder / name).is_file()]:
+        if finished:
+            raise UserError(f"{folder} holds results.json, but no {absent[0]}, and so no finished run; move it, or "
+                            "choose another --output_dir")  # fmt: skip
+        return  # whatever it is, the run itself will see
+    saved = read_run_config(folder / "config.yaml")
+    if differing := differences(saved, config, ("run", "source") if finished else ("run",)):
+        raise UserError(f"{folder} holds {'a finished' if finished else 'an unfinished'} run of another config "
+                        f"({'; '.join(differing)}); use its config, or choose another --output_dir")  # fmt: skip
 
 
 def _checked(axes: list[tuple[str, list[str]]], arguments: list[str]) -> Iterator[Task]:
@@ -183,22 +209,12 @@ def folder_of(arguments: list[str]) -> str | None:
     return folder and os.path.expanduser(folder)
 
 
-def record(folder: Path, runs: list[Task]) -> None:
-    """Leaves in the sweep's folder which runs it is to have, beside those of an earlier sweep. Raises UserError."""
-    path = folder / RECORD
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        before = json_object(path.read_bytes())["runs"] if path.exists() else []
-        write_text(path, json.dumps({"runs": list(dict.fromkeys([*before, *(run.folder for run in runs)]))}, indent=1))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot write the sweep's list of runs {path}: {named(error)}") from None
-
-
 def in_turn(commands: dict[str, list[str]]) -> int:
     """Runs each command, by the folder of its run, after the one before; returns an exit code.
 
     A run that is finished is left as it is, and one that fails does not keep the others from theirs. A request to stop
-    is handed on, and no run follows the one that it has stopped.
+    is handed on, and no run follows the one that it has stopped; the code is that run's own, or the signal's where the
+    run has ended well, but others are left.
     """
     asked: list[int] = []
     told = 0  # so many of them, since one may come while the process starts
@@ -216,16 +232,19 @@ def in_turn(commands: dict[str, list[str]]) -> int:
         signal.signal(getattr(signal, name), hand_on)
     failed = {}
     for place, (folder, command) in enumerate(commands.items(), 1):
-        if (Path(folder) / "results.json").exists():
+        if is_finished(folder):
             print(f"run {place} of {len(commands)} is finished: {folder}", file=sys.stderr, flush=True)
             continue
+        if asked:
+            return 128 + asked[0]
         print(f"run {place} of {len(commands)}: {folder}", file=sys.stderr, flush=True)
         # In a session of its own: a terminal's Ctrl-C would come twice, and twice means at once.
         process = subprocess.Popen(command, start_new_session=True)
         hand_on()
         code = process.wait()
-        if asked:
-            return code if code >= 0 else 128 - code
+        process = None  # what is asked from now on is for the next one
+        if asked and code:
+            return code if code > 0 else 128 - code
         if code:
             failed[folder] = code
     for folder, code in failed.items():

@@ -62,6 +62,14 @@ begin() {
     rm -rf "$run_folder/.preflight-$SLURM_JOB_ID" "$run_folder"/*".exit-$SLURM_JOB_ID"*
 }
 
+# Of an array that is submitted again, a run may be finished; that it is this one has been seen in `begin`.
+leave_finished() {
+    if [ -e "$run_folder/results.json" ]; then
+        echo "finished before: $run_folder"
+        exit 0
+    fi
+}
+
 # Slurm's warning goes to this shell, which hands it on to the ranks. No trap for TERM: what its user cancels stays so.
 step='' warned=''
 warn() {

@@ -4,13 +4,15 @@ Fields are flat and carry the names that transformers' TrainingArguments and run
 card's hyperparameter list can be pasted into a config file. Nothing here imports torch: a login node can check a run.
 """
 
+import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from trainer import rules
 from trainer.base.errors import UserError
-from trainer.base.fields import Fields, checked, option
+from trainer.base.fields import Fields, checked, option, rule
 from trainer.base.yaml_files import read_mapping
 from trainer.options import MAIN_SCORE, Metric
 from trainer.options import SCORES as SCORES
@@ -188,3 +190,13 @@ def read_run_config(path: Path) -> dict[str, Any]:
     if not (values := read_yaml(path)):
         raise UserError(f"{path} is damaged: it holds no field; take it from a copy of the run")
     return values
+
+
+def differences(saved: dict[str, Any], config: Config, kinds: Collection[str] = ("run",)) -> list[str]:
+    """The fields of `kinds` in which a run's saved config differs from `config`, so that it would be another run."""
+    now = {own.name: getattr(config, own.name) for own in dataclasses.fields(config) if rule(own).kind in kinds}
+    return [
+        f"{name}: saved {saved[name]!r}, now {value!r}"
+        for name, value in now.items()
+        if name in saved and saved[name] != value
+    ]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -13,10 +14,14 @@ import pytest
 from conftest import ROOT, crossrank, losses
 
 from launcher import sbatch, sweep
+from launcher.preflight import main as preflight
 from launcher.sbatch import SlurmConfig, render
 from launcher.sweep import SweepConfig, in_turn, tasks
 from trainer.__main__ import main
 from trainer.base.errors import UserError
+from trainer.base.record import record, recorded
+from trainer.cli import parse_train
+from trainer.run.folder import write_config
 
 DEMO = ["--recipe", "demo"]
 GRID = ["learning_rate=1e-5,5e-5", "train-batch-size=32,64"]
@@ -109,6 +114,65 @@ def test_a_grid_and_its_arguments(tmp_path):
         folders(seeds="0-99999999999")
 
 
+def test_the_working_folder_is_no_sweeps(tmp_path, monkeypatch):
+    """Where no folder is named the sweep makes its own, whatever lies here."""
+    (tmp_path / "about.json").touch()
+    monkeypatch.chdir(tmp_path)
+    assert folders("learning_rate=1e-5") == ["learning_rate-1e-5"]
+
+
+def test_a_run_of_another_config_is_not_this_one(tmp_path, monkeypatch, capsys):
+    """Nothing is started or queued beside it, and a task of a script that was kept does not take it for its own."""
+    folder = tmp_path / "sw" / "learning_rate-1e-5" / "seed-1"
+    folder.mkdir(parents=True)
+    (tmp_path / "a.csv").touch()
+
+    def refused(*arguments: str) -> str:
+        given = [*DEMO, *arguments]
+        try:
+            folders("learning_rate=2e-5,1e-5", seeds="0-1", arguments=[*given, "--output_dir", str(tmp_path / "sw")])
+            expected = ""
+        except UserError as error:
+            expected = str(error)
+        own = [*given, "--learning_rate=1e-5", "--seed=1", "--output_dir", str(folder)]
+        assert preflight([str(folder), *own]) == (2 if expected else 0)
+        assert expected in capsys.readouterr().err
+        return expected
+
+    environment = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_ID": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (environment | {"MASTER_PORT": "0"}).items():
+        monkeypatch.setenv(name, value)
+    (folder / "results.json").write_text("{}")
+    assert f"{folder} holds results.json, but no about.json" in refused()
+    (folder / "about.json").write_text("{}")
+    assert f"{folder} holds results.json, but no config.yaml" in refused()
+    write_config(folder, parse_train([*DEMO, "--learning_rate", "1e-5", "--seed", "1", "--output_dir", str(folder)]))
+    assert not refused()
+    assert not refused("--save_steps", "7", "--unpad", "false")
+    assert "holds a finished run of another config (num_train_epochs: saved " in refused("--num_train_epochs", "7")
+    assert "train_file: saved None, now " in refused("--train_file", str(tmp_path / "a.csv"))
+    (folder / "results.json").unlink()
+    assert not refused()
+    assert f"{folder} holds an unfinished run of another config (max_length: " in refused("--max_length", "7")
+
+
+def test_the_list_of_runs(tmp_path):
+    """A damaged one is found before anything is queued, and what cannot be read is told from what cannot be written."""
+    record(tmp_path / "sw", ["a", "b"])
+    record(tmp_path / "sw", ["c", "b"])
+    assert recorded(tmp_path / "sw") == ["a", "b", "c"]
+    for text in ('{"runs": 5}', '{"runs": "abc"}', '{"runs": [5]}', "{}", "[]", "{", "\xff"):
+        (tmp_path / "sw" / "sweep.json").write_bytes(text.encode("latin-1"))
+        for do in (
+            lambda: record(tmp_path / "sw", ["a"]),
+            lambda: folders("learning_rate=1e-5", arguments=[*DEMO, "--output_dir", str(tmp_path / "sw")]),
+        ):
+            with pytest.raises(UserError, match=r"sweep\.json is damaged: .*; remove it"):
+                do()
+    with pytest.raises(UserError, match=r"cannot write .*sweep\.json/sweep\.json: "):
+        record(tmp_path / "sw" / "sweep.json", ["a"])
+
+
 def test_what_a_config_leaves_out_is_said_once(said, tmp_path):
     folders(*GRID, arguments=[*DEMO, "--train_file", str(tmp_path / "a.csv")])
     assert len(said) == 1
@@ -184,6 +248,44 @@ def test_asked_to_stop(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.communicate()[0] == "told\n"
     assert process.returncode == 85
+
+
+@pytest.mark.parametrize(("further", "expected"), [(["c"], 128 + signal.SIGTERM), ([], 0)])
+def test_stopped_too_late(tmp_path, further, expected):
+    """The run ends well all the same: it is no success while others are left, and those that are finished are not."""
+    run = "trap 'touch results.json; kill $!; exit 0' TERM; echo ready; sleep 60 & wait"
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "results.json").touch()
+    commands = {str(tmp_path / name): ["bash", "-c", run] for name in ["a", "b", *further]}
+    code = f"import sys; from launcher.sweep import in_turn; sys.exit(in_turn({commands}))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate()[0] == ""
+    assert process.returncode == expected
+
+
+def test_a_config_files_folder_is_not_the_sweeps(tmp_path, capsys, monkeypatch):
+    """It is that of an earlier run, as a rule; the scripts of Slurm do not use it either."""
+    (tmp_path / "config.yaml").write_text("output_dir: earlier\nrun_name: mine\n")
+    monkeypatch.chdir(tmp_path)
+    start = [
+        "launch",
+        "local",
+        "--grid",
+        "learning_rate=1e-5",
+        "--dry_run",
+        "--",
+        "train",
+        *DEMO,
+        "--config",
+        "config.yaml",
+    ]
+    assert main(start) == 0
+    assert re.search(r" --output_dir runs/mine-[\d-]+/learning_rate-1e-5$", capsys.readouterr().out)
 
 
 def test_the_commands_of_a_local_sweep(tmp_path, capsys, monkeypatch):

@@ -5,11 +5,9 @@ import os
 import re
 from pathlib import Path
 
-from trainer.base.errors import UserError, first_line
-from trainer.base.files import json_object
+from trainer.base.errors import UserError
+from trainer.base.record import recorded
 from trainer.report.read import Run
-
-RECORD = "sweep.json"  # see launcher/sweep.py
 
 
 def runs_in(folder: Path) -> tuple[list[Path], list[str]]:
@@ -22,20 +20,10 @@ def runs_in(folder: Path) -> tuple[list[Path], list[str]]:
     found = {path.parent for level in ("*", "*/*") for path in folder.glob(f"{level}/about.json")}
     # A model or a checkpoint of a run lies in it.
     found = {run for run in found if run.parent not in found}
-    absent = [name for name in _recorded(folder / RECORD) if folder / name not in found]
+    absent = [name for name in map(os.path.normpath, recorded(folder)) if folder / name not in found]
     if absent and not found:
         raise UserError(f"of the sweep {folder} no run has begun yet; {len(absent)} are to come")
     return sorted(found, key=_in_order) or [folder], absent
-
-
-def _recorded(path: Path) -> list[str]:
-    """Raises UserError for a damaged list."""
-    if not path.is_file():
-        return []
-    try:
-        return [str(Path(name)) for name in json_object(path.read_bytes())["runs"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {first_line(error)}; remove it, and no run will be missed") from None
 
 
 def _in_order(path: Path) -> list[tuple[int, str]]:

@@ -6,15 +6,13 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from trainer.base.errors import UserError, named, reason
-from trainer.base.fields import rule
 from trainer.base.files import json_object, obstacle, remove_remains, write_text
 from trainer.base.yaml_files import dump, read_mapping
-from trainer.config import Config, read_run_config
+from trainer.config import Config, differences, read_run_config
 from trainer.ranks import World
 
 WRITTEN = ("about.json", "adapter", "checkpoints", "config.yaml", "emissions.csv", "metrics.jsonl", "model",
@@ -128,13 +126,3 @@ def _take(folder: Path) -> FileLock:
 def write_config(folder: Path, config: Config) -> None:
     """Once it is certain that the run goes on: from now on an unfinished one is there."""
     write_text(folder / "config.yaml", dump(dataclasses.asdict(config)))
-
-
-def differences(saved: dict[str, Any], config: Config) -> list[str]:
-    """The fields in which a run's saved config differs from `config`, so that it would be another run."""
-    now = {own.name: getattr(config, own.name) for own in dataclasses.fields(config) if rule(own).kind == "run"}
-    return [
-        f"{name}: saved {saved[name]!r}, now {value!r}"
-        for name, value in now.items()
-        if name in saved and saved[name] != value
-    ]
