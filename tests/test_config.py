@@ -277,7 +277,7 @@ def test_values_of_a_file_mean_what_they_say(tmp_path, text):
 
 @pytest.mark.parametrize("value", ["#1.csv", "null", "&x", "1e-5", "a: b", "- a", "[a", "true", "-x.csv", "'q'"])
 def test_text_on_the_command_line_is_text(value):
-    for name in ("train_file", "output_dir", "premise_column"):
+    for name in ("train_file", "output_dir", "hub_model_id"):
         expected = [value] if name == "train_file" else value
         assert getattr(parse_train(["--recipe", "demo", f"--{name}", value]), name) == expected
         assert getattr(parse_train([f"--{name}={value}", "--recipe", "demo"]), name) == expected

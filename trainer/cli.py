@@ -27,6 +27,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+LIST = "A,B"  # the value of a list
+
+
+class Once(argparse.Action):
+    """Of a list: the second one would take the place of the first, where who gives two means both."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if hasattr(namespace, self.dest):
+            raise UserError(f"--{self.dest} is given twice; give all of it at once, as --{self.dest} {LIST.lower()}")
+        setattr(namespace, self.dest, values)
+
+
 def make_parser(prog: str, groups: tuple[type, ...], explained: bool = True, **kwargs: Any) -> Parser:
     """A parser whose options are the fields of `groups`, each group under its own heading.
 
@@ -36,9 +48,13 @@ def make_parser(prog: str, groups: tuple[type, ...], explained: bool = True, **k
     for group in groups:
         section, texts = parser.add_argument_group(group.__doc__), _help(group) if explained else {}
         for own in dataclasses.fields(group):
-            flag: dict[str, Any] = {"action": "append"} if rule(own).repeats else {}
-            if kinds(group)[own.name] in (bool, bool | None):
+            flag: dict[str, Any] = {}
+            if rule(own).repeats:
+                flag = {"action": "append"}
+            elif kinds(group)[own.name] in (bool, bool | None):
                 flag = {"nargs": "?", "const": "true"}
+            elif shown(kinds(group)[own.name]) == LIST:
+                flag = {"action": Once}
             # argparse formats help with %, and shows a default only where it sets it.
             text = f"{texts.get(own.name, '')} (default: {default(own)})".replace("%", "%%")
             section.add_argument(f"--{own.name}", metavar=shown(kinds(group)[own.name]), help=text, **flag)
@@ -52,7 +68,7 @@ def shown(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "{" + ",".join(get_args(kind)) + "}"
     if get_origin(kind) is list:
-        return "A,B"
+        return LIST
     return {int: "N", float: "X", bool: "BOOL"}.get(kind, "TEXT")
 
 

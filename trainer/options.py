@@ -62,12 +62,13 @@ class DataConfig(Fields):
     """Pairs of the dev split; several make one, and are scored also by source."""
     test_file: list[str] | None = option(None, path=True, kind="source")
     """Pairs to test on. Of several, each is a test set by itself."""
-    premise_column: str | None = None
-    """None = `premise`, else `sentence1`, `sentence_A` or `context`."""
-    hypothesis_column: str | None = None
-    """None = `hypothesis`, else `sentence2` or `sentence_B`."""
-    label_column: str | None = None
-    """None = `label`, else `gold_label`, `entailment_judgment`, `entailment_label` or `gold`."""
+    premise_column: list[str] | None = None
+    """None = `premise`, else `sentence1`, `sentence_A` or `context`. Of several, as `a,b`, a file's first counts."""
+    hypothesis_column: list[str] | None = None
+    """None = `hypothesis`, else `sentence2`, `sentence_B` or `query`."""
+    label_column: list[str] | None = None
+    """None = `label`, else `gold_label`, `entailment_judgment`, `entailment_label` or `gold`; of numbers `score`,
+    `similarity` or `relatedness_score`."""
     label_names: list[str] | None = None
     """Class names, in the order of the integer labels, as `a,b,c`; None = from the data. Integers without names mean
     entailment, neutral, contradiction where those are the classes."""

@@ -18,7 +18,7 @@ from trainer.base.fields import Fields, option
 from trainer.base.log import log
 from trainer.config import ModelConfig
 from trainer.data.answers import Answers
-from trainer.data.columns import text_columns
+from trainer.data.columns import Wanted, text_columns
 from trainer.data.faults import Faults, with_columns
 from trainer.data.given import PLACE, is_pair, pairs_of
 from trainer.data.pipes import as_file
@@ -65,10 +65,10 @@ class PredictConfig(Fields):
     one output, `score`."""
     prefix: str | None = None
     """What the names of the new columns begin with, where the input has such columns itself."""
-    premise_column: str | None = None
+    premise_column: list[str] | None = None
     """None = `premise`, else `sentence1`, `sentence_A` or `context`."""
-    hypothesis_column: str | None = None
-    """None = `hypothesis`, else `sentence2` or `sentence_B`."""
+    hypothesis_column: list[str] | None = None
+    """None = `hypothesis`, else `sentence2`, `sentence_B` or `query`."""
     on_error: Literal["fail", "mark"] = "fail"
     """What to do at a row that cannot be used, such as an empty line, or one without text: `fail`, or `mark` it: its
     new columns are empty, and one more, `error`, says why."""
@@ -132,16 +132,14 @@ class Model:
         self.label_names = self.predictor.label_names
         self.lock = threading.Lock()
 
-    def predict(
-        self, pairs: Any, premise_column: str | None = None, hypothesis_column: str | None = None
-    ) -> np.ndarray:
+    def predict(self, pairs: Any, premise_column: Wanted = None, hypothesis_column: Wanted = None) -> np.ndarray:
         """Probabilities (n, classes) of n pairs, in order, on every rank; of a model with one output its scores (n,).
 
         Args:
             pairs: (premise, hypothesis) each, or dicts, a DataFrame, a datasets.Dataset or a pyarrow.Table with such
                 columns. Of a single pair of texts the result lacks the first dimension.
             premise_column: None = `premise`, else `sentence1`, `sentence_A` or `context`.
-            hypothesis_column: None = `hypothesis`, else `sentence2` or `sentence_B`.
+            hypothesis_column: None = `hypothesis`, else `sentence2`, `sentence_B` or `query`.
 
         Raises UserError naming a pair without text.
         """

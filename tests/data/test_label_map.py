@@ -7,7 +7,7 @@ from test_sources import ROWS, write
 from trainer.base.errors import UserError
 from trainer.config import DataConfig
 from trainer.data.classes import class_numbers, learned, scored
-from trainer.data.label_map import images, in_words
+from trainer.data.label_map import images, in_words, suggested
 from trainer.data.labels import NLI, read_labels
 from trainer.data.sources import load_scored, load_splits
 
@@ -202,3 +202,24 @@ def test_images_keep_the_order_of_their_first():
     assert images(("x", "y", "z"), {"z": "x", "x": "Y"})[0] == ("y", "x")
     assert images(("x", "y", "z"), {"z": "New", "x": "new"})[1].tolist() == [0, 1, 0]
     assert in_words({"a": "b", "c": "b", "d": "D"}, ["A", "c", "d", "e"]) == "A, c as b"
+
+
+def test_one_map_for_sets_that_need_several(tmp_path, said):
+    """SciTail by the map, RTE and HANS by what is plain, SICK as it is."""
+    names = {"scitail": ["entails", "neutral"], "rte": RTE, "hans": ["entailment", "non-entailment"],
+             "sick": [name.upper() for name in NLI], "snli": ["entailment", "neutral"]}  # fmt: skip
+    files = [file(tmp_path / f"{name}.csv", labels * 12) for name, labels in names.items()]
+    config = DataConfig(test_file=files, eval_label_map="entails=entailment,contradiction=neutral")
+    found = {own.split: own.label_names for own in load_scored(config, NLI, of_model=True).values()}
+    assert found == {"scitail-test": NLI[:2], "rte-test": TWO, "hans-test": ("entailment", "non-entailment"),
+                     "sick-test": NLI, "snli-test": NLI[:2]}  # fmt: skip
+    load_scored(DataConfig(test_file=files[-1]), NLI, of_model=True)
+    assert "if it has two, as SciTail has, say --eval_label_map contradiction=neutral" in said[-1]
+
+
+@pytest.mark.parametrize(("names", "expected"), [
+    (("e", "n", "c"), "e=entailment,n=neutral,c=contradiction"), (RTE, "neutral=not_entailment,contradiction=not_ent"),
+    (("SUPPORTS", "REFUTES", "odd"), "SUPPORTS=entailment,REFUTES=contradiction,odd=..."),
+])  # fmt: skip
+def test_what_is_suggested(names, expected):
+    assert suggested(names, NLI).startswith(expected)

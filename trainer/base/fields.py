@@ -172,7 +172,9 @@ def _mapping(name: str, value: Any) -> list[str]:
             waiting.append(target)
             continue
         for one in [*waiting, own]:
-            if not one or not target:
+            if "=" in one:
+                raise UserError(f"{name}: {item.strip()!r} has more than one =; write each as a=x")
+            if not one or not target or target.startswith(">"):
                 raise UserError(f"{name} must look like a=x,b=y, none of them empty, got {_shown(','.join(value))}")
             if made.get(one, target) != target:
                 raise UserError(f"{name} gives {one!r} two values, {made[one]!r} and {target!r}; leave one out")

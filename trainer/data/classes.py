@@ -124,7 +124,8 @@ def _check_targets(
     labels, find = found.mapped(label_map).labels, finder(made)
     for name in labels.values:
         if name is not None and find(name) is None:
-            check_known(field, label_map, [*found.names, *classes], f"{labels.place} or the model")
+            if field == "label_map":  # the other one may name what other sets have: sources.check_maps
+                check_known(field, label_map, [*found.names, *classes], f"{labels.place} or the model")
             raise UserError(f"{labels.at(name)}: label {name!r} is none of {shown(made)}, which {field} makes of the "
                             f"model's {shown(classes)}; the labels here are {shown(found.names)}")  # fmt: skip
 
@@ -184,5 +185,8 @@ def _settled(found: Named, classes: Sequence[str] | None) -> tuple[np.ndarray, t
             raise UserError(f"{labels.place}: its classes ({shown(claim)}) include {other[0]!r}, which is not among "
                             f"{shown(known)}")  # fmt: skip
     if strange:
-        raise UserError(f"{labels.at(strange[0])}: {unknown('label', strange[0], known)}")
+        hint = ""
+        if known == tuple(f"LABEL_{i}" for i in range(len(known))):
+            hint = "; say what the numbers of the training pairs mean, from 0, with --label_names"
+        raise UserError(f"{labels.at(strange[0])}: {unknown('label', strange[0], known)}{hint}")
     return np.array([-1 if name is None else number[name] for name in own], np.int64)[labels.codes], known

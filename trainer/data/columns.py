@@ -4,15 +4,21 @@ import pyarrow as pa
 
 from trainer.base.errors import UserError
 
-# What corpora of NLI call them: SNLI and MultiNLI, SICK, ANLI, WANLI. The first one that a table has is meant.
+# What corpora of NLI call them: SNLI and MultiNLI, SICK, ANLI, WANLI, FEVER. The first one that a table has is meant.
 PREMISE = ("premise", "sentence1", "sentence_A", "context")
-HYPOTHESIS = ("hypothesis", "sentence2", "sentence_B")
+HYPOTHESIS = ("hypothesis", "sentence2", "sentence_B", "query")
 LABEL = ("label", "gold_label", "entailment_judgment", "entailment_label", "gold")
+# By objective; those of one score are numbers.
+LABELS: dict[str, tuple[str, ...]] = {
+    "cross_entropy": LABEL,
+    "binary_cross_entropy": (*LABEL, "score"),
+    "mse": ("label", "score", "similarity", "relatedness_score"),
+}
+
+Wanted = str | list[str] | None  # names, the best one first
 
 
-def text_columns(
-    table: pa.Table, place: str, premise_column: str | None, hypothesis_column: str | None
-) -> tuple[str, str]:
+def text_columns(table: pa.Table, place: str, premise_column: Wanted, hypothesis_column: Wanted) -> tuple[str, str]:
     """The names of the columns of premise and hypothesis. Raises UserError."""
     premise = column_named(table.column_names, place, "premise_column", premise_column, PREMISE)
     hypothesis = column_named(table.column_names, place, "hypothesis_column", hypothesis_column, HYPOTHESIS)
@@ -21,9 +27,12 @@ def text_columns(
     return premise, hypothesis
 
 
-def column_named(names: list[str], place: str, field: str, name: str | None, usual: tuple[str, ...]) -> str:
-    """The one of `names` that the user gives as `name`, or else the first of the `usual` ones. Raises UserError."""
-    wanted = (name,) if name else usual
+def column_named(names: list[str], place: str, field: str, given: Wanted, usual: tuple[str, ...]) -> str:
+    """The first of those that the user has given, or else of the `usual` ones, that is among `names`.
+
+    Raises UserError.
+    """
+    wanted = candidates(given, usual)
     for candidate in wanted:
         if names.count(candidate) > 1:
             raise UserError(f"{place}: two columns are called {candidate!r}; rename one")
@@ -33,3 +42,7 @@ def column_named(names: list[str], place: str, field: str, name: str | None, usu
         f"{place}: no column {' or '.join(map(repr, wanted))}; it has {', '.join(names)}. "
         f"Name the right one with --{field}"
     )
+
+
+def candidates(given: Wanted, usual: tuple[str, ...]) -> tuple[str, ...]:
+    return usual if given is None else (given,) if isinstance(given, str) else tuple(given)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.base.errors import UserError
+from trainer.base.folders import caches
+from trainer.data.pipes import is_stream
 from trainer.data.splits import NAMES, is_saved
 from trainer.data.tables import SUFFIXES, ending
 
@@ -59,6 +61,16 @@ class _File:
     def begins_with_zero(self) -> bool:
         found = SHARD.fullmatch(self.stem)
         return found is not None and (found["number"] or "0").startswith("0")
+
+
+def kept_folder() -> Path:
+    """Where pairs that a Python program has in memory become files: see given.py."""
+    return caches(os.environ)["CROSSRANK_CACHE"] / "data"
+
+
+def is_kept(path: Path) -> bool:
+    """Whether it is one of those, whose name nobody knows."""
+    return path.parent.parent == kept_folder()
 
 
 def find_sources(items: list[str], field: str) -> list[Source]:
@@ -156,7 +168,9 @@ def _check_kinds(files: list[Path], place: str) -> None:
 
 
 def _stem(path: Path) -> str:
-    """The name without its endings."""
+    """The name without its endings; a stream has none that says anything."""
+    if is_stream(path):
+        return "stdin" if path.name == "stdin" else "pipe"
     name = path.name or path.absolute().name
     while Path(name).suffix in SUFFIXES:
         name = name.removesuffix(Path(name).suffix)

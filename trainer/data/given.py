@@ -6,7 +6,6 @@ list of dicts. As a file it is <cache>/data/<hash of its content>/NAME.parquet, 
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import NoneType
@@ -15,11 +14,11 @@ from typing import Any
 import pyarrow as pa
 
 from trainer.base.errors import UserError, named
+from trainer.base.fields import typed
 from trainer.base.files import replacing
-from trainer.base.folders import caches
 from trainer.base.log import log
-from trainer.data.columns import HYPOTHESIS, LABEL, PREMISE, column_named, text_columns
-from trainer.data.files import may_be_title
+from trainer.data.columns import HYPOTHESIS, LABELS, PREMISE, Wanted, candidates, column_named, text_columns
+from trainer.data.files import kept_folder, may_be_title
 from trainer.data.sources import lack_of
 from trainer.data.splits import NAMES, Role
 from trainer.data.tables import column_of
@@ -27,7 +26,6 @@ from trainer.data.tables import column_of
 KINDS = "a datasets.Dataset, a pandas DataFrame, or a list of (premise, hypothesis, label) or of dicts"
 FIELDS = {"train": "train_file", "eval": "validation_file", "test": "test_file"}
 ROLES: dict[str, Role] = {"train": "train", "eval": "dev", "test": "test"}
-COLUMNS = {"premise_column": PREMISE, "hypothesis_column": HYPOTHESIS, "label_column": LABEL}
 Column = Callable[[str], pa.ChunkedArray | pa.Array]
 PLACE = "pairs"  # what messages call those that are to be predicted
 
@@ -37,9 +35,10 @@ def is_pair(given: Any) -> bool:
     return isinstance(given, (tuple, list)) and len(given) == 2 and all(isinstance(text, str) for text in given)
 
 
-def pairs_of(given: Any, premise_column: str | None = None, hypothesis_column: str | None = None) -> pa.Table:
+def pairs_of(given: Any, premise_column: Wanted = None, hypothesis_column: Wanted = None) -> pa.Table:
     """The columns premise and hypothesis of a data set without labels, which may be empty. Raises UserError."""
     texts = ("premise", "hypothesis")
+    given = given.tolist() if hasattr(given, "tolist") and not _is_table(given) else given  # numpy's
     if isinstance(given, Iterable) and not (_is_table(given) or isinstance(given, (str, bytes, Mapping))):
         given = list(given)
     if isinstance(given, (list, tuple)) and not given:
@@ -96,7 +95,7 @@ def _splits(whole: Any, fields: Mapping[str, Any]) -> dict[str, list[str]]:
         for split in (split for split in NAMES[role] if split in whole and name not in found):
             place = f"dataset[{split!r}]"
             table = _table(whole[split], place, fields, may_lack=role != "train")
-            if role != "train" and (lack := lack_of(table, fields.get("label_column"), place)):
+            if role != "train" and (lack := lack_of(table, _wanted(fields)["label_column"], place)):
                 log.info(f"{place} is left out: {lack}")
                 continue
             found[name] = [str(_kept(table, role))]
@@ -108,15 +107,22 @@ def _splits(whole: Any, fields: Mapping[str, Any]) -> dict[str, list[str]]:
 def _table(data: Any, place: str, fields: Mapping[str, Any], may_lack: bool = False) -> pa.Table:
     """The columns that count. `may_lack`: it may have neither labels nor rows."""
     names, column = _columns(data, place)
-    named = [(field, fields.get(field), usual) for field, usual in COLUMNS.items()]
-    if may_lack and not any(name in names for name in ((named[2][1],) if named[2][1] else LABEL)):
-        named.pop()
-    wanted = [column_named(names, place, *own) for own in named]
+    named = _wanted(fields)
+    if may_lack and not any(name in names for name in named["label_column"]):
+        del named["label_column"]
+    wanted = [column_named(names, place, field, None, own) for field, own in named.items()]
     wanted += [own for own in ("source", "genre") if own in names]
     table = pa.table({name: column(name) for name in dict.fromkeys(wanted)})
     if table.num_rows == 0 and not may_lack:
         raise UserError(f"{place} is empty")
     return table
+
+
+def _wanted(fields: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The names that each column may have."""
+    label = LABELS.get(fields.get("objective", ""), LABELS["cross_entropy"])
+    usual = {"premise_column": PREMISE, "hypothesis_column": HYPOTHESIS, "label_column": label}
+    return {name: candidates(typed(name, fields.get(name), list[str] | None), own) for name, own in usual.items()}
 
 
 def _is_table(data: Any) -> bool:
@@ -144,6 +150,8 @@ def _columns(
         raise UserError(f"{place} must be {KINDS}, found {_kind(data)}")
     if not data:
         raise UserError(f"{place} is empty")
+    if _is_table(data[0]):
+        raise UserError(f"{place} is a list of tables; give them names, as in {{'snli': ..., 'mnli': ...}}")
     if isinstance(data[0], Mapping):
         if strange := next((row for row, own in enumerate(data) if not isinstance(own, Mapping)), None):
             raise UserError(f"{place}, row {strange}: expected a dict as in row 0, found {_shown(data[strange])}")
@@ -181,7 +189,7 @@ def _kept(table: pa.Table, stem: str) -> Path:
     sink = pa.BufferOutputStream()
     parquet.write_table(table.combine_chunks(), sink)
     content = memoryview(sink.getvalue())
-    folder = caches(os.environ)["CROSSRANK_CACHE"] / "data" / hashlib.sha256(content).hexdigest()[:16]
+    folder = kept_folder() / hashlib.sha256(content).hexdigest()[:16]
     path = folder / f"{stem}.parquet"
     try:
         if not path.exists():

@@ -15,8 +15,9 @@ import pyarrow as pa
 from trainer.base.errors import UserError
 from trainer.base.log import log
 from trainer.config import DataConfig
-from trainer.data.columns import LABEL, column_named, text_columns
+from trainer.data.columns import LABELS, column_named, text_columns
 from trainer.data.labels import Labels, Targets, read_labels
+from trainer.data.names import FEW
 from trainer.data.pairs import Pairs
 from trainer.data.places import Place
 from trainer.data.splits import Role
@@ -25,6 +26,7 @@ from trainer.data.texts import only, texts_of
 from trainer.options import Objective
 
 # AllNLI's splits by their number of rows, and the row where SNLI ends and MultiNLI begins: it has no column for that.
+SPLITS = "SemEval_set"  # a column of SICK.txt
 ALLNLI = {942069: 549367, 19657: 9842, 19656: 9824}
 
 
@@ -43,12 +45,22 @@ class Part:
     own_names: list[str] | None
 
 
-def part_of(source: str, place: str, table: pa.Table, names: dict[str, list[str]], config: DataConfig) -> Part:
+def part_of(
+    source: str,
+    place: str,
+    table: pa.Table,
+    names: dict[str, list[str]],
+    config: DataConfig,
+    objective: Objective = "cross_entropy",
+) -> Part:
     """Raises UserError where it has no rows, or no such columns."""
     if table.num_rows == 0:
         raise UserError(f"{place}: no rows")
+    if SPLITS in table.column_names and len(own := table[SPLITS].unique().to_pylist()) > 1:
+        raise UserError(f"{place}: its column {SPLITS} says that it holds several splits ({', '.join(map(str, own))}); "
+                        "write each into a file of its own, so that none is trained on that is tested on")  # fmt: skip
     texts = text_columns(table, place, config.premise_column, config.hypothesis_column)
-    label = column_named(table.column_names, place, "label_column", config.label_column, LABEL)
+    label = column_named(table.column_names, place, "label_column", config.label_column, LABELS[objective])
     used = [name for name in (*texts, label, "source", "genre") if table.column_names.count(name) == 1]
     found = read_labels(table[label], place)
     return Part(source, place, table.select(list(dict.fromkeys(used))), (*texts, label), found, names.get(label))
@@ -80,7 +92,7 @@ def join(
         rows.append(start + chosen)
         start += len(own)
     found = Targets.joined(targets, kept)
-    _say_absent(place, found.label, found.names)
+    _say_absent(place, found.label, found.names, scored=classes is not None)
     if found.mapped:
         log.info(f"{place}: {'taken' if classes is None else 'scored'} with {found.mapped}")
     return Pairs(
@@ -124,6 +136,7 @@ def _kept(
         left = None if limit is None else limit - sum(map(len, kept))
         kept.append(rows[:left])
         sources += (names or [])[:left]
+    _check_names(parts, sources)
     if unused := [part.place for part, rows in zip(parts, kept, strict=True) if not len(rows)]:
         places = ", ".join(unused)
         if limit is None:
@@ -132,6 +145,17 @@ def _kept(
             more = "; max_samples_per_source takes some of each" if role == "train" else ""
             log.info(f"the first {limit:,} pairs are none of {places}{more}")
     return kept, sources if sources and (len(parts) == 1 or len(set(sources)) > 1) else None
+
+
+def _check_names(parts: list[Part], sources: list[str]) -> None:
+    """Raises UserError where a column source has the name of another file's source: they would be one."""
+    columned = [part for part in parts if "source" in part.table.column_names]
+    others = {part.source: part for part in parts if "source" not in part.table.column_names}
+    if columned and (name := next((name for name in dict.fromkeys(sources) if name in others), None)):
+        for part in columned:
+            if name in part.table["source"].unique().to_pylist():
+                raise UserError(f"{part.place}: its column source has {name!r}, which is what {others[name].place} is "
+                                "called; give that one another name, as in NAME=PATH")  # fmt: skip
 
 
 def _first_of_each(names: list[str], limit: int, seen: Counter[str]) -> np.ndarray:
@@ -168,7 +192,11 @@ def _dropped(numbers: np.ndarray, kept: np.ndarray) -> int:
     return int((numbers[:end] < 0).sum())
 
 
-def _say_absent(place: str, label: np.ndarray, names: tuple[str, ...]) -> None:
+def _say_absent(place: str, label: np.ndarray, names: tuple[str, ...], scored: bool) -> None:
     if len(absent := np.flatnonzero(np.bincount(label, minlength=len(names)) == 0)):
         shown = " or ".join(names[number] for number in absent[:5]) + (" ..." if len(absent) > 5 else "")
         log.info(f"{place}: no pair has the label {shown}")
+        if scored and len(names) == 3 and len(absent) == 1 and len(label) > FEW:
+            lost, other = names[absent[0]], names[2 if absent[0] == 1 else 1]
+            log.warning(f"{place}: it is scored on {len(names)} classes; if it has two, as SciTail has, say "
+                        f"--eval_label_map {lost}={other}")  # fmt: skip

@@ -66,22 +66,46 @@ def obvious(names: Sequence[str], classes: Sequence[str]) -> dict[str, str]:
     return {}
 
 
+# What corpora call NLI's classes: ANLI, FEVER, SciTail.
+ALSO = {"e": NLI[0], "n": NLI[1], "c": NLI[2], "entails": NLI[0], "supports": NLI[0], "refutes": NLI[2],
+        "contradicts": NLI[2], "not enough info": NLI[1]}  # fmt: skip
+
+
+def suggested(names: Sequence[str], classes: Sequence[str]) -> str:
+    """A map from the names of one source to the classes of another, as far as anybody can tell."""
+    if plain := obvious(names, classes):
+        return ",".join(f"{name}={target}" for name, target in plain.items())
+    find = finder(classes)
+    return ",".join(f"{name}={find(ALSO.get(fold(name), '')) or '...'}" for name in names if find(name) is None)
+
+
 def map_of_set(
     names: Sequence[str], classes: Sequence[str], label_map: dict[str, str], everywhere: bool
 ) -> dict[str, str]:
     """The map by which a set of these `names` is scored by a model of these `classes`; empty = as it is.
 
     A map that is for the sets that need one leaves alone a set whose names are all classes of the model: scores of
-    fewer classes would be asked of a set that has them all. Where the given map names nothing of set or model, the
-    obvious one is tried.
+    fewer classes would be asked of a set that has them all. It is for one that has the very classes which it makes,
+    such as SciTail's entailment and neutral. Where the given map does not lead to a set's names, the obvious one is
+    tried: so one command scores sets that need several.
     """
     find, named = finder(classes), finder(label_map)
     complete = all(find(name) is not None for name in names)
     if complete and not everywhere:
-        return {}
-    if any(named(name) is not None for name in (*names, *classes)):
-        return label_map
-    return {} if complete else obvious(names, classes)
+        made = {fold(name) for name in images(classes, label_map)[0]}
+        return label_map if len(made) < len(classes) and made == {fold(name) for name in names} else {}
+    plain = {} if complete else obvious(names, classes)
+    if all(named(name) is None for name in (*names, *classes)):
+        return plain
+    # One that says what becomes of all that the obvious one names is meant for this set, and may be misspelt.
+    others = bool(plain) and not all(named(name) is not None for name in plain)
+    return plain if others and not everywhere and not _fits(names, classes, label_map) else label_map
+
+
+def _fits(names: Sequence[str], classes: Sequence[str], label_map: dict[str, str]) -> bool:
+    """Whether a map makes of the model's classes what it makes of a set's names."""
+    find = finder(images(classes, label_map)[0])
+    return all(find(name) is not None for name in replaced(names, label_map))
 
 
 def check_known(field: str, label_map: dict[str, str], known: Sequence[str], where: str) -> None:
@@ -107,7 +131,8 @@ def check_whole(
     in_map, in_data = finder(label_map), finder(images(names, label_map)[0])
     for name, number in zip(classes, of_class, strict=True):
         if in_map(name) is None and in_data(made[number]) is None and (of_class == number).sum() == 1:
-            check_known(field, label_map, [*names, *classes], f"{place} or the model")  # it may be misspelt
+            if field == "label_map":  # it may be misspelt; the other one may name what other sets have
+                check_known(field, label_map, [*names, *classes], f"{place} or the model")
             raise UserError(f"{place}: {name} is mapped to nothing, and no class here ({shown(names)}) is called so; "
                             f"map it too with {field}, or to itself: {name}={name}")  # fmt: skip
 

@@ -32,10 +32,10 @@ class Mix:
         if given is None:
             return None
         sizes = pairs.sizes
+        weights = {name: _weight(name, text) for name, text in mapped(given).items()}
         if len(sizes) < 2:
             raise UserError(f"source_weights needs several sources, and {pairs.name} is one; give several files to "
                             "train_file, or a column source")  # fmt: skip
-        weights = {name: _weight(name, text) for name, text in mapped(given).items()}
         for name, weight in weights.items():
             if name not in sizes:
                 raise UserError(f"source_weights: no source is called {name!r}; there are {', '.join(sizes)}")

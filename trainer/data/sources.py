@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +19,9 @@ from trainer.base.fields import mapped
 from trainer.base.log import log
 from trainer.config import DataConfig
 from trainer.data import builtin
-from trainer.data.columns import LABEL, text_columns
+from trainer.data.columns import LABELS, Wanted, candidates, text_columns
 from trainer.data.faults import Faults
-from trainer.data.files import Source, find_sources
+from trainer.data.files import Source, find_sources, is_kept
 from trainer.data.join import Part, join, part_of
 from trainer.data.label_map import check_known
 from trainer.data.labels import read_labels
@@ -95,11 +96,11 @@ def load_pairs(
 
     `classes` are those of the training split or, with `of_model`, of a model; None = from this split.
     """
-    origins = list(_of_files(config, role) if config.has_files else _of_data_sets(config, role))
+    origins = list(_of_files(config, role) if config.has_files else _of_data_sets(config, role, objective))
     sets = [[origin] for origin in origins] if role == "test" else [origins]
     made: dict[str, Pairs] = {}
     for own in sets:
-        parts = [_part(origin, loaded, config) for origin in own if (loaded := origin.read()) is not None]
+        parts = [_part(origin, loaded, config, objective) for origin in own if (loaded := origin.read()) is not None]
         if not parts:
             continue
         name = split_name(_title(config, [part.source for part in parts], len(sets)), role)
@@ -112,9 +113,9 @@ def load_pairs(
     return list(made.values())
 
 
-def _part(origin: Origin, loaded: Loaded, config: DataConfig) -> Part:
+def _part(origin: Origin, loaded: Loaded, config: DataConfig, objective: Objective) -> Part:
     place, table, names = loaded
-    return part_of(origin.name, place, table, names, config)
+    return part_of(origin.name, place, table, names, config, objective)
 
 
 def _of_files(config: DataConfig, role: Role) -> Iterator[Origin]:
@@ -131,11 +132,18 @@ def _read_files(source: Source, role: Role) -> Loaded:
     for path in source.paths:
         with as_file(path) as file:
             tables.append(read_table(file))
-    place = Place.joined([str(path) for path in source.paths], [table.num_rows for table in tables])
+    places = [_of_program(path, source.name) if is_kept(path) else str(path) for path in source.paths]
+    place = Place.joined(places, [table.num_rows for table in tables])
     return place, joined(tables), {}
 
 
-def _of_data_sets(config: DataConfig, role: Role) -> Iterator[Origin]:
+def _of_program(path: Path, name: str) -> str:
+    """What a Python program calls the pairs that given.py has written there."""
+    argument = f"{ {'dev': 'eval'}.get(path.stem, path.stem) }_dataset"
+    return argument if name == path.stem else f"{argument}[{name!r}]"
+
+
+def _of_data_sets(config: DataConfig, role: Role, objective: Objective) -> Iterator[Origin]:
     found = named_sets(config.dataset_name or [], config.dataset_config_name)
     if config.dataset_revision is not None and len(found) > 1:
         raise UserError("dataset_revision is that of one data set, and dataset_name has several; leave it out")
@@ -143,30 +151,32 @@ def _of_data_sets(config: DataConfig, role: Role) -> Iterator[Origin]:
         if name == "builtin":
             yield Origin(name, partial(_read_builtin, role))
         else:
-            yield Origin(title, partial(_read_data_set, config, name, configuration, role))
+            yield Origin(title, partial(_read_data_set, config, name, configuration, role, objective))
 
 
 def _read_builtin(role: Role) -> Loaded:
     return f"builtin {role}", pa.Table.from_pylist(builtin.pairs(role)), {"label": list(builtin.LABEL_NAMES)}
 
 
-def _read_data_set(config: DataConfig, name: str, configuration: str | None, role: Role) -> Loaded | None:
+def _read_data_set(
+    config: DataConfig, name: str, configuration: str | None, role: Role, objective: Objective
+) -> Loaded | None:
     for place, table, names in from_data_set(name, configuration, config.dataset_revision, role):
         # Many test splits on the hub come without their labels.
-        if role != "train" and (lack := lack_of(table, config.label_column, place)):
+        if role != "train" and (lack := lack_of(table, candidates(config.label_column, LABELS[objective]), place)):
             log.info(f"{place} is left out: {lack}")
             continue
         return place, table, names
     return None
 
 
-def lack_of(table: pa.Table, column: str | None, place: str) -> str | None:
-    """Why nothing can be scored on this split."""
+def lack_of(table: pa.Table, columns: tuple[str, ...], place: str) -> str | None:
+    """Why nothing can be scored on this split, whose labels are in one of `columns`."""
     if table.num_rows == 0:
         return "it has no rows"
-    name = next((name for name in ((column,) if column else LABEL) if name in table.column_names), None)
+    name = next((name for name in columns if name in table.column_names), None)
     if name is None:
-        return f"it has no column {column or ' or '.join(LABEL)}"
+        return f"it has no column {' or '.join(columns)}"
     return "it has no labels" if read_labels(table[name], place).missing else None
 
 
@@ -188,8 +198,8 @@ def split_name(title: str, role: Role) -> str:
 def unlabelled(
     table: pa.Table,
     place: str,
-    premise_column: str | None,
-    hypothesis_column: str | None,
+    premise_column: Wanted,
+    hypothesis_column: Wanted,
     start: int = 0,
     faults: Faults | None = None,
 ) -> Pairs:

@@ -8,7 +8,7 @@ import numpy as np
 from trainer.base.errors import UserError
 from trainer.config import DataConfig
 from trainer.data.classes import class_numbers, learned, scored
-from trainer.data.label_map import fold
+from trainer.data.label_map import fold, suggested
 from trainer.data.labels import MISSING, NO_CONSENSUS, Labels, Targets
 from trainer.options import Objective
 
@@ -80,7 +80,7 @@ def _common(columns: Sequence[Column], found: list[tuple[str, ...]]) -> tuple[st
                 "mean, from 0, with --label_names"
             )
         if any(fold(name) not in known for name in names):
-            with_map = f"say which class is which with --label_map, such as {names[0]}={classes[0]}, or "
+            with_map = f'say which class is which with --label_map "{suggested(names, classes)}", or '
             raise UserError(
                 f"sources with different classes: {reference[0].place} has {', '.join(classes)}, and "
                 f"{column[0].place} has {', '.join(names)}; {'' if _is_numbered(column) else with_map}name all "
