@@ -60,8 +60,8 @@ def test_a_sweep_is_compared(sweep, tmp_path, said):
     text = (tmp_path / "report" / "README.md").read_text()
     assert "4 runs in 2 groups" in text
     for rate in RATES:
-        (row,) = re.findall(rf"^\| learning_rate {rate} +\| 2 .*$", text, re.MULTILINE)
-        assert row.count("±") == 6
+        rows = re.findall(rf"^\| learning_rate {rate} +\| builtin-\w+ +\| 2 .*$", text, re.MULTILINE)
+        assert [row.count("±") for row in rows] == [5, 5]  # four scores and the loss
         for seed in SEEDS:
             assert f"| learning_rate-{rate}/seed-{seed} " in text
     assert not any("finished" in line for line in said)
