@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,10 @@ from trainer.base.errors import UserError
 from trainer.cli import parse_train
 from trainer.config import ModelConfig
 from trainer.model.loading import load_for_training, load_trained
-from trainer.report.write import write_report
+from trainer.report.page import page
+from trainer.report.read import read_run
+from trainer.report.write import report, write_report
+from trainer.score import tables
 
 OBJECTIVES = ("binary_cross_entropy", "mse")
 # 90 pairs in steps of 32: the last one of an epoch has 26.
@@ -218,6 +222,51 @@ def test_what_a_folder_says(run, tmp_path, activation, problem_type, beside, obj
         return
     with pytest.raises(UserError, match="knows torch's Sigmoid and Identity"):
         load_trained(ModelConfig(model_name_or_path=str(folder)))
+
+
+@pytest.fixture(scope="module", params=OBJECTIVES)
+def undefined(request, tmp_path_factory) -> tuple[str, Path]:
+    """Objective and folder of a run whose dev and test sets have one label, or target, 0."""
+    objective, folder = request.param, tmp_path_factory.mktemp("undefined")
+    given = [*RUN, "--max_steps", "10", *options(folder, objective)]
+    for name in ("dev", "test"):
+        file = folder / f"{objective}-{name}.jsonl"
+        file.write_text("".join(json.dumps(row | {"label": 0}) + "\n" for row in rows(12, objective, 1)))
+    api.train(parse_train([*given, "--metric_for_best_model", "loss", "--output_dir", str(folder / "run")]))
+    return objective, folder / "run"
+
+
+def test_reports_of_what_is_not_defined(undefined, tmp_path):
+    """Card, page, comparison and table show a -, wherever a score would stand."""
+    objective, folder = undefined
+    card, page = write_report(folder).read_text(), (folder / "report.html").read_text()
+    main = "spearman" if objective == "mse" else "average_precision"
+    assert f"| {main}" in card
+    assert "**-**" not in card
+    assert "<b>-</b><span>" in page
+    assert "Not defined where all pairs have the same label" in page
+    evaluations = [line for line in card.splitlines() if line.count("|") == 7 and "Epoch" not in line]
+    assert sum("**" in line for line in evaluations) == 1  # the best by its loss
+    report([str(folder), str(shutil.copytree(folder, tmp_path / "other"))], str(tmp_path / "compared"))
+    assert f"{objective}-test" in (tmp_path / "compared" / "README.md").read_text()
+    metrics = results(folder)["metrics"]
+    header, line, *_ = tables(metrics).splitlines()
+    assert dict(zip(header.split(), line.split(), strict=True))[main] == "-"
+
+
+def test_errors_need_a_threshold(undefined):
+    """Nothing is predicted of a set without positives, so nothing is wrong there; of numbers all are off."""
+    objective, folder = undefined
+    (errors,) = results(folder)["errors"].values()
+    text = page(read_run(folder))
+    if objective == "mse":
+        assert len(errors) == 10
+        return
+    assert errors == []
+    assert "Every pair is right" not in text
+    assert text.count("No pair has label 1, so there is no threshold") == 3
+    assert re.search(r">0 4\d%, 1 5\d%<", text)  # of the training split
+    assert ">0 100%, 1 0%<" in text
 
 
 def test_a_test_set_of_one_label(run, tmp_path, said):

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import average_precision_score, confusion_matrix, f1_score, roc_auc_score
 
-from trainer.metrics import activated, goodness, listed, names_of
+from trainer.metrics import activated, goodness, names_of, score_line
 from trainer.score_metrics import best_accuracy, best_f1, binary_scores, number_scores
 
 RANDOM = np.random.default_rng(0)
@@ -67,7 +67,7 @@ def test_one_label_has_no_area(label):
     assert found["auc"] is None
     assert (found["accuracy"], found["confusion_matrix"][label][label]) == (1.0, 5)
     assert (found["average_precision"], found["f1"], found["recall"]) == ((1.0,) * 3 if label else (None,) * 3)
-    assert "auc -" in listed(json.loads(json.dumps(found)))
+    assert "auc -" in score_line(json.loads(json.dumps(found)))
 
 
 def test_of_numbers():

@@ -16,6 +16,7 @@ from trainer.base.fields import Fields, checked, option, rule
 from trainer.base.yaml_files import read_mapping
 from trainer.options import MAIN_SCORE, Metric
 from trainer.options import SCORES as SCORES
+from trainer.options import TITLES as TITLES
 from trainer.options import BatchConfig as BatchConfig
 from trainer.options import DataConfig as DataConfig
 from trainer.options import ModelConfig as ModelConfig

@@ -18,6 +18,7 @@ def finish(trainer: Trainer) -> dict[str, Any]:
     """What results.json holds, on every rank. The run is finished when that file is there."""
     output, step = trainer.output, settle_weights(trainer)
     metrics: dict[str, Any] = {}
+    objective = trainer.model.objective
     examples: list[dict[str, Any]] = []
     errors: dict[str, Any] = {}
     tested = [role for role in trainer.data if role.startswith("test")] or ["dev"]
@@ -27,12 +28,13 @@ def finish(trainer: Trainer) -> dict[str, Any]:
         result, exact = final_scores(trainer, role, step)
         metrics[split.name] = result.scores
         if exact.logits is not None and not examples:
-            examples = example_scores(split.pairs, exact.logits, trainer.model.objective)
+            examples = example_scores(split.pairs, exact.logits, objective)
         if result.logits is not None:
-            scores = predicted(split.pairs, result.logits, trainer.model.objective)
+            scores = predicted(split.pairs, result.logits, objective)
             write_predictions(output.folder / "predictions" / f"{split.name}.parquet", split.pairs, scores)
             if role in tested:
-                errors[split.name] = confident_errors(split.pairs, scores, result.scores.get("f1_threshold"))
+                threshold = result.scores.get("f1_threshold")
+                errors[split.name] = confident_errors(split.pairs, scores, objective, threshold)
     kept = {"examples": examples, "errors": errors, "finished_at": now()}
     summary: dict[str, Any] = trainer.world.broadcast(summarise(trainer, metrics) | kept)
     output.checkpoints.wait()

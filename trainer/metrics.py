@@ -80,10 +80,20 @@ def names_of(scores: Mapping[str, Any]) -> tuple[str, ...]:
     return next((names for names in SCORES.values() if names[0] in scores), ())
 
 
-def listed(scores: dict[str, Any], names: Sequence[str] | None = None) -> str:
+def num_pairs(scores: Mapping[str, Any]) -> int:
+    """How many were scored."""
+    return int(scores["num_samples"] if "num_samples" in scores else sum(map(sum, scores["confusion_matrix"])))
+
+
+def fixed(value: float | None) -> str:
+    """A score as text; None is one that is not defined, or not there."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def score_line(scores: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
     """The scores that a person wants to see, or those of these `names`, in a line."""
     names = (*names_of(scores), "loss") if names is None else names
-    return ", ".join(f"{name} {'-' if scores[name] is None else format(scores[name], '.4f')}" for name in names)
+    return ", ".join(f"{name} {fixed(scores[name])}" for name in names)
 
 
 def goodness(scores: dict[str, Any], name: str) -> float:

@@ -12,6 +12,10 @@ SCORES: dict[str, tuple[str, ...]] = {
     "binary_cross_entropy": ("average_precision", "f1", "auc", "accuracy"),
     "mse": ("spearman", "pearson"),
 }
+# As a person reads them.
+TITLES = {"f1_macro": "F1 Macro", "f1_micro": "F1 Micro", "f1_weighted": "F1 Weighted", "accuracy": "Accuracy",
+          "average_precision": "Average Precision", "f1": "F1", "auc": "AUC", "spearman": "Spearman",
+          "pearson": "Pearson"}  # fmt: skip
 MAIN_SCORE = {objective: scores[0] for objective, scores in SCORES.items()}
 Metric = Literal["accuracy", "f1_macro", "f1_micro", "f1_weighted", "f1", "average_precision", "auc", "pearson",
                  "spearman", "loss"]  # fmt: skip

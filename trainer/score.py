@@ -9,10 +9,11 @@ from trainer.base.errors import UserError, named
 from trainer.base.fields import Fields, option
 from trainer.base.files import write_json
 from trainer.base.log import log
-from trainer.config import SCORES, DataConfig
+from trainer.config import DataConfig
 from trainer.data.sources import load_scored
 from trainer.data.tokens import Split, cache_folder, targets_of
 from trainer.evaluate import evaluate, predicted, write_predictions
+from trainer.metrics import fixed, names_of, num_pairs
 from trainer.model.loading import check_folder
 from trainer.predict import InferenceConfig, Predictor
 from trainer.run.versions import versions
@@ -59,14 +60,14 @@ MOST_CLASSES = 10  # of a set, in a table of classes
 
 def tables(metrics: dict[str, Any]) -> str:
     """Scores by set as text: a line a set and, of sets with few classes, a line a class."""
-    names = dict.fromkeys(name for own in SCORES.values() for name in own if any(name in s for s in metrics.values()))
+    names = dict.fromkeys(name for own in metrics.values() for name in names_of(own) if name in own)
     columns = [*names, "loss"]
     rows = [
-        [split, f"{num_pairs(scores):,}", *(f"{scores[name]:.4f}" if name in scores else "-" for name in columns)]
+        [split, f"{num_pairs(scores):,}", *(fixed(scores.get(name)) for name in columns)]
         for split, scores in metrics.items()
     ]
     of_class = [
-        [split if number == 0 else "", name, *(f"{own[score]:.4f}" for score in EACH), f"{own['support']:,}"]
+        [split if number == 0 else "", name, *(fixed(own[score]) for score in EACH), f"{own['support']:,}"]
         for split, scores in metrics.items()
         if len(scores.get("by_class", {})) <= MOST_CLASSES
         for number, (name, own) in enumerate(scores.get("by_class", {}).items())
@@ -78,10 +79,6 @@ def tables(metrics: dict[str, Any]) -> str:
 
 
 EACH = ("precision", "recall", "f1")
-
-
-def num_pairs(scores: dict[str, Any]) -> int:
-    return scores["num_samples"] if "num_samples" in scores else sum(map(sum, scores["confusion_matrix"]))
 
 
 def aligned(rows: list[list[str]], words: int) -> str:

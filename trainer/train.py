@@ -22,7 +22,7 @@ from trainer.data.sources import Pairs, load_splits
 from trainer.data.tokens import Split, cache_folder, tokenize
 from trainer.finish import finish
 from trainer.loop import Trainer
-from trainer.metrics import listed
+from trainer.metrics import score_line
 from trainer.model.cross_encoder import CrossEncoder, checkpoint_activations, compile_layers, model_facts
 from trainer.model.loading import load_for_training
 from trainer.model.precision import check_bf16, settle_products
@@ -61,7 +61,7 @@ def train(config: Config, report: Callable[[Path], None] | None = None) -> dict[
             results = complete(trainer)
         if world.is_main:
             for split, scores in results["metrics"].items():
-                log.info(f"{split}: {listed(scores)}")
+                log.info(f"{split}: {score_line(scores)}")
             if report:
                 report(trainer.output.folder)
             log.info(f"model: {trainer.output.model}")

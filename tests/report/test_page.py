@@ -45,7 +45,8 @@ def with_classes(demo: Path, target: Path, n: int) -> Path:
 
     def change(results):
         for own in results["metrics"].values():
-            own.pop("by_source")
+            for name in ("by_source", "by_class"):
+                own.pop(name)
             own |= {"confusion_matrix": matrix.tolist(), "label_names": names}
 
     edited(demo, target, "results.json", change)
@@ -146,6 +147,33 @@ def test_one_score(objective, change, value, title, demo, tmp_path):
     assert "f1_macro" not in card
     assert ("BinaryCrossEntropyLoss" if change is binary else "MSELoss") in card
     assert (">1</b> 90.0%" if change is binary else ">1.25</b>") in text
+
+
+def test_the_best_step_says_by_which_score(demo, tmp_path):
+    """Where that is no curve; it stands among the scores of every set."""
+    folder = shutil.copytree(demo, tmp_path / "run")
+    best = read_run(demo).results["train"]["best_step"]
+    config = (folder / "config.yaml").read_text()
+    assert config.count("metric_for_best_model: null") == 1
+    (folder / "config.yaml").write_text(config.replace("best_model: null", "best_model: accuracy"))
+    text = shown(folder)
+    assert f">best by Accuracy: step {best}<" in text
+    accuracy = read_run(demo).results["metrics"]["builtin-test"]["accuracy"]
+    assert ">Accuracy</th>" in text
+    assert f"<td>{accuracy:.4f}</td>" in text
+    card = write_report(folder).read_text()
+    assert "name: Accuracy" not in card  # on the hub, as in sentence-transformers' cards
+    assert "name: F1 Weighted" in card
+
+
+def test_sets_of_many_classes_show_some(demo, tmp_path):
+    def change(results):
+        results["metrics"]["builtin-test"] |= {"confusion_classes": [0, 2], "confusion_matrix": [[9, 1, 2]] * 3}
+        results["metrics"]["builtin-test"]["by_class"].popitem()
+
+    text = shown(edited(demo, tmp_path / "run", "results.json", change))
+    assert "The matrix has the 2 classes with the most pairs" in text
+    assert "By class: the 2 with the most pairs." in text
 
 
 def test_a_mapped_set_has_its_own_classes(demo, tmp_path):

@@ -251,7 +251,7 @@ def test_an_unfinished_run_says_so(demo, tmp_path):
     path = write_report(tmp_path / "run")
     card = ModelCard.load(path, ignore_metadata_errors=True)
     assert path == tmp_path / "run" / "README.md"  # there is no model to describe
-    assert "**Unfinished run.** It stands at step 24" in card.text
+    assert "> Unfinished run. It stands at step 24" in card.text
     assert "No final scores." in card.text
     assert "model-index" not in card.data.to_dict()
     assert not (tmp_path / "run" / "model").exists()
@@ -316,7 +316,8 @@ def test_what_cannot_be_reported(damage, demo, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(demo, folder)
     if damage == "no run":
-        folder = tmp_path
+        folder = tmp_path / "empty"
+        folder.mkdir()
     if damage == "model folder":
         folder = folder / "model"
     if damage == "no about":

@@ -9,7 +9,7 @@ import pytest
 from conftest import crossrank
 
 from trainer.base.errors import UserError
-from trainer.report.compare import grouped
+from trainer.report.compare import grouped, spread
 from trainer.report.read import read_run
 from trainer.report.sweeps import runs_in, titles
 from trainer.report.write import report
@@ -60,8 +60,8 @@ def test_a_sweep_is_compared(sweep, tmp_path, said):
     text = (tmp_path / "report" / "README.md").read_text()
     assert "4 runs in 2 groups" in text
     for rate in RATES:
-        (row,) = re.findall(rf"^\| learning_rate {rate} +\| 2 .*$", text, re.MULTILINE)
-        assert row.count("±") == 6
+        rows = re.findall(rf"^\| learning_rate {rate} +\| builtin-\w+ +\| 2 .*$", text, re.MULTILINE)
+        assert [row.count("±") for row in rows] == [5, 5]  # four scores and the loss
         for seed in SEEDS:
             assert f"| learning_rate-{rate}/seed-{seed} " in text
     assert not any("finished" in line for line in said)
@@ -97,3 +97,9 @@ def test_groups_are_named_by_what_differs(one, tmp_path):
     assert "lr 1e-05, wd 0.01, mgn 0.5, wr 0.06" in names
     assert len(set(names)) == 3
     assert titles(runs) == ["run", "a", "b"]
+
+
+def test_runs_without_a_score_are_not_passed_over():
+    assert spread([0.5, None, 0.7]) == "0.6000 ± 0.1414 (2 of 3)"
+    assert spread([0.5, None]) == "0.5000 (1 of 2)"
+    assert (spread([None, None]), spread([0.5])) == ("-", "0.5000")

@@ -12,15 +12,17 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
-from trainer.metrics import RESAMPLES
+from trainer.metrics import RESAMPLES, fixed, num_pairs
 from trainer.report import markdown
-from trainer.report.facts import command, from_scratch, hyperparameters, interval_of, rounded, size_of
+from trainer.report.facts import command, ends, from_scratch, hyperparameters, interval_of, padding, versions, warnings
 from trainer.report.markdown import code, escape, table
+from trainer.report.plots import best_evaluation
 from trainer.report.read import Run
 
 MOST_LINES = 200  # of the training logs
 # As sentence-transformers calls them.
 LOSSES = {"cross_entropy": "CrossEntropyLoss", "binary_cross_entropy": "BinaryCrossEntropyLoss", "mse": "MSELoss"}
+HUBS = ("f1_macro", "f1_micro", "f1_weighted")  # of the scores of classes, those that their cards have
 EVALUATORS = {"cross_entropy": "Classification", "binary_cross_entropy": "Classification", "mse": "Correlation"}
 
 
@@ -34,15 +36,13 @@ def card(run: Run, plots: list[str]) -> str:
     examples = results.get("examples") or []
     printed = np.array([e["scores"] for e in examples], np.float32)
     printed = printed if run.objective == "cross_entropy" else printed.reshape(-1)
-    padded = about["padding"]["padding"] / max(1, sum(about["padding"].values()))
     logs, note = training_logs(run)
     return markdown.render(
         "card.md.j2",
         metadata=Markup(metadata(run).to_yaml()),  # noqa: S704
         title=title(run),
         finished=bool(results),
-        last_step=max((event["step"] for event in run.events), default=0),
-        damaged=run.damaged,
+        warnings=warnings(run),
         verb="trained from scratch with the architecture of" if from_scratch(run) else "finetuned from",
         base=hub_link(about["model"]["base"], about["model"]["hub_id"]),
         link=hub_link(about["dataset"]["name"], about["dataset"]["hub_id"], "datasets/"),
@@ -69,12 +69,12 @@ def card(run: Run, plots: list[str]) -> str:
         hyperparameters=hyperparameters(run, changed_only=False),
         logs=logs,
         logs_note=note,
-        padding_share=f"{padded:.0%}",
+        padding=padding(run),
         commit=commit(about["git"]),
         command=command(run),
         plots=plots,
         split_plots=[name for name in plots if name not in ("training", "lengths")],
-        labels={"torch": "PyTorch", "numpy": "NumPy"},
+        versions=versions(run),
     )
 
 
@@ -103,12 +103,17 @@ def metadata(run: Run) -> ModelCardData:
         "datasets": data.get("hub_ids", [data["hub_id"]] if data["hub_id"] else []) or None,
         "pipeline_tag": "text-classification",
         "library_name": "sentence-transformers",
-        "metrics": list(run.scores) if run.results.get("metrics", True) else None,
+        "metrics": list(of_the_hub(run)) if run.results.get("metrics", True) else None,
         "co2_eq_emissions": emissions,
         "model_name": title(run),
         "eval_results": eval_results(run) or None,
     }  # fmt: skip
     return ModelCardData(**{name: value for name, value in made.items() if value is not None})
+
+
+def of_the_hub(run: Run) -> dict[str, str]:
+    """Names and titles of the scores that stand where sentence-transformers' cards have theirs."""
+    return {name: title for name, title in run.scores.items() if run.objective != "cross_entropy" or name in HUBS}
 
 
 def eval_results(run: Run) -> list[EvalResult]:
@@ -123,7 +128,7 @@ def eval_results(run: Run) -> list[EvalResult]:
             metric_value=values[name],
         )
         for split, values in run.results.get("metrics", {}).items()
-        for name, shown in run.scores.items()
+        for name, shown in of_the_hub(run).items()
         if values[name] is not None
     ]
 
@@ -171,7 +176,7 @@ def bold(cells: list[str]) -> list[str]:
 def scores(run: Run) -> Markup:
     """Metrics down, splits across; the first one is what training looks at."""
     metrics = run.results["metrics"]
-    rows = [[name, *(rounded(split[name]) for split in metrics.values())] for name in run.scores]
+    rows = [[name, *(fixed(split[name]) for split in metrics.values())] for name in of_the_hub(run)]
     return table(["Metric", *map(escape, metrics)], [bold(rows[0]), *rows[1:]])
 
 
@@ -179,14 +184,13 @@ def details(run: Run) -> Markup:
     """A line a split and number format: pairs, F1 macro with its interval, loss."""
     rows = []
     for name, split in run.results["metrics"].items():
-        spread = interval_of(split)
         own = "bf16" if run.config["bf16"] else "fp32"
-        rows.append([escape(name), own, f"{size_of(split):,}", *(rounded(split[m]) for m in run.scores),
-                     f"{spread[0]:.4f} to {spread[1]:.4f}" if spread else "-", rounded(split["loss"])])  # fmt: skip
+        rows.append([escape(name), own, f"{num_pairs(split):,}", *(fixed(split[m]) for m in run.scores),
+                     ends(interval_of(split)), fixed(split["loss"])])  # fmt: skip
         if "fp32" in split:
-            rows.append([escape(name), "fp32", f"{size_of(split):,}",
-                         *(rounded(split["fp32"][m]) for m in run.scores), "",
-                         rounded(split["fp32"]["loss"])])  # fmt: skip
+            rows.append([escape(name), "fp32", f"{num_pairs(split):,}",
+                         *(fixed(split["fp32"][m]) for m in run.scores), "",
+                         fixed(split["fp32"]["loss"])])  # fmt: skip
     return table(["Split", "Precision", "Pairs", *run.scores, f"95 % of {next(iter(run.scores))}", "Loss"], rows)
 
 
@@ -205,7 +209,7 @@ def confusion(run: Run, split: dict[str, Any]) -> Markup:
 
 def sources(run: Run, split: dict[str, Any]) -> Markup:
     rows = [
-        [escape(name, 60), f"{own['num_samples']:,}", *(rounded(own.get(m)) for m in run.scores)]
+        [escape(name, 60), f"{own['num_samples']:,}", *(fixed(own.get(m)) for m in run.scores)]
         for name, own in split["by_source"].items()
     ]
     return table(["Source", "Pairs", *run.scores], rows)
@@ -230,7 +234,8 @@ def training_logs(run: Run) -> tuple[Markup | None, str]:
     dev, main = run.about["data"].get("dev", {}).get("name"), next(iter(run.scores))
     rows = [[at["Epoch"], str(step), *_cells(at, splits, dev, main)] for step, at in sorted(steps.items())]
     kept = list(thinned(rows))
-    best = max((r for r in kept if dev in splits and r[4] != "-"), key=lambda r: float(r[4]), default=None)
+    step = best_evaluation(run)
+    best = next((row for row in kept if row[1] == str(step)), None)
     rows = [bold(row) if row is best else row for row in kept]
     note = "The training loss is the mean since the line before." + (" The best evaluation is bold." if best else "")
     if len(kept) < len(steps):
@@ -240,13 +245,13 @@ def training_logs(run: Run) -> tuple[Markup | None, str]:
 
 
 def _cells(at: dict[str, Any], splits: list[str], dev: str | None, main: str) -> list[str]:
-    scores = [rounded(at.get(f"eval {split}", {}).get(main)) for split in splits]
-    return [rounded(at.get("train", {}).get("loss")), rounded(at.get(f"eval {dev}", {}).get("loss")), *scores]
+    scores = [fixed(at.get(f"eval {split}", {}).get(main)) for split in splits]
+    return [fixed(at.get("train", {}).get("loss")), fixed(at.get(f"eval {dev}", {}).get("loss")), *scores]
 
 
 def thinned(rows: list[list[str]]) -> Iterator[list[str]]:
     """Every evaluation, and so many of the others that the table can be read."""
     every = math.ceil(len(rows) / MOST_LINES)
     for number, row in enumerate(rows):
-        if number % every == 0 or any(cell != "-" for cell in row[4:]):
+        if number % every == 0 or any(cell != "-" for cell in row[3:]):
             yield row

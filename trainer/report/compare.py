@@ -5,14 +5,16 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from trainer.base.errors import UserError, named
 from trainer.base.fields import rule
 from trainer.base.files import write_text
 from trainer.config import Config
-from trainer.metrics import RESAMPLES
+from trainer.metrics import RESAMPLES, fixed
 from trainer.report import markdown, svg
 from trainer.report.bits import compared
-from trainer.report.facts import fixed, hyperparameters
+from trainer.report.facts import hyperparameters
 from trainer.report.kept import is_ours, write_card
 from trainer.report.markdown import Table
 from trainer.report.paired import ALL_PAIRS, Difference, differences
@@ -25,6 +27,12 @@ LEGEND = 60  # characters of a group's name
 Group = tuple[str, list[Run]]
 # What the runs of a group differ in, and what their batch came to by another way.
 OF_A_GROUP = {"seed", "data_seed", "train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"}
+
+DIFFERENCES = Markup(
+    "By how much a group's F1 macro is above that of another on the same pairs, and how that spreads over %s resamples "
+    "of the pairs, on which both are scored%s. Sign flips is the share of resamples in which the other group is ahead. "
+    "None of it says how much depends on the seed: that is what the spread in the scores above says."
+)
 
 
 def write_comparison(runs: list[Run], folder: Path, lacking: str | None = None) -> Path:
@@ -58,8 +66,8 @@ def compared_tables(runs: list[Run], groups: list[Group]) -> dict[str, Any]:
         "scores": score_table(groups),
         "differences": difference_table(found),
         "reasons": reasons,
-        "resamples": RESAMPLES,
-        "beside_first": len(groups) > ALL_PAIRS,
+        "differences_note": DIFFERENCES
+        % (f"{RESAMPLES:,}", "; each beside the first group" * (len(groups) > ALL_PAIRS)),
         "runs": run_table(groups),
         "bits": bit_table(runs, groups),
     }
@@ -142,17 +150,19 @@ def score_table(groups: list[Group]) -> Table:
         for name, members in groups:
             found = [own for run in members if (own := run.results.get("metrics", {}).get(split))]
             if found:
-                cells = [
-                    spread([own[score] for own in found if own.get(score) is not None]) for score in (*scores, "loss")
-                ]
+                cells = [spread([own.get(score) for own in found]) for score in (*scores, "loss")]
                 rows.append([name, split, str(len(found)), *cells])
     return Table(["Group", "Set", "Runs", *scores.values(), "Loss"], rows)
 
 
-def spread(values: list[float]) -> str:
-    if len(values) < 2:
-        return fixed(values[0] if values else None)
-    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+def spread(values: list[float | None]) -> str:
+    """Of the runs' values that are defined; where some are not, how many are."""
+    known = [value for value in values if value is not None]
+    if len(known) < 2:
+        text = fixed(known[0] if known else None)
+    else:
+        text = f"{fixed(statistics.mean(known))} ± {fixed(statistics.stdev(known))}"
+    return f"{text} ({len(known)} of {len(values)})" if 0 < len(known) < len(values) else text
 
 
 def difference_table(found: list[Difference]) -> Table:

@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer.base.fields import default, rule
 from trainer.config import Config
-from trainer.metrics import interval
+from trainer.metrics import fixed, interval, num_pairs
 from trainer.report.read import Run
 
 
@@ -16,24 +16,43 @@ def from_scratch(run: Run) -> bool:
     return run.config["init"] == "random" or run.config["model_name_or_path"] == "builtin"
 
 
-def rounded(value: float | None) -> str:
-    return "-" if value is None else str(round(value, 4))
-
-
-def fixed(value: float | None) -> str:
-    """A score in a column of scores."""
-    return "-" if value is None else f"{value:.4f}"
-
-
-def size_of(scores: dict[str, Any]) -> int:
-    """Pairs that were scored."""
-    return int(scores["num_samples"] if "num_samples" in scores else sum(map(sum, scores["confusion_matrix"])))
-
-
 def interval_of(scores: dict[str, Any]) -> tuple[float, float] | None:
     """Of F1 macro; None of other scores, and where the matrix does not have all classes."""
-    whole = "f1_macro" in scores and "confusion_classes" not in scores and size_of(scores) > 0
+    whole = "f1_macro" in scores and "confusion_classes" not in scores and num_pairs(scores) > 0
     return interval(scores["confusion_matrix"]) if whole else None
+
+
+def ends(interval: tuple[float, float] | None) -> str:
+    return "-" if interval is None else f"{fixed(interval[0])} to {fixed(interval[1])}"
+
+
+def warnings(run: Run) -> list[str]:
+    """What a reader has to know before anything else."""
+    made = []
+    if not run.results:
+        step = max((event["step"] for event in run.events), default=0)
+        made.append(f"Unfinished run. It stands at step {step:,}; its scores, where there are any, are not final, and "
+                    "there may be no model yet.")  # fmt: skip
+    if run.damaged:
+        made.append(f"{run.damaged} damaged line{'s' * (run.damaged > 1)} of metrics.jsonl "
+                    f"{'are' if run.damaged > 1 else 'is'} left out.")  # fmt: skip
+    if skipped := run.results.get("train", {}).get("skipped_steps"):
+        made.append(f"{skipped:,} step{'s' * (skipped > 1)} with a gradient that was not finite were skipped.")
+    return made
+
+
+def padding(run: Run) -> str:
+    """How much of a batch it is, or would be."""
+    own = run.about["padding"]
+    share = own["padding"] / max(1, own["tokens"] + own["padding"])
+    computed = ", none of which was computed outside attention" if run.config["unpad"] else ""
+    return f"{share:.0%} of a batch padded to its longest pair would be padding{computed}"
+
+
+def versions(run: Run) -> list[tuple[str, str]]:
+    """Packages by the names that they call themselves."""
+    names = {"torch": "PyTorch", "numpy": "NumPy"}
+    return [(names.get(name, name.capitalize()), version) for name, version in run.about["versions"].items()]
 
 
 def hyperparameters(run: Run, changed_only: bool) -> dict[str, Any]:

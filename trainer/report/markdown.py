@@ -55,7 +55,7 @@ def table(header: Sequence[object], rows: Sequence[Sequence[object]], align: str
 
 
 class Table(NamedTuple):
-    """Cells as they are, for either kind of page: text that is escaped there, or Markup of that kind."""
+    """Cells as they are: text, which Markdown and HTML escape each in its way, or Markup, which only HTML takes."""
 
     header: list[str]
     rows: list[list[Any]]

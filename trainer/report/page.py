@@ -9,16 +9,17 @@ from typing import Any
 
 from markupsafe import Markup
 
+from trainer.config import TITLES
+from trainer.metrics import fixed
 from trainer.report import markdown, svg
-from trainer.report.facts import command, fields, interval_of
+from trainer.report.facts import command, ends, fields, interval_of, padding, versions, warnings
 from trainer.report.markdown import Table, plain
-from trainer.report.plots import Panel, panels, smoothed
+from trainer.report.plots import best_evaluation, best_metric, panels, smoothed
 from trainer.report.read import Run
-from trainer.report.sets import overview, parts
+from trainer.report.sets import overview, parts, threshold_note
 from trainer.report.svg import Series
 
 LONGEST = 300  # characters of a text
-LABELS = {"torch": "PyTorch", "numpy": "NumPy"}
 
 
 def page(run: Run) -> str:
@@ -36,6 +37,7 @@ def page(run: Run) -> str:
         sets=parts(run),
         errors=errors,
         errors_title=kind,
+        no_errors=partial(no_errors, run),
         shown=partial(plain, longest=LONGEST),
         word=word,
         data=data(run),
@@ -54,29 +56,17 @@ def when(run: Run) -> str:
     return f"{kind}{plain(date)[:16].replace('T', ' ')} UTC, {model}" if date else model
 
 
-def warnings(run: Run) -> list[str]:
-    made = []
-    if not run.results:
-        step = max((event["step"] for event in run.events), default=0)
-        made.append(f"Unfinished run. It stands at step {step:,}; its scores, where there are any, are not final, and "
-                    "there may be no model yet.")  # fmt: skip
-    if run.damaged:
-        made.append(f"{run.damaged} damaged line{'s' * (run.damaged > 1)} of metrics.jsonl "
-                    f"{'are' if run.damaged > 1 else 'is'} left out.")  # fmt: skip
-    if skipped := run.results.get("train", {}).get("skipped_steps"):
-        made.append(f"{skipped:,} step{'s' * (skipped > 1)} with a gradient that was not finite were skipped.")
-    return made
-
-
 def headline(run: Run) -> dict[str, str] | None:
     """The main score of the first test set, with its interval."""
     if (split := run.headline()) is None:
         return None
     main, scores = next(iter(run.scores)), run.results["metrics"][split]
     between = interval_of(scores)
-    spread = f"95 % interval {between[0]:.4f} to {between[1]:.4f}" if between else ""
+    spread = f"95 % interval {ends(between)}" if between else ""
+    if scores[main] is None:
+        spread = "Not defined where all pairs have the same label, or the same score."
     role = {"dev": "Dev"}.get(run.role(split), "Test")
-    return {"value": f"{scores[main]:.4f}", "title": f"{role} {run.scores[main].replace('Macro', 'macro')}",
+    return {"value": fixed(scores[main]), "title": f"{role} {run.scores[main].replace('Macro', 'macro')}",
             "split": split, "spread": spread}  # fmt: skip
 
 
@@ -120,8 +110,11 @@ def curves(run: Run) -> list[dict[str, Any]]:
         steps, values = zip(*train, strict=True)
         level = list(zip(steps, smoothed(values).tolist(), strict=True))
         loss = [Series("training", train, faint=True), Series("training, smoothed", level), loss[1]]
-    best = best_step(run)
-    mark = (best, f"best: step {best:,}") if best is not None else None
+    # That the model is of, or so far would be.
+    best = run.results["train"].get("best_step") if run.results else best_evaluation(run)
+    metric = best_metric(run)
+    by = "" if metric in [panel.name for panel in (validation, *others)] else f" by {TITLES[metric]}"
+    mark = (best, f"best{by}: step {best:,}") if best is not None else None
     made = [{"title": "Loss", "chart": svg.lines(loss, "Loss over steps", 300, mark=mark), "names": svg.legend(loss)}]
     for panel in others:
         evaluated = panel.kind == "eval"
@@ -133,14 +126,11 @@ def curves(run: Run) -> list[dict[str, Any]]:
     return [curve for curve in made if curve["chart"] is not None]
 
 
-def best_step(run: Run) -> int | None:
-    """Of the evaluation that the model is of, or so far would be."""
-    if run.results:
-        return run.results["train"].get("best_step")
-    name = run.config["metric_for_best_model"] or next(iter(run.scores))
-    found = Panel(name, "eval", name).of(run)
-    sign = -1 if name == "loss" else 1
-    return max(found, key=lambda step: sign * found[step], default=None)
+def no_errors(run: Run, split: str) -> str:
+    """Why a set has none."""
+    scores = run.results["metrics"].get(split, {})
+    undefined = "f1_threshold" in scores and scores["f1_threshold"] is None
+    return threshold_note(None) if undefined else "Every pair is right."
 
 
 def word(value: Any) -> str:
@@ -156,10 +146,7 @@ def data(run: Run) -> dict[str, Any]:
          balance(run, role, own)]
         for role, own in about["data"].items()
     ]  # fmt: skip
-    tokens, padding = about["padding"]["tokens"], about["padding"]["padding"]
-    share = padding / max(1, tokens + padding)
-    notes = [f"Padding: {share:.0%} of a batch padded to its longest pair would be padding"
-             f"{', of which none was computed outside attention' if run.config['unpad'] else ''}."]  # fmt: skip
+    notes = [f"Padding: {padding(run)}."]
     notes += [f"{own.get('name', role)}: classes were mapped: {own['mapped']}." for role, own in about["data"].items()
               if own.get("mapped")]  # fmt: skip
     lengths = about["data"]["train"].get("lengths") or []
@@ -175,13 +162,12 @@ def data(run: Run) -> dict[str, Any]:
 
 
 def balance(run: Run, role: str, split: dict[str, Any]) -> str:
-    """Shares of the classes, the first ones of many."""
+    """Shares of the classes, the first ones of many, or of the labels 0 and 1; none of targets."""
     counts = split.get("labels") or []
-    names = (
-        run.results.get("metrics", {}).get(split.get("name"), {}).get("label_names")
-        or run.about["model"]["label_names"]
-    )
-    if run.objective != "cross_entropy" or len(counts) != len(names):
+    binary = run.objective == "binary_cross_entropy"
+    learned = (run.config["label_names"] or ["0", "1"]) if binary else run.about["model"]["label_names"]
+    names = run.results.get("metrics", {}).get(split.get("name"), {}).get("label_names") or learned
+    if len(counts) != len(names):
         return ""
     shown = [f"{plain(name, 30)} {count / max(1, sum(counts)):.0%}" for name, count in zip(names, counts, strict=True)]
     return ", ".join(shown[:6]) + (f" and {len(shown) - 6} more" if len(shown) > 6 else "")
@@ -217,7 +203,7 @@ def machine(run: Run) -> list[tuple[str, Any]]:
                      f"({place}); {energy['kwh_per_1000_pairs']:.3g} kWh for 1,000 training pairs"))  # fmt: skip
         if missing := energy["unmeasured_stretches"]:
             made.append(("Not measured", f"{missing} of the nodes' stretches, so these sums are too low"))
-    made += [(LABELS.get(name, name.capitalize()), version) for name, version in about["versions"].items()]
+    made += versions(run)
     code = f"{git['commit']}{' with changes that were not committed' if git['dirty'] else ''}" if git else "installed"
     made.append(("Code", Markup("<code>%s</code>") % plain(code)))
     if digest := run.results.get("model_sha256"):

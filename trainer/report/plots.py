@@ -118,6 +118,19 @@ def panels(runs: list[Run]) -> list[Panel]:
     ]
 
 
+def best_metric(run: Run) -> str:
+    """By which the best evaluation is found."""
+    return str(run.config["metric_for_best_model"] or next(iter(run.scores)))
+
+
+def best_evaluation(run: Run) -> int | None:
+    """Its step; the first one of several."""
+    name = best_metric(run)
+    found = Panel(name, "eval", name).of(run)
+    sign = -1 if name == "loss" else 1
+    return max(found, key=lambda step: sign * found[step], default=None)
+
+
 def draw_training(drawn: Figure, groups: list[tuple[str, list[Run]]]) -> None:
     """Six panels over steps. Several runs of a group are a mean with a band of one standard deviation."""
     axes = drawn.subplots(2, 3).ravel()

@@ -9,15 +9,7 @@ from typing import Any
 from trainer.base.errors import UserError, first_line, unknown
 from trainer.base.fields import default
 from trainer.base.files import json_object
-from trainer.config import Config, read_run_config
-
-# What reports show of each objective's scores, the main one first.
-SCORES: dict[str, dict[str, str]] = {
-    "cross_entropy": {"f1_macro": "F1 Macro", "f1_micro": "F1 Micro", "f1_weighted": "F1 Weighted"},
-    "binary_cross_entropy": {"average_precision": "Average Precision", "f1": "F1", "auc": "AUC",
-                             "accuracy": "Accuracy"},
-    "mse": {"spearman": "Spearman", "pearson": "Pearson"},
-}  # fmt: skip
+from trainer.config import SCORES, TITLES, Config, read_run_config
 
 # What a report takes from about.json and results.json, of any version.
 ABOUT: dict[str, tuple[str, ...] | None] = {
@@ -52,8 +44,8 @@ class Run:
 
     @property
     def scores(self) -> dict[str, str]:
-        """Names and titles of the scores that are shown, the main one first."""
-        return SCORES[self.objective]
+        """Names and titles of the objective's scores, the main one first."""
+        return {name: TITLES[name] for name in SCORES[self.objective]}
 
     @property
     def name(self) -> str:

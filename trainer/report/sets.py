@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from trainer.metrics import fixed, num_pairs
 from trainer.report import svg
-from trainer.report.facts import fixed, interval_of, size_of
+from trainer.report.facts import ends, interval_of
 from trainer.report.markdown import Table, plain
 from trainer.report.predictions import FEW, Predictions, calibration, read_predictions
 from trainer.report.read import Run
@@ -39,7 +40,7 @@ def overview(run: Run) -> Table:
     exact = any("fp32" in own for own in metrics.values())
     header, spreads = _spreads(list(metrics.values()), main)
     rows = [
-        [split, f"{size_of(own):,}", Markup("<b>%s</b>") % fixed(own[main]), *spread,
+        [split, f"{num_pairs(own):,}", Markup("<b>%s</b>") % fixed(own[main]), *spread,
          *(fixed(own[name]) for name in others), fixed(own.get("loss")),
          *([fixed(own.get("fp32", {}).get(main))] if exact else [])]
         for (split, own), spread in zip(metrics.items(), spreads, strict=True)
@@ -54,13 +55,13 @@ def _spreads(scores: list[dict[str, Any]], main: str) -> tuple[list[str], list[l
     There is no column where no score has an interval.
     """
     intervals = [interval_of(own) for own in scores]
-    ends = [end for own in intervals if own for end in own]
-    if not ends:
+    both = [end for own in intervals if own for end in own]
+    if not both:
         return [], [[] for _ in scores]
-    gap = max(0.02, (max(ends) - min(ends)) * 0.1)
-    scale = max(0.0, min(ends) - gap), min(1.0, max(ends) + gap)
+    gap = max(0.02, (max(both) - min(both)) * 0.1)
+    scale = max(0.0, min(both) - gap), min(1.0, max(both) + gap)
     return ["95 % interval", ""], [
-        [f"{own[0]:.4f} to {own[1]:.4f}", svg.whisker(values[main], *own, scale)] if own else ["-", ""]
+        [ends(own), svg.whisker(values[main], own, scale) if own else ""]
         for values, own in zip(scores, intervals, strict=True)
     ]
 
@@ -74,7 +75,7 @@ def parts(run: Run) -> list[Part]:
 
 def part(run: Run, split: str, scores: dict[str, Any], opened: bool) -> Part:
     main = next(iter(run.scores))
-    summary = f"{run.scores[main]} {fixed(scores[main])}, {size_of(scores):,} pairs"
+    summary = f"{run.scores[main]} {fixed(scores[main])}, {num_pairs(scores):,} pairs"
     made = Part(split, summary, opened, mapped=scores.get("mapped") or "")
     if "confusion_matrix" in scores:
         add_confusion(made, run.classes(scores), scores)
@@ -91,10 +92,16 @@ def add_confusion(made: Part, names: list[str], scores: dict[str, Any]) -> None:
     made.notes.append("Rows are the true classes, columns the predicted ones; shades are shares of a row.")
     if "confusion_classes" in scores:
         made.notes.append(f"The matrix has the {len(matrix) - 1} classes with the most pairs, and all others as one.")
-    if (threshold := scores.get("f1_threshold")) is not None:
-        made.notes.append(f"1 is predicted where the score is {threshold:.4g} or more: where F1 is highest.")
-    if len(by_class(names, scores)) > MOST_CLASSES:
-        made.notes.append(f"By class: the {MOST_CLASSES} with the most pairs; results.json has all.")
+    if "f1_threshold" in scores:
+        made.notes.append(threshold_note(scores["f1_threshold"]))
+    if "confusion_classes" in scores or len(names) > MOST_CLASSES:
+        made.notes.append(f"By class: the {len(made.classes.rows)} with the most pairs.")
+
+
+def threshold_note(threshold: float | None) -> str:
+    if threshold is None:
+        return "No pair has label 1, so there is no threshold from which on 1 would be predicted."
+    return f"1 is predicted where the score is {threshold:.4g} or more: where F1 is highest."
 
 
 def by_class(names: list[str], scores: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -13,6 +13,8 @@ from typing import Any
 from markupsafe import Markup
 from markupsafe import escape as quoted
 
+from trainer.metrics import fixed
+from trainer.report.facts import ends
 from trainer.report.markdown import plain
 from trainer.report.predictions import FEW, Bin
 
@@ -212,14 +214,14 @@ def histogram(counts: Sequence[int], label: str, x_title: str) -> Markup:
     return chart(label, parts, 150)
 
 
-def whisker(value: float, low: float, high: float, scale: tuple[float, float]) -> Markup:
+def whisker(value: float, interval: tuple[float, float], scale: tuple[float, float]) -> Markup:
     """A score and its interval, for a table's cell; all cells of a column have one scale."""
     axes = Axes([*scale], [0, 1])
-    left, right, at = (percent(axes.across(own)) for own in (low, high, value))
+    left, right, at = (percent(axes.across(own)) for own in (*interval, value))
     parts = [tag("line", class_="grid-line", x1="0", x2="100%", y1="50%", y2="50%"),
              tag("line", class_="whisker", x1=left, x2=right, y1="50%", y2="50%"),
              tag("circle", class_="dot c0", r="4", cx=at, cy="50%")]  # fmt: skip
-    return chart(f"{value:.4f}, 95 % interval {low:.4f} to {high:.4f}", parts, 16, "small")
+    return chart(f"{fixed(value)}, 95 % interval {ends(interval)}", parts, 16, "small")
 
 
 def matrix(counts: Sequence[Sequence[int]], names: Sequence[str], label: str) -> Markup:

@@ -149,22 +149,27 @@ def example_scores(pairs: Pairs, logits: np.ndarray, objective: Objective) -> li
     ]
 
 
-def confident_errors(pairs: Pairs, scores: np.ndarray, threshold: float | None = None) -> list[dict[str, Any]]:
+def confident_errors(
+    pairs: Pairs, scores: np.ndarray, objective: Objective, threshold: float | None = None
+) -> list[dict[str, Any]]:
     """The wrong predictions that the model was surest of, the surest first.
 
     Args:
-        scores: probabilities (n, classes); or (n, 1) of one score: the probability of label 1, which is predicted from
-            `threshold` on, or where that is None a number, and the largest differences are its errors.
+        scores: probabilities (n, classes); or (n, 1) of one score: the probability of label 1, or of mean squared error
+            a number, and the largest differences are its errors.
+        threshold: the probability from which on label 1 is predicted; where that is None, nothing is.
     """
     truth = pairs.label if pairs.values is None else pairs.values[pairs.label]
     names: Sequence[str] | None = pairs.label_names
-    if pairs.values is None:
+    if objective == "cross_entropy":
         said, sure = scores.argmax(1), scores.max(1)
-    elif threshold is not None:
+    elif objective == "mse":
+        said, sure, names = scores[:, 0], np.abs(scores[:, 0] - truth), None
+    elif threshold is None:
+        return []
+    else:
         said = (scores[:, 0] >= threshold).astype(int)
         sure = np.where(said, scores[:, 0], 1 - scores[:, 0])
-    else:
-        said, sure, names = scores[:, 0], np.abs(scores[:, 0] - truth), None
     wrong = np.flatnonzero(said != truth)
     return [
         {

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from trainer.base.files import naming, write_text
 from trainer.base.log import log
-from trainer.metrics import listed, names_of
+from trainer.metrics import fixed, names_of, score_line
 from trainer.run.trackers import Tracker
 
 NAME = "metrics.jsonl"
@@ -36,14 +36,14 @@ class Journal:
 
     def log_training(self, values: dict[str, Any]) -> None:
         self._write("train", values)
-        shown = {"loss": f"{values['loss']:.4f}", "pairs/s": f"{values['samples_per_second']:.0f}"}
+        shown = {"loss": fixed(values["loss"]), "pairs/s": f"{values['samples_per_second']:.0f}"}
         self.bar.set_postfix(shown, refresh=False)
         if self.bar.disable:
             log.info(f"step {values['step']}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
 
     def log_evaluation(self, values: dict[str, Any]) -> None:
         self._write("eval", values)
-        scores = listed(values, ("loss", *names_of(values)[:2]))
+        scores = score_line(values, ("loss", *names_of(values)[:2]))
         log.info(f"step {values['step']}: {values['split']} {scores}")
 
     def end_at(self, step: int) -> None:
