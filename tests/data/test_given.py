@@ -62,7 +62,7 @@ def test_numbers_and_gaps_of_pandas(said):
     assert loaded(train_dataset=data)["train"].source == ["s", "t", "s"]
     assert loaded(train_dataset=frame(label=np.array([2, 0, 1])))["train"].label.tolist() == [2, 0, 1]
     gap = frame(hypothesis=pd.array(["x", pd.NA, "y"], dtype="string"))
-    with pytest.raises(UserError, match="^train_dataset, row 1: hypothesis is null"):
+    with pytest.raises(UserError, match=r"^train_dataset, row 1: hypothesis is null"):
         loaded(train_dataset=gap)
 
 
