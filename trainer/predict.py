@@ -20,7 +20,7 @@ from trainer.config import ModelConfig
 from trainer.data.answers import Answers
 from trainer.data.columns import Wanted, text_columns
 from trainer.data.faults import Faults, with_columns
-from trainer.data.given import PLACE, is_pair, pairs_of
+from trainer.data.given import PLACE, is_pair, pairs_of, plain_pairs
 from trainer.data.pipes import as_file
 from trainer.data.sources import Pairs, unlabelled
 from trainer.data.stream import stream_stdin
@@ -144,10 +144,13 @@ class Model:
         Raises UserError naming a pair without text.
         """
         alone = is_pair(pairs)
-        table = pairs_of([pairs] if alone else pairs, premise_column, hypothesis_column)
+        own = plain_pairs([pairs] if alone else pairs)
+        if own is None:
+            table = pairs_of([pairs] if alone else pairs, premise_column, hypothesis_column)
+            own = unlabelled(table, PLACE, *table.column_names)
         world, predictor = self.predictor.world, self.predictor
         with self.lock:
-            logits = predictor.logits(unlabelled(table, PLACE, *table.column_names))
+            logits = predictor.logits(own)
             scores = None if logits is None else activated(logits, predictor.objective)
             if world.size > 1:
                 scores = np.array(world.broadcast(None if scores is None else scores.tolist()))

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from trainer.base.errors import UserError, named
@@ -19,9 +20,10 @@ from trainer.base.files import replacing
 from trainer.base.log import log
 from trainer.data.columns import HYPOTHESIS, LABELS, PREMISE, Wanted, candidates, column_named, text_columns
 from trainer.data.files import kept_folder, may_be_title
+from trainer.data.pairs import Pairs
 from trainer.data.sources import lack_of
 from trainer.data.splits import NAMES, Role
-from trainer.data.tables import column_of
+from trainer.data.tables import LONGEST_ROW, column_of
 
 KINDS = "a datasets.Dataset, a pandas DataFrame, or a list of (premise, hypothesis, label) or of dicts"
 FIELDS = {"train": "train_file", "eval": "validation_file", "test": "test_file"}
@@ -33,6 +35,25 @@ PLACE = "pairs"  # what messages call those that are to be predicted
 def is_pair(given: Any) -> bool:
     """Whether it is a premise and a hypothesis, and no list of pairs."""
     return isinstance(given, (tuple, list)) and len(given) == 2 and all(isinstance(text, str) for text in given)
+
+
+def plain_pairs(given: Any) -> Pairs | None:
+    """A list of pairs of texts, as it is: a table would take longer than a small model.
+
+    None where it is anything else, or holds a text that is blank, too long or no Unicode, which the table's way names.
+    """
+    if not isinstance(given, list) or not given or not all(map(is_pair, given)):
+        return None
+    premise, hypothesis = [own[0] for own in given], [own[1] for own in given]
+    texts = premise + hypothesis
+    if not all(text and not text.isspace() and len(text) < LONGEST_ROW // 4 for text in texts):
+        return None
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return None
+    rows = np.arange(len(given))
+    return Pairs(PLACE, premise, hypothesis, label=np.zeros_like(rows), row=rows, source=None, label_names=())
 
 
 def pairs_of(given: Any, premise_column: Wanted = None, hypothesis_column: Wanted = None) -> pa.Table:
