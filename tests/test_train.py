@@ -256,7 +256,7 @@ sys.exit(__main__.main(sys.argv[1:]))
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
-    "where", ["train.load_splits", "finish.write_predictions", "loop.CrossEncoder.save", "loop.learning_rate"]
+    "where", ["train.load_splits", "finish.write_predictions", "loop.CrossEncoder.save", "loop.Schedule.__call__"]
 )
 def test_the_failing_ranks_error_is_printed_once(tmp_path, rank, where):
     """One rank alone fails, in whatever phase: its message once, no hang, and the job fails."""
@@ -269,7 +269,7 @@ def test_the_failing_ranks_error_is_printed_once(tmp_path, rank, where):
         )
     )
     options = [*SMALL, "--max_train_samples", "64", "--max_eval_samples", "30", "--max_test_samples", "30"]
-    start = torchrun if (rank, where) == (1, "loop.learning_rate") else crossrank
+    start = torchrun if (rank, where) == (1, "loop.Schedule.__call__") else crossrank
     result = start("train", *options, "--output_dir", tmp_path / "run", ranks=2, check=False, script=script)
     assert result.returncode != 0
     assert result.said.count("no such luck") == 1

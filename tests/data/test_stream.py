@@ -315,7 +315,7 @@ def test_pairs_from_python_that_are_none(model):
         (["ab"], "row 0: expected"),
         ([("a", "b"), ("a", 1)], "row 1: hypothesis must be text, found 1"),
         ([("a", None)], "row 0: hypothesis is null"),
-        ([("a", "b"), (object(), "b")], "row 1: premise must be text, found <object"),
+        ([("a", "b"), (object(), "b")], "row 1: premise must be text or a number, found <object"),
         ([("a", b"b")], "row 0: hypothesis must be text"),
         (None, "must be a list of"),
         (5, "must be a list of .*, got 5"),
@@ -361,7 +361,7 @@ def test_a_loaded_model_takes_pairs_of_any_kind(builtin_model, tmp_path):
             assert np.array_equal(scores, expected)
     for given, said in (
         ([*rows, {"sentence1": "a"}], "pairs, row 5: hypothesis is null"),
-        ([rows[0], pairs[0]], "row 1: expected what row 0 is, a dict"),
+        ([rows[0], pairs[0]], "row 1: expected a dict as in row 0"),
         (pd.DataFrame({"premise": ["a", None], "hypothesis": ["b", "c"]}), "row 1: premise is null"),
         (
             pd.DataFrame({"premise": ["a"], "text": ["b"]}),

@@ -28,7 +28,8 @@ from trainer.run.preempt import Preemption
 
 RUN = ["--recipe", "demo", "--max_train_samples", "330", "--max_eval_samples", "101", "--max_test_samples", "101",
        "--logging_steps", "1", "--num_train_epochs", "8", "--save_steps", "3", "--eval_steps", "8", "--dropout", "0.1",
-       "--eval_on_start", "false", "--track_emissions", "false", "--write_report", "false"]  # fmt: skip
+       "--eval_on_start", "false", "--load_best_model_at_end", "false", "--track_emissions", "false",
+       "--write_report", "false"]  # fmt: skip
 
 
 def full(*values: object):

@@ -143,7 +143,7 @@ def test_scores_that_are_no_numbers(copied, tmp_path):
         evaluate(copied, test_file=str(tmp_path / "test.csv"))
     result = crossrank("predict", copied, "--input", tmp_path / "test.csv", ranks=2, check=False)
     assert result.returncode == 1
-    assert result.stderr.count("row 1, 3: ") == 1
+    assert result.stderr.count("rows 1, 3: ") == 1
     assert result.stdout == ""
 
 
