@@ -317,8 +317,8 @@ def test_pairs_from_python_that_are_none(model):
         ([("a", None)], "row 0: hypothesis is null"),
         ([("a", "b"), (object(), "b")], "row 1: premise must be text or a number, found <object"),
         ([("a", b"b")], "row 0: hypothesis must be text"),
-        (None, "must be a list of"),
-        (5, "must be a list of .*, got 5"),
+        (None, "must be a .* list of .*premise, hypothesis\\) or of dicts, found NoneType"),
+        (5, "must be a .* list of .*, found int"),
         ([("a", "b"), ("\ud800", "b")], "row 1: premise holds half of a surrogate pair"),
     ):
         with pytest.raises(UserError, match=expected):
@@ -368,8 +368,8 @@ def test_a_loaded_model_takes_pairs_of_any_kind(builtin_model, tmp_path):
             "no column 'hypothesis' .*; it has premise, text",
         ),
         (pa.table({"premise": ["a"], "hypothesis": [1]}), "row 0: hypothesis must be text, found int64"),
-        ({"premise": "a", "hypothesis": "b"}, "must be a list of"),
-        ("ab", "must be a list of"),
+        ({"premise": "a", "hypothesis": "b"}, "must be a .* list of"),
+        ("ab", "must be a .* list of"),
     ):
         with pytest.raises(UserError, match=said):
             model.predict(given)

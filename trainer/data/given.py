@@ -25,7 +25,6 @@ from trainer.data.sources import lack_of
 from trainer.data.splits import NAMES, Role
 from trainer.data.tables import LONGEST_ROW, column_of
 
-KINDS = "a datasets.Dataset, a pandas DataFrame, or a list of (premise, hypothesis, label) or of dicts"
 FIELDS = {"train": "train_file", "eval": "validation_file", "test": "test_file"}
 ROLES: dict[str, Role] = {"train": "train", "eval": "dev", "test": "test"}
 Column = Callable[[str], pa.ChunkedArray | pa.Array]
@@ -168,7 +167,8 @@ def _columns(
             data.iloc[:, list(map(str, data.columns)).index(name)].tolist(), place, name
         )
     if not isinstance(data, (list, tuple)):
-        raise UserError(f"{place} must be {KINDS}, found {_kind(data)}")
+        raise UserError(f"{place} must be a datasets.Dataset, a pandas DataFrame, or a list of "
+                        f"({', '.join(row_names)}) or of dicts, found {_kind(data)}")  # fmt: skip
     if not data:
         raise UserError(f"{place} is empty")
     if _is_table(data[0]):
