@@ -65,6 +65,11 @@ def test_a_sweep_is_compared(sweep, tmp_path, said):
         for seed in SEEDS:
             assert f"| learning_rate-{rate}/seed-{seed} " in text
     assert not any("finished" in line for line in said)
+    page = (tmp_path / "report" / "report.html").read_text()
+    for shown in (text, page):
+        assert "None of it says how much depends on the seed where a group has but one" in shown
+        assert "each resample draws the seeds, too" in shown
+        assert "equal" in shown  # all are copies of one run
 
 
 def test_unfinished_and_missing_runs_are_said(sweep, tmp_path, said):

@@ -30,8 +30,10 @@ OF_A_GROUP = {"seed", "data_seed", "train_batch_size", "per_device_train_batch_s
 
 DIFFERENCES = Markup(
     "By how much a group's F1 macro is above that of another on the same pairs, and how that spreads over %s resamples "
-    "of the pairs, on which both are scored%s. Sign flips is the share of resamples in which the other group is ahead. "
-    "None of it says how much depends on the seed: that is what the spread in the scores above says."
+    "of the pairs, on which both are scored%s. Of a group of several seeds each resample draws the seeds, too, with "
+    "replacement: the same ones in groups that have the same seeds. Sign flips is the share of resamples in which the "
+    "other group is ahead. None of it says how much depends on the seed where a group has but one, and few seeds say "
+    "it roughly: see the spread in the scores above."
 )
 
 
@@ -86,15 +88,9 @@ def beside(runs: list[Run], groups: list[Group]) -> list[tuple[Run, Run]]:
     for number, run in enumerate(runs[1:], 1):
         (own,) = (members for _, members in groups if any(run is member for member in members))
         near = [other for other in runs[:number] if any(other is member for member in own)]
-        alike = [other for other in near if seeds(other) == seeds(run)]
+        alike = [other for other in near if other.seeds == run.seeds]
         pairs.append((run, (alike or runs)[0]))
     return pairs
-
-
-def seeds(run: Run) -> tuple[int, int]:
-    """Of weights and dropout, and of the data's order."""
-    seed, of_data = run.config["seed"], run.config["data_seed"]
-    return seed, seed if of_data is None else of_data
 
 
 def of_group(run: Run) -> dict[str, Any]:
@@ -167,8 +163,8 @@ def spread(values: list[float | None]) -> str:
 
 def difference_table(found: list[Difference]) -> Table:
     rows = [
-        [own.split, own.second, own.first, f"{own.num_pairs:,}", f"{own.value:+.4f}",
-         f"{own.low:+.4f} to {own.high:+.4f}", f"{own.flips:.1%}"]
+        [own.split, own.second, own.first, f"{own.num_pairs:,}", f"{own.value:+.4f}" if own.value else "equal",
+         f"{own.low:+.4f} to {own.high:+.4f}", f"{own.flips:.1%}" if own.value else "-"]
         for own in found
     ]  # fmt: skip
     return Table(["Set", "Group", "Compared with", "Pairs", "F1 Macro", "95 % interval", "Sign flips"], rows)

@@ -51,6 +51,12 @@ class Run:
     def name(self) -> str:
         return str(self.config["run_name"] or self.folder.resolve().name)
 
+    @property
+    def seeds(self) -> tuple[int, int]:
+        """Of weights and dropout, and of the data's order."""
+        seed, of_data = self.config["seed"], self.config["data_seed"]
+        return seed, seed if of_data is None else of_data
+
     def role(self, split: str) -> str:
         """Of a set that was scored: dev, test, test 2 ..."""
         return next((role for role, own in self.about["data"].items() if own.get("name") == split), "test")
