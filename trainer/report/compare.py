@@ -71,31 +71,31 @@ def compared_tables(runs: list[Run], groups: list[Group]) -> dict[str, Any]:
         "differences_note": DIFFERENCES
         % (f"{RESAMPLES:,}", "; each beside the first group" * (len(groups) > ALL_PAIRS)),
         "runs": run_table(groups),
-        "bits": bit_table(runs, groups),
+        "bits": bit_table(runs),
     }
 
 
-def bit_table(runs: list[Run], groups: list[Group]) -> Table:
-    """Each run but the first, beside another one: the first of its group and seeds, or else the first of all."""
+def bit_table(runs: list[Run]) -> Table:
     names = dict(zip((run.folder for run in runs), titles(runs), strict=True))
-    rows = [[names[run.folder], names[other.folder], compared(run, other)] for run, other in beside(runs, groups)]
+    rows = [[names[run.folder], names[other.folder], compared(run, other)] for run, other in beside(runs)]
     return Table(["Folder", "Beside", "Bits"], rows)
 
 
-def beside(runs: list[Run], groups: list[Group]) -> list[tuple[Run, Run]]:
-    """The runs but the first, each with the one that it is compared with."""
-    pairs = []
-    for number, run in enumerate(runs[1:], 1):
-        (own,) = (members for _, members in groups if any(run is member for member in members))
-        near = [other for other in runs[:number] if any(other is member for member in own)]
-        alike = [other for other in near if other.seeds == run.seeds]
-        pairs.append((run, (alike or runs)[0]))
-    return pairs
+def beside(runs: list[Run]) -> list[tuple[Run, Run]]:
+    """Runs that can be the same to the last bit, each with the first such run before it; two runs always are a pair.
+
+    They have the same seed, and the same fields but for those that only say by which method a run is computed.
+    """
+    if len(runs) == 2:
+        return [(runs[1], runs[0])]
+    what = [(run.seeds, of_group(run, ("upkeep", "local", "method"))) for run in runs]
+    first = [what.index(own) for own in what]
+    return [(run, runs[place]) for number, (run, place) in enumerate(zip(runs, first, strict=True)) if place < number]
 
 
-def of_group(run: Run) -> dict[str, Any]:
-    """What the runs of a group have in common: every field that changes a run, but for those of its seed."""
-    others = {own.name for own in dataclasses.fields(Config) if rule(own).kind in ("upkeep", "local")} | OF_A_GROUP
+def of_group(run: Run, other_kinds: tuple[str, ...] = ("upkeep", "local")) -> dict[str, Any]:
+    """What the runs of a group have in common: every field but those of `other_kinds` and of its seed."""
+    others = {own.name for own in dataclasses.fields(Config) if rule(own).kind in other_kinds} | OF_A_GROUP
     return {name: value for name, value in settings(run, run.config).items() if name not in others}
 
 
