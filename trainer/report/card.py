@@ -14,7 +14,17 @@ from markupsafe import Markup
 
 from trainer.metrics import RESAMPLES, fixed, num_pairs
 from trainer.report import markdown
-from trainer.report.facts import command, ends, from_scratch, hyperparameters, interval_of, padding, versions, warnings
+from trainer.report.facts import (
+    command,
+    ends,
+    from_scratch,
+    hyperparameters,
+    interval_of,
+    loss_note,
+    padding,
+    versions,
+    warnings,
+)
 from trainer.report.markdown import code, escape, table
 from trainer.report.plots import best_evaluation
 from trainer.report.read import Run
@@ -240,6 +250,7 @@ def training_logs(run: Run) -> tuple[Markup | None, str]:
     note = "The training loss is the mean since the line before." + (" The best evaluation is bold." if best else "")
     if len(kept) < len(steps):
         note += f" {len(steps) - len(kept):,} lines are left out; metrics.jsonl has them."
+    note = f"{note} {loss_note(run)}".strip()
     header = ["Epoch", "Step", "Training Loss", "Validation Loss", *(f"{escape(s)}_{main}" for s in splits)]
     return table(header, rows, "c" * len(header)), note
 

@@ -49,6 +49,14 @@ def padding(run: Run) -> str:
     return f"{share:.0%} of a batch padded to its longest pair would be padding{computed}"
 
 
+def loss_note(run: Run) -> str:
+    """What sets the training loss apart from the validation loss; empty where nothing does."""
+    fields = {"weighted": ("class_weights", "pos_weight"), "smoothed": ("label_smoothing_factor",)}
+    made = [f"{how} ({name})" for how, names in fields.items() for name in names if run.config[name]]
+    return (f"The training loss is {' and '.join(made)}, the validation loss is not: compare each with itself only."
+            if made else "")  # fmt: skip
+
+
 def versions(run: Run) -> list[tuple[str, str]]:
     """Packages by the names that they call themselves."""
     names = {"torch": "PyTorch", "numpy": "NumPy"}

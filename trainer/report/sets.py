@@ -93,7 +93,7 @@ def add_confusion(made: Part, names: list[str], scores: dict[str, Any]) -> None:
     if "confusion_classes" in scores:
         made.notes.append(f"The matrix has the {len(matrix) - 1} classes with the most pairs, and all others as one.")
     if "f1_threshold" in scores:
-        made.notes.append(threshold_note(scores["f1_threshold"]))
+        made.notes += threshold_notes(scores)
     if "confusion_classes" in scores or len(names) > MOST_CLASSES:
         made.notes.append(f"By class: the {len(made.classes.rows)} with the most pairs.")
 
@@ -102,6 +102,21 @@ def threshold_note(threshold: float | None) -> str:
     if threshold is None:
         return "No pair has label 1, so there is no threshold from which on 1 would be predicted."
     return f"1 is predicted where the score is {threshold:.4g} or more: where F1 is highest."
+
+
+def threshold_notes(scores: dict[str, Any]) -> list[str]:
+    """Which number is at which threshold; runs of earlier versions have not said that of accuracy."""
+    made, chosen = [threshold_note(scores["f1_threshold"])], []
+    if scores["f1_threshold"] is not None:
+        chosen.append(f"F1, precision, recall and the matrix are at {scores['f1_threshold']:.4g} (f1_threshold)")
+    if scores.get("accuracy_threshold") is not None:
+        chosen.append(f"accuracy is at {scores['accuracy_threshold']:.4g} (accuracy_threshold), where it is highest")
+    if chosen:
+        text = "; ".join(chosen)
+        those = "Both thresholds were" if len(chosen) > 1 else "The threshold was"
+        made.append(f"{text[0].upper()}{text[1:]}. {those} chosen on these very pairs, so on others of the same kind "
+                    "the same threshold gives a little less.")  # fmt: skip
+    return made
 
 
 def by_class(names: list[str], scores: dict[str, Any]) -> dict[str, dict[str, float]]:
