@@ -132,6 +132,7 @@ def test_one_score(objective, change, value, title, demo, tmp_path):
     label = np.arange(101) % 2 if change is binary else np.linspace(0, 5, 101)
     for split in ("dev", "test"):
         columns = {"index": np.arange(101), "label": label, "score": label / label.max() * 0.8}
+        columns["score"][80:] = 0.9 - columns["score"][80:]
         parquet.write_table(pa.table(columns), folder / "predictions" / f"builtin-{split}.parquet")
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     events = [own | dict.fromkeys(("average_precision", "f1", "auc", "spearman", "pearson"), 0.5) for own in events]
@@ -142,6 +143,10 @@ def test_one_score(objective, change, value, title, demo, tmp_path):
     assert found.ids == SECTIONS
     assert f"<b>{value}</b>" in text
     assert f"{title} on builtin-test" in text
+    between = re.search(r"95 % interval (-?0\.\d{4} to 0\.\d{4})<", text)[1]
+    assert text.count(between) == 5  # of two sets as text and as a picture; both have the same predictions
+    assert card.count(f"| {between} ") == 2
+    assert "(500 resamples of the pairs)" in card
     assert found.classes.count("matrix") == (2 if change is binary else 0)
     assert "Predicted over true score" in text or "1 is predicted where the score is 0.25 or more" in text
     assert ("accuracy is at 0.5 (accuracy_threshold)" in text) == (change is binary)

@@ -8,18 +8,12 @@ from typing import Any
 
 from trainer.base.fields import default, rule
 from trainer.config import Config
-from trainer.metrics import fixed, interval, num_pairs
+from trainer.metrics import fixed
 from trainer.report.read import Run
 
 
 def from_scratch(run: Run) -> bool:
     return run.config["init"] == "random" or run.config["model_name_or_path"] == "builtin"
-
-
-def interval_of(scores: dict[str, Any]) -> tuple[float, float] | None:
-    """Of F1 macro; None of other scores, and where the matrix does not have all classes."""
-    whole = "f1_macro" in scores and "confusion_classes" not in scores and num_pairs(scores) > 0
-    return interval(scores["confusion_matrix"]) if whole else None
 
 
 def ends(interval: tuple[float, float] | None) -> str:

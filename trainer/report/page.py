@@ -12,7 +12,7 @@ from markupsafe import Markup
 from trainer.config import TITLES
 from trainer.metrics import fixed
 from trainer.report import markdown, svg
-from trainer.report.facts import command, ends, fields, interval_of, loss_note, padding, versions, warnings
+from trainer.report.facts import command, ends, fields, loss_note, padding, versions, warnings
 from trainer.report.markdown import Table, plain
 from trainer.report.plots import best_evaluation, best_metric, panels, smoothed
 from trainer.report.read import Run
@@ -61,7 +61,7 @@ def headline(run: Run) -> dict[str, str] | None:
     if (split := run.headline()) is None:
         return None
     main, scores = next(iter(run.scores)), run.results["metrics"][split]
-    between = interval_of(scores)
+    between = run.intervals[split]
     spread = f"95 % interval {ends(between)}" if between else ""
     if scores[main] is None:
         spread = "Not defined where all pairs have the same label, or the same score."

@@ -13,14 +13,13 @@ them the variance over seeds is too small by (k - 1) / k. Of a group of one seed
 on which pairs were drawn, and not how much it does on the seed.
 """
 
-import math
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 
 import numpy as np
 
-from trainer.metrics import MOST_CELLS, RESAMPLES
+from trainer.metrics import RESAMPLES, resampled
 from trainer.report.predictions import Predictions, read_predictions
 from trainer.report.read import Run
 
@@ -131,13 +130,6 @@ def run_weights(groups: Sequence[Sequence[Hashable]]) -> list[tuple[np.ndarray, 
         share = 1 / np.bincount(place)[place][:, None]
         made.append((share / len(own), share * drawn[place]))
     return made
-
-
-def resampled(counts: np.ndarray) -> Iterator[np.ndarray]:
-    """RESAMPLES draws (some, cells) of as many pairs as there are, some at a time, so that memory suffices."""
-    random, total = np.random.default_rng(0), int(counts.sum())
-    for some in np.array_split(np.arange(RESAMPLES), math.ceil(RESAMPLES * len(counts) / MOST_CELLS)):
-        yield random.multinomial(total, counts / total, len(some))
 
 
 def _scores(cells: np.ndarray, draws: Iterable[np.ndarray], num_classes: int) -> np.ndarray:

@@ -8,7 +8,8 @@ from markupsafe import Markup
 
 from trainer.metrics import fixed, num_pairs
 from trainer.report import svg
-from trainer.report.facts import ends, interval_of
+from trainer.report.facts import ends
+from trainer.report.intervals import interval_of
 from trainer.report.markdown import Table, plain
 from trainer.report.predictions import FEW, Predictions, calibration, read_predictions
 from trainer.report.read import Run
@@ -38,7 +39,7 @@ def overview(run: Run) -> Table:
     main, *others = run.scores
     metrics = run.results.get("metrics", {})
     exact = any("fp32" in own for own in metrics.values())
-    header, spreads = _spreads(list(metrics.values()), main)
+    header, spreads = _spreads(list(metrics.values()), main, list(run.intervals.values()))
     rows = [
         [split, f"{num_pairs(own):,}", Markup("<b>%s</b>") % fixed(own[main]), *spread,
          *(fixed(own[name]) for name in others), fixed(own.get("loss")),
@@ -49,12 +50,13 @@ def overview(run: Run) -> Table:
                   *([f"{run.scores[main]} in fp32"] if exact else [])], rows)  # fmt: skip
 
 
-def _spreads(scores: list[dict[str, Any]], main: str) -> tuple[list[str], list[list[Any]]]:
+def _spreads(
+    scores: list[dict[str, Any]], main: str, intervals: list[tuple[float, float] | None]
+) -> tuple[list[str], list[list[Any]]]:
     """Columns, and cells for each: the interval of its main score as numbers, and as a picture, all of one scale.
 
     There is no column where no score has an interval.
     """
-    intervals = [interval_of(own) for own in scores]
     both = [end for own in intervals if own for end in own]
     if not both:
         return [], [[] for _ in scores]
@@ -145,7 +147,7 @@ def class_table(names: list[str], scores: dict[str, Any]) -> Table:
 
 def source_table(run: Run, sources: dict[str, Any]) -> Table:
     main, title = next(iter(run.scores.items()))
-    header, spreads = _spreads(list(sources.values()), main)
+    header, spreads = _spreads(list(sources.values()), main, [interval_of(own) for own in sources.values()])
     rows = [
         [plain(name, 60), f"{own['num_samples']:,}", Markup("<b>%s</b>") % fixed(own.get(main)), *spread]
         for (name, own), spread in zip(sources.items(), spreads, strict=True)
