@@ -65,7 +65,7 @@ def compared_tables(runs: list[Run], groups: list[Group]) -> dict[str, Any]:
     found, reasons = differences(groups)
     return {
         "fields": field_table(runs, groups),
-        "scores": score_table(groups),
+        "scores": score_tables(groups),
         "differences": difference_table(found),
         "reasons": reasons,
         "differences_note": DIFFERENCES
@@ -136,10 +136,18 @@ def field_table(runs: list[Run], groups: list[Group]) -> Table:
     return Table(["Field", *(name for name, _ in groups)], rows)
 
 
+def score_tables(groups: list[Group]) -> dict[str, Table]:
+    """By their objectives, which share no scores."""
+    of_objective: dict[str, list[Group]] = {}
+    for group in groups:
+        of_objective.setdefault(group[1][0].objective, []).append(group)
+    return {objective: score_table(own) for objective, own in of_objective.items()}
+
+
 def score_table(groups: list[Group]) -> Table:
-    """A row a group and set: mean and standard deviation over the group's runs that are finished."""
+    """A row a group and set: mean and standard deviation over the group's runs that are finished, of one objective."""
     runs = [run for _, members in groups for run in members]
-    scores = {name: title for run in runs for name, title in run.scores.items()}
+    scores = runs[0].scores
     splits = dict.fromkeys(split for run in runs for split in run.results.get("metrics", {}))
     rows = []
     for split in splits:
