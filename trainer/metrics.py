@@ -7,7 +7,7 @@ one rank only: the package locks files.
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -140,6 +140,16 @@ def scores_by_source(sources: Sequence[str], scored: Callable[[np.ndarray], dict
     return {name: {"num_samples": len(rows), **scored(rows)} for name, rows in found.items()}
 
 
+def resampled(counts: np.ndarray, resamples: int = RESAMPLES, beside: int = 0) -> Iterator[np.ndarray]:
+    """Draws (some, cells) of as many pairs as there are, of `counts` (cells,): `resamples` of them in all.
+
+    Some at a time, so that memory suffices for them and `beside` numbers more of each.
+    """
+    random, total = np.random.default_rng(0), int(counts.sum())
+    for some in np.array_split(np.arange(resamples), math.ceil(resamples * (len(counts) + beside) / MOST_CELLS)):
+        yield random.multinomial(total, counts / total, len(some))
+
+
 def interval(confusion_matrix: list[list[int]]) -> tuple[float, float]:
     """The 95 % bootstrap percentile interval of F1 macro (Efron 1979).
 
@@ -148,10 +158,8 @@ def interval(confusion_matrix: list[list[int]]) -> tuple[float, float]:
     """
     matrix = np.array(confusion_matrix)
     truth, said = np.nonzero(matrix)  # of many classes nearly all cells are empty
-    share = matrix[truth, said] / matrix.sum()
-    random, f1 = np.random.default_rng(0), []
-    for some in np.array_split(np.arange(RESAMPLES), math.ceil(RESAMPLES * (len(share) + len(matrix)) / MOST_CELLS)):
-        draws = random.multinomial(int(matrix.sum()), share, len(some))
+    f1 = []
+    for draws in resampled(matrix[truth, said], beside=len(matrix)):
         hits = _by_class(np.where(truth == said, draws, 0), truth, len(matrix))
         both = _by_class(draws, truth, len(matrix)) + _by_class(draws, said, len(matrix))
         there = both > 0  # a class that neither occurs nor is predicted does not enter the mean

@@ -103,6 +103,7 @@ def test_the_page_needs_nothing_else(demo):
 def binary(results):
     for own in results["metrics"].values():
         own |= {"average_precision": 0.8312, "f1": 0.7, "auc": 0.9, "f1_threshold": 0.25, "num_samples": 101,
+                "accuracy_threshold": 0.5,
                 "confusion_matrix": [[60, 11], [10, 20]], "label_names": ["0", "1"]}  # fmt: skip
         for name in ("f1_macro", "f1_micro", "f1_weighted", "by_source", "by_class"):
             own.pop(name, None)
@@ -131,6 +132,7 @@ def test_one_score(objective, change, value, title, demo, tmp_path):
     label = np.arange(101) % 2 if change is binary else np.linspace(0, 5, 101)
     for split in ("dev", "test"):
         columns = {"index": np.arange(101), "label": label, "score": label / label.max() * 0.8}
+        columns["score"][80:] = 0.9 - columns["score"][80:]
         parquet.write_table(pa.table(columns), folder / "predictions" / f"builtin-{split}.parquet")
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     events = [own | dict.fromkeys(("average_precision", "f1", "auc", "spearman", "pearson"), 0.5) for own in events]
@@ -141,8 +143,15 @@ def test_one_score(objective, change, value, title, demo, tmp_path):
     assert found.ids == SECTIONS
     assert f"<b>{value}</b>" in text
     assert f"{title} on builtin-test" in text
+    between = re.search(r"95 % interval (-?0\.\d{4} to 0\.\d{4})<", text)[1]
+    assert text.count(between) == 5  # of two sets as text and as a picture; both have the same predictions
+    assert card.count(f"| {between} ") == 2
+    assert "(500 resamples of the pairs)" in card
     assert found.classes.count("matrix") == (2 if change is binary else 0)
     assert "Predicted over true score" in text or "1 is predicted where the score is 0.25 or more" in text
+    assert ("accuracy is at 0.5 (accuracy_threshold)" in text) == (change is binary)
+    assert ("the matrix are at 0.25 (f1_threshold)" in text) == (change is binary)
+    assert text.count("Both thresholds were chosen on these very pairs") == (2 if change is binary else 0)
     assert value in card
     assert "f1_macro" not in card
     assert ("BinaryCrossEntropyLoss" if change is binary else "MSELoss") in card
@@ -164,6 +173,21 @@ def test_the_best_step_says_by_which_score(demo, tmp_path):
     card = write_report(folder).read_text()
     assert "name: Accuracy" not in card  # on the hub, as in sentence-transformers' cards
     assert "name: F1 Weighted" in card
+
+
+def test_the_losses_are_told_apart(demo, tmp_path):
+    """Where the training loss is weighted or smoothed; the page and the card say so."""
+    folder = shutil.copytree(demo, tmp_path / "run")
+    assert "the validation loss is not" not in shown(folder)
+    config = (folder / "config.yaml").read_text()
+    for old, new in (("class_weights: null", "class_weights: [2.0, 1.0, 1.0]"),
+                     ("smoothing_factor: 0.0", "smoothing_factor: 0.1")):  # fmt: skip
+        assert config.count(old) == 1, old
+        config = config.replace(old, new)
+    (folder / "config.yaml").write_text(config)
+    expected = "is weighted (class_weights) and smoothed (label_smoothing_factor), the validation loss is not"
+    assert expected in write_report(folder).read_text()
+    assert (folder / "report.html").read_text().count(expected) == 1
 
 
 def test_sets_of_many_classes_show_some(demo, tmp_path):

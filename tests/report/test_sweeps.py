@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from conftest import crossrank
+from runs import edited
 
 from trainer.base.errors import UserError
-from trainer.report.compare import grouped, spread
+from trainer.report.compare import grouped, score_tables, spread
 from trainer.report.read import read_run
 from trainer.report.sweeps import runs_in, titles
 from trainer.report.write import report
@@ -65,6 +66,11 @@ def test_a_sweep_is_compared(sweep, tmp_path, said):
         for seed in SEEDS:
             assert f"| learning_rate-{rate}/seed-{seed} " in text
     assert not any("finished" in line for line in said)
+    page = (tmp_path / "report" / "report.html").read_text()
+    for shown in (text, page):
+        assert "None of it says how much depends on the seed where a group has but one" in shown
+        assert "each resample draws the seeds, too" in shown
+        assert "equal" in shown  # all are copies of one run
 
 
 def test_unfinished_and_missing_runs_are_said(sweep, tmp_path, said):
@@ -97,6 +103,22 @@ def test_groups_are_named_by_what_differs(one, tmp_path):
     assert "lr 1e-05, wd 0.01, mgn 0.5, wr 0.06" in names
     assert len(set(names)) == 3
     assert titles(runs) == ["run", "a", "b"]
+
+
+def test_each_objective_has_its_own_scores(one, tmp_path):
+    """A table each, so that none is wide and full of dashes; of one objective there is no heading more."""
+    own = {"loss": 0.1, "spearman": 0.8123, "pearson": 0.8, "num_samples": 30}
+    folder = copy(one, tmp_path / "numbers", objective="mse")
+    edited(folder, folder, "about.json", lambda about: about["model"].update(objective="mse"))
+    edited(folder, folder, "results.json", lambda results: results.update(metrics={"builtin-test": own}))
+    tables = score_tables(grouped([read_run(one), read_run(folder)]))
+    assert [table.header[3:] for table in tables.values()] == [
+        ["F1 Macro", "F1 Micro", "F1 Weighted", "Accuracy", "Loss"], ["Spearman", "Pearson", "Loss"]]  # fmt: skip
+    assert [len(table.rows) for table in tables.values()] == [2, 1]
+    assert tables["mse"].rows[0][2:] == ["1", "0.8123", "0.8000", "0.1000"]
+    report([str(one), str(folder)], str(tmp_path / "report"))
+    assert "\n### Objective `mse`\n\n| Group " in (tmp_path / "report" / "README.md").read_text()
+    assert "<h3>Objective mse</h3>" in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_runs_without_a_score_are_not_passed_over():

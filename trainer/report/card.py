@@ -12,9 +12,19 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
-from trainer.metrics import RESAMPLES, fixed, num_pairs
+from trainer.metrics import fixed, num_pairs
 from trainer.report import markdown
-from trainer.report.facts import command, ends, from_scratch, hyperparameters, interval_of, padding, versions, warnings
+from trainer.report.facts import (
+    command,
+    ends,
+    from_scratch,
+    hyperparameters,
+    loss_note,
+    padding,
+    versions,
+    warnings,
+)
+from trainer.report.intervals import draws_of
 from trainer.report.markdown import code, escape, table
 from trainer.report.plots import best_evaluation
 from trainer.report.read import Run
@@ -64,7 +74,8 @@ def card(run: Run, plots: list[str]) -> str:
         score=run.objective != "cross_entropy",
         loss=LOSSES[run.objective],
         evaluator=EVALUATORS[run.objective],
-        resamples=RESAMPLES,
+        resamples=draws_of(run.objective),
+        main=next(iter(run.scores.values())).replace("Macro", "macro"),
         changed=hyperparameters(run, changed_only=True),
         hyperparameters=hyperparameters(run, changed_only=False),
         logs=logs,
@@ -186,7 +197,7 @@ def details(run: Run) -> Markup:
     for name, split in run.results["metrics"].items():
         own = "bf16" if run.config["bf16"] else "fp32"
         rows.append([escape(name), own, f"{num_pairs(split):,}", *(fixed(split[m]) for m in run.scores),
-                     ends(interval_of(split)), fixed(split["loss"])])  # fmt: skip
+                     ends(run.intervals[name]), fixed(split["loss"])])  # fmt: skip
         if "fp32" in split:
             rows.append([escape(name), "fp32", f"{num_pairs(split):,}",
                          *(fixed(split["fp32"][m]) for m in run.scores), "",
@@ -240,6 +251,7 @@ def training_logs(run: Run) -> tuple[Markup | None, str]:
     note = "The training loss is the mean since the line before." + (" The best evaluation is bold." if best else "")
     if len(kept) < len(steps):
         note += f" {len(steps) - len(kept):,} lines are left out; metrics.jsonl has them."
+    note = f"{note} {loss_note(run)}".strip()
     header = ["Epoch", "Step", "Training Loss", "Validation Loss", *(f"{escape(s)}_{main}" for s in splits)]
     return table(header, rows, "c" * len(header)), note
 

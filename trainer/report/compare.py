@@ -30,8 +30,10 @@ OF_A_GROUP = {"seed", "data_seed", "train_batch_size", "per_device_train_batch_s
 
 DIFFERENCES = Markup(
     "By how much a group's F1 macro is above that of another on the same pairs, and how that spreads over %s resamples "
-    "of the pairs, on which both are scored%s. Sign flips is the share of resamples in which the other group is ahead. "
-    "None of it says how much depends on the seed: that is what the spread in the scores above says."
+    "of the pairs, on which both are scored%s. Of a group of several seeds each resample draws the seeds, too, with "
+    "replacement: the same ones in groups that have the same seeds. Sign flips is the share of resamples in which the "
+    "other group is ahead. None of it says how much depends on the seed where a group has but one, and few seeds say "
+    "it roughly: see the spread in the scores above."
 )
 
 
@@ -63,43 +65,37 @@ def compared_tables(runs: list[Run], groups: list[Group]) -> dict[str, Any]:
     found, reasons = differences(groups)
     return {
         "fields": field_table(runs, groups),
-        "scores": score_table(groups),
+        "scores": score_tables(groups),
         "differences": difference_table(found),
         "reasons": reasons,
         "differences_note": DIFFERENCES
         % (f"{RESAMPLES:,}", "; each beside the first group" * (len(groups) > ALL_PAIRS)),
         "runs": run_table(groups),
-        "bits": bit_table(runs, groups),
+        "bits": bit_table(runs),
     }
 
 
-def bit_table(runs: list[Run], groups: list[Group]) -> Table:
-    """Each run but the first, beside another one: the first of its group and seeds, or else the first of all."""
+def bit_table(runs: list[Run]) -> Table:
     names = dict(zip((run.folder for run in runs), titles(runs), strict=True))
-    rows = [[names[run.folder], names[other.folder], compared(run, other)] for run, other in beside(runs, groups)]
+    rows = [[names[run.folder], names[other.folder], compared(run, other)] for run, other in beside(runs)]
     return Table(["Folder", "Beside", "Bits"], rows)
 
 
-def beside(runs: list[Run], groups: list[Group]) -> list[tuple[Run, Run]]:
-    """The runs but the first, each with the one that it is compared with."""
-    pairs = []
-    for number, run in enumerate(runs[1:], 1):
-        (own,) = (members for _, members in groups if any(run is member for member in members))
-        near = [other for other in runs[:number] if any(other is member for member in own)]
-        alike = [other for other in near if seeds(other) == seeds(run)]
-        pairs.append((run, (alike or runs)[0]))
-    return pairs
+def beside(runs: list[Run]) -> list[tuple[Run, Run]]:
+    """Runs that can be the same to the last bit, each with the first such run before it; two runs always are a pair.
+
+    They have the same seed, and the same fields but for those that only say by which method a run is computed.
+    """
+    if len(runs) == 2:
+        return [(runs[1], runs[0])]
+    what = [(run.seeds, of_group(run, ("upkeep", "local", "method"))) for run in runs]
+    first = [what.index(own) for own in what]
+    return [(run, runs[place]) for number, (run, place) in enumerate(zip(runs, first, strict=True)) if place < number]
 
 
-def seeds(run: Run) -> tuple[int, int]:
-    """Of weights and dropout, and of the data's order."""
-    seed, of_data = run.config["seed"], run.config["data_seed"]
-    return seed, seed if of_data is None else of_data
-
-
-def of_group(run: Run) -> dict[str, Any]:
-    """What the runs of a group have in common: every field that changes a run, but for those of its seed."""
-    others = {own.name for own in dataclasses.fields(Config) if rule(own).kind in ("upkeep", "local")} | OF_A_GROUP
+def of_group(run: Run, other_kinds: tuple[str, ...] = ("upkeep", "local")) -> dict[str, Any]:
+    """What the runs of a group have in common: every field but those of `other_kinds` and of its seed."""
+    others = {own.name for own in dataclasses.fields(Config) if rule(own).kind in other_kinds} | OF_A_GROUP
     return {name: value for name, value in settings(run, run.config).items() if name not in others}
 
 
@@ -140,10 +136,18 @@ def field_table(runs: list[Run], groups: list[Group]) -> Table:
     return Table(["Field", *(name for name, _ in groups)], rows)
 
 
+def score_tables(groups: list[Group]) -> dict[str, Table]:
+    """By their objectives, which share no scores."""
+    of_objective: dict[str, list[Group]] = {}
+    for group in groups:
+        of_objective.setdefault(group[1][0].objective, []).append(group)
+    return {objective: score_table(own) for objective, own in of_objective.items()}
+
+
 def score_table(groups: list[Group]) -> Table:
-    """A row a group and set: mean and standard deviation over the group's runs that are finished."""
+    """A row a group and set: mean and standard deviation over the group's runs that are finished, of one objective."""
     runs = [run for _, members in groups for run in members]
-    scores = {name: title for run in runs for name, title in run.scores.items()}
+    scores = runs[0].scores
     splits = dict.fromkeys(split for run in runs for split in run.results.get("metrics", {}))
     rows = []
     for split in splits:
@@ -167,8 +171,8 @@ def spread(values: list[float | None]) -> str:
 
 def difference_table(found: list[Difference]) -> Table:
     rows = [
-        [own.split, own.second, own.first, f"{own.num_pairs:,}", f"{own.value:+.4f}",
-         f"{own.low:+.4f} to {own.high:+.4f}", f"{own.flips:.1%}"]
+        [own.split, own.second, own.first, f"{own.num_pairs:,}", f"{own.value:+.4f}" if own.value else "equal",
+         f"{own.low:+.4f} to {own.high:+.4f}", f"{own.flips:.1%}" if own.value else "-"]
         for own in found
     ]  # fmt: skip
     return Table(["Set", "Group", "Compared with", "Pairs", "F1 Macro", "95 % interval", "Sign flips"], rows)

@@ -8,18 +8,12 @@ from typing import Any
 
 from trainer.base.fields import default, rule
 from trainer.config import Config
-from trainer.metrics import fixed, interval, num_pairs
+from trainer.metrics import fixed
 from trainer.report.read import Run
 
 
 def from_scratch(run: Run) -> bool:
     return run.config["init"] == "random" or run.config["model_name_or_path"] == "builtin"
-
-
-def interval_of(scores: dict[str, Any]) -> tuple[float, float] | None:
-    """Of F1 macro; None of other scores, and where the matrix does not have all classes."""
-    whole = "f1_macro" in scores and "confusion_classes" not in scores and num_pairs(scores) > 0
-    return interval(scores["confusion_matrix"]) if whole else None
 
 
 def ends(interval: tuple[float, float] | None) -> str:
@@ -47,6 +41,14 @@ def padding(run: Run) -> str:
     share = own["padding"] / max(1, own["tokens"] + own["padding"])
     computed = ", none of which was computed outside attention" if run.config["unpad"] else ""
     return f"{share:.0%} of a batch padded to its longest pair would be padding{computed}"
+
+
+def loss_note(run: Run) -> str:
+    """What sets the training loss apart from the validation loss; empty where nothing does."""
+    fields = {"weighted": ("class_weights", "pos_weight"), "smoothed": ("label_smoothing_factor",)}
+    made = [f"{how} ({name})" for how, names in fields.items() for name in names if run.config[name]]
+    return (f"The training loss is {' and '.join(made)}, the validation loss is not: compare each with itself only."
+            if made else "")  # fmt: skip
 
 
 def versions(run: Run) -> list[tuple[str, str]]:

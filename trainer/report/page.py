@@ -12,7 +12,7 @@ from markupsafe import Markup
 from trainer.config import TITLES
 from trainer.metrics import fixed
 from trainer.report import markdown, svg
-from trainer.report.facts import command, ends, fields, interval_of, padding, versions, warnings
+from trainer.report.facts import command, ends, fields, loss_note, padding, versions, warnings
 from trainer.report.markdown import Table, plain
 from trainer.report.plots import best_evaluation, best_metric, panels, smoothed
 from trainer.report.read import Run
@@ -61,7 +61,7 @@ def headline(run: Run) -> dict[str, str] | None:
     if (split := run.headline()) is None:
         return None
     main, scores = next(iter(run.scores)), run.results["metrics"][split]
-    between = interval_of(scores)
+    between = run.intervals[split]
     spread = f"95 % interval {ends(between)}" if between else ""
     if scores[main] is None:
         spread = "Not defined where all pairs have the same label, or the same score."
@@ -115,14 +115,15 @@ def curves(run: Run) -> list[dict[str, Any]]:
     metric = best_metric(run)
     by = "" if metric in [panel.name for panel in (validation, *others)] else f" by {TITLES[metric]}"
     mark = (best, f"best{by}: step {best:,}") if best is not None else None
-    made = [{"title": "Loss", "chart": svg.lines(loss, "Loss over steps", 300, mark=mark), "names": svg.legend(loss)}]
+    made = [{"title": "Loss", "chart": svg.lines(loss, "Loss over steps", 300, mark=mark), "names": svg.legend(loss),
+             "note": loss_note(run)}]  # fmt: skip
     for panel in others:
         evaluated = panel.kind == "eval"
         own = Series(panel.title, sorted(panel.of(run).items()), colour=int(evaluated), dots=evaluated)
         marked = (best, "") if best is not None and evaluated else None
         chart = svg.lines([own], f"{panel.title} over steps", from_zero=panel.from_zero, mark=marked)
         names = [(plain(run.about["data"].get("dev", {}).get("name"), 40), 1)] if evaluated else []
-        made.append({"title": panel.title, "chart": chart, "names": names})
+        made.append({"title": panel.title, "chart": chart, "names": names, "note": ""})
     return [curve for curve in made if curve["chart"] is not None]
 
 

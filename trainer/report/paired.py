@@ -3,22 +3,27 @@
 Both are scored on the same resamples of the pairs, so what makes a resample easy or hard for both does not count
 (Efron & Tibshirani 1993, chapter 16; for NLP Koehn 2004, Berg-Kirkpatrick et al. 2012). With d(b) the difference of F1
 macro on resample b of n pairs, drawn with replacement: the 95 % interval is that of the 2.5 and 97.5 percentiles of
-d(b), and the share of flips is that of d(b) whose sign is not that of the difference on the pairs as they are; a 0
-counts as a flip. F1 of a group of several seeds is the mean over its runs on the same resample. It says how much the
-difference depends on which pairs were drawn; how much it does on the seed is what the spread over seeds says.
+d(b), and the share of flips is that of d(b) whose sign is opposite to that of the difference on the pairs as they are;
+a tie is no flip.
+
+F1 of a group is the mean over its seeds; runs of one seed are first taken as one, by their mean. Of a group of several
+seeds each resample draws the seeds, too, as many with replacement, before it draws the pairs: the same ones in groups
+that have the same seeds, and independently otherwise. So the interval holds both, though few seeds say little: of k of
+them the variance over seeds is too small by (k - 1) / k. Of a group of one seed it says how much the difference depends
+on which pairs were drawn, and not how much it does on the seed.
 """
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 
 import numpy as np
 
-from trainer.metrics import MOST_CELLS, RESAMPLES
+from trainer.metrics import RESAMPLES, resampled
 from trainer.report.predictions import Predictions, read_predictions
 from trainer.report.read import Run
 
+EXACT = 12  # digits: what differs only behind them is equal
 ALL_PAIRS = 5  # groups: of more, each is compared with the first only
 
 
@@ -41,16 +46,17 @@ def differences(groups: Sequence[tuple[str, list[Run]]]) -> tuple[list[Differenc
     splits = dict.fromkeys(split for _, runs in groups for run in runs for split in run.results.get("metrics", {}))
     made, reasons = [], []
     for split in splits:
-        found = {name: [own for run in runs if (own := classified(run, split))] for name, runs in groups}
-        found = {name: own for name, own in found.items() if own}
-        if len(found) < 2:
+        found = {name: [(run, own) for run in runs if (own := classified(run, split))] for name, runs in groups}
+        members = {name: own for name, own in found.items() if own}
+        if len(members) < 2:
             continue
-        joined = join([own for members in found.values() for own in members])
+        joined = join([own for pairs in members.values() for _, own in pairs])
         if isinstance(joined, str):
             reasons.append(f"{split}: {joined}")
             continue
+        seeds = {name: [run.seeds for run, _ in pairs] for name, pairs in members.items()}
         made += [Difference(split, *names, len(joined[0]), *values)
-                 for names, values in compared({name: len(own) for name, own in found.items()}, *joined)]  # fmt: skip
+                 for names, values in compared(seeds, *joined)]  # fmt: skip
     return made, reasons
 
 
@@ -84,9 +90,9 @@ def join(runs: Sequence[Predictions]) -> tuple[np.ndarray, np.ndarray, int] | st
 
 
 def compared(
-    sizes: dict[str, int], truth: np.ndarray, said: np.ndarray, num_classes: int
+    seeds: Mapping[str, Sequence[Hashable]], truth: np.ndarray, said: np.ndarray, num_classes: int
 ) -> list[tuple[tuple[str, str], tuple[float, float, float, float]]]:
-    """Difference, interval and share of flips of pairs of groups, which have `sizes` of the runs in `said`.
+    """Difference, interval and share of flips of pairs of groups; `seeds` has that of each run in `said`, by group.
 
     Pairs that all runs take for the same class are alike, so a resample is one multinomial draw of the cells (label,
     prediction of run 1, of run 2, ...) that occur, which all groups share.
@@ -94,25 +100,36 @@ def compared(
     cells, counts = np.unique(np.vstack([truth, said]), axis=1, return_counts=True)
     drawn = _scores(cells, resampled(counts), num_classes)
     actual = _scores(cells, [counts[None]], num_classes)
-    ends = np.cumsum([0, *sizes.values()])
+    ends = np.cumsum([0, *map(len, seeds.values())])
     of_group = [slice(*own) for own in pairwise(ends.tolist())]
-    pairs = list(combinations(range(len(sizes)), 2))
-    made = []
-    for a, b in pairs if len(sizes) <= ALL_PAIRS else [pair for pair in pairs if pair[0] == 0]:
-        value = float((actual[of_group[b]].mean(0) - actual[of_group[a]].mean(0))[0])
-        spread = drawn[of_group[b]].mean(0) - drawn[of_group[a]].mean(0)
+    weights = run_weights([*seeds.values()])
+    means = [(own[1] * drawn[rows]).sum(0) for own, rows in zip(weights, of_group, strict=True)]
+    values = [float((own[0][:, 0] * actual[rows, 0]).sum()) for own, rows in zip(weights, of_group, strict=True)]
+    pairs, names, made = list(combinations(range(len(seeds)), 2)), list(seeds), []
+    for a, b in pairs if len(seeds) <= ALL_PAIRS else [pair for pair in pairs if pair[0] == 0]:
+        # Means of the same scores in another order differ in their last bits.
+        value, spread = round(values[b] - values[a], EXACT), np.round(means[b] - means[a], EXACT)
         low, high = np.quantile(spread, [0.025, 0.975])
-        flips = float((np.sign(spread) != np.sign(value)).mean()) if value else 1.0
-        names = list(sizes)
+        flips = float((spread * value < 0).mean())
         made.append(((names[a], names[b]), (value, float(low), float(high), flips)))
     return made
 
 
-def resampled(counts: np.ndarray) -> Iterator[np.ndarray]:
-    """RESAMPLES draws (some, cells) of as many pairs as there are, some at a time, so that memory suffices."""
-    random, total = np.random.default_rng(0), int(counts.sum())
-    for some in np.array_split(np.arange(RESAMPLES), math.ceil(RESAMPLES * len(counts) / MOST_CELLS)):
-        yield random.multinomial(total, counts / total, len(some))
+def run_weights(groups: Sequence[Sequence[Hashable]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each group, by the seeds of its runs: their weights (runs, 1), and those (runs, RESAMPLES) in each resample.
+
+    Each sums to 1 over the runs. Groups that have the same seeds have the same draws of them.
+    """
+    numbers: dict[frozenset[Hashable], int] = {}
+    made = []
+    for runs in groups:
+        own = sorted(set(runs), key=str)
+        random = np.random.default_rng([1, numbers.setdefault(frozenset(own), len(numbers))])
+        drawn = random.multinomial(len(own), np.full(len(own), 1 / len(own)), RESAMPLES).T / len(own)
+        place = np.array([own.index(seed) for seed in runs])
+        share = 1 / np.bincount(place)[place][:, None]
+        made.append((share / len(own), share * drawn[place]))
+    return made
 
 
 def _scores(cells: np.ndarray, draws: Iterable[np.ndarray], num_classes: int) -> np.ndarray:

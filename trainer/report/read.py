@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from trainer.base.errors import UserError, first_line, unknown
 from trainer.base.fields import default
 from trainer.base.files import json_object
 from trainer.config import SCORES, TITLES, Config, read_run_config
+from trainer.report.intervals import interval_of
+from trainer.report.predictions import read_predictions
 
 # What a report takes from about.json and results.json, of any version.
 ABOUT: dict[str, tuple[str, ...] | None] = {
@@ -47,9 +50,23 @@ class Run:
         """Names and titles of the objective's scores, the main one first."""
         return {name: TITLES[name] for name in SCORES[self.objective]}
 
+    @cached_property
+    def intervals(self) -> dict[str, tuple[float, float] | None]:
+        """The 95 % interval of each set's main score, where it has one."""
+        metrics = self.results.get("metrics", {})
+        of_pairs = self.objective != "cross_entropy"
+        return {split: interval_of(own, read_predictions(self.folder, split) if of_pairs else None)
+                for split, own in metrics.items()}  # fmt: skip
+
     @property
     def name(self) -> str:
         return str(self.config["run_name"] or self.folder.resolve().name)
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        """Of weights and dropout, and of the data's order."""
+        seed, of_data = self.config["seed"], self.config["data_seed"]
+        return seed, seed if of_data is None else of_data
 
     def role(self, split: str) -> str:
         """Of a set that was scored: dev, test, test 2 ..."""

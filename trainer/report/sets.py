@@ -8,7 +8,8 @@ from markupsafe import Markup
 
 from trainer.metrics import fixed, num_pairs
 from trainer.report import svg
-from trainer.report.facts import ends, interval_of
+from trainer.report.facts import ends
+from trainer.report.intervals import interval_of
 from trainer.report.markdown import Table, plain
 from trainer.report.predictions import FEW, Predictions, calibration, read_predictions
 from trainer.report.read import Run
@@ -38,7 +39,7 @@ def overview(run: Run) -> Table:
     main, *others = run.scores
     metrics = run.results.get("metrics", {})
     exact = any("fp32" in own for own in metrics.values())
-    header, spreads = _spreads(list(metrics.values()), main)
+    header, spreads = _spreads(list(metrics.values()), main, list(run.intervals.values()))
     rows = [
         [split, f"{num_pairs(own):,}", Markup("<b>%s</b>") % fixed(own[main]), *spread,
          *(fixed(own[name]) for name in others), fixed(own.get("loss")),
@@ -49,12 +50,13 @@ def overview(run: Run) -> Table:
                   *([f"{run.scores[main]} in fp32"] if exact else [])], rows)  # fmt: skip
 
 
-def _spreads(scores: list[dict[str, Any]], main: str) -> tuple[list[str], list[list[Any]]]:
+def _spreads(
+    scores: list[dict[str, Any]], main: str, intervals: list[tuple[float, float] | None]
+) -> tuple[list[str], list[list[Any]]]:
     """Columns, and cells for each: the interval of its main score as numbers, and as a picture, all of one scale.
 
     There is no column where no score has an interval.
     """
-    intervals = [interval_of(own) for own in scores]
     both = [end for own in intervals if own for end in own]
     if not both:
         return [], [[] for _ in scores]
@@ -93,7 +95,7 @@ def add_confusion(made: Part, names: list[str], scores: dict[str, Any]) -> None:
     if "confusion_classes" in scores:
         made.notes.append(f"The matrix has the {len(matrix) - 1} classes with the most pairs, and all others as one.")
     if "f1_threshold" in scores:
-        made.notes.append(threshold_note(scores["f1_threshold"]))
+        made.notes += threshold_notes(scores)
     if "confusion_classes" in scores or len(names) > MOST_CLASSES:
         made.notes.append(f"By class: the {len(made.classes.rows)} with the most pairs.")
 
@@ -102,6 +104,21 @@ def threshold_note(threshold: float | None) -> str:
     if threshold is None:
         return "No pair has label 1, so there is no threshold from which on 1 would be predicted."
     return f"1 is predicted where the score is {threshold:.4g} or more: where F1 is highest."
+
+
+def threshold_notes(scores: dict[str, Any]) -> list[str]:
+    """Which number is at which threshold; runs of earlier versions have not said that of accuracy."""
+    made, chosen = [threshold_note(scores["f1_threshold"])], []
+    if scores["f1_threshold"] is not None:
+        chosen.append(f"F1, precision, recall and the matrix are at {scores['f1_threshold']:.4g} (f1_threshold)")
+    if scores.get("accuracy_threshold") is not None:
+        chosen.append(f"accuracy is at {scores['accuracy_threshold']:.4g} (accuracy_threshold), where it is highest")
+    if chosen:
+        text = "; ".join(chosen)
+        those = "Both thresholds were" if len(chosen) > 1 else "The threshold was"
+        made.append(f"{text[0].upper()}{text[1:]}. {those} chosen on these very pairs, so on others of the same kind "
+                    "the same threshold gives a little less.")  # fmt: skip
+    return made
 
 
 def by_class(names: list[str], scores: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -130,7 +147,7 @@ def class_table(names: list[str], scores: dict[str, Any]) -> Table:
 
 def source_table(run: Run, sources: dict[str, Any]) -> Table:
     main, title = next(iter(run.scores.items()))
-    header, spreads = _spreads(list(sources.values()), main)
+    header, spreads = _spreads(list(sources.values()), main, [interval_of(own) for own in sources.values()])
     rows = [
         [plain(name, 60), f"{own['num_samples']:,}", Markup("<b>%s</b>") % fixed(own.get(main)), *spread]
         for (name, own), spread in zip(sources.items(), spreads, strict=True)

@@ -11,7 +11,7 @@ from trainer.base.files import write_text
 from trainer.base.log import log
 from trainer.report.bits import compared
 from trainer.report.card import card
-from trainer.report.compare import beside, grouped, write_comparison
+from trainer.report.compare import beside, write_comparison
 from trainer.report.kept import write_card
 from trainer.report.page import page
 from trainer.report.plots import draw
@@ -61,6 +61,6 @@ def report(folders: list[str], output_dir: str | None) -> None:
     if lacking := gaps(runs, [name for _, absent in found for name in absent]):
         log.warning(lacking)
     path = write_comparison(runs, target, lacking)
-    for run, other in beside(runs, grouped(runs)):
+    for run, other in beside(runs):
         log.info(f"{run.folder} beside {other.folder}: {compared(run, other)}")
     log.info(f"report: {path}")
