@@ -96,28 +96,21 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
         wiring = {"backend": backend.name, "num_nodes": world.num_nodes(), "exact": identity.exact}
         described = about(config, data, sampler, model, world, wiring) if world.is_main else None
         journal = open_journal(config, opened.path, sampler.num_steps, start, described)
+    own: dict[str, Any] = {"config": config, "world": world, "model": model, "backend": backend, "state": start.state}
     plain = (PlainStep if config.exact_shards is None else ExactStep)(
-        config=config,
-        world=world,
+        **own,
         split=data["train"],
-        model=model,
-        backend=backend,
         forward=forward,
-        state=start.state,
         micro_batch_size=config.per_device_train_batch_size,
         batch_size=sampler.batch_size,
     )
     return Trainer(
-        config=config,
-        world=world,
+        **own,
         data=data,
         sampler=sampler,
         schedule=schedule,
         identity=identity,
-        model=model,
-        backend=backend,
         output=Output(opened.path, journal, checkpoints, meter, lock),
-        state=start.state,
         preemption=preemption,
         plain=plain,
     )
