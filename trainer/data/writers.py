@@ -155,12 +155,13 @@ class Csv:
         self.defused = 0
 
     def write(self, given: pa.Table, new: pa.Table) -> None:
-        if not self.columns.names:
-            # Quotes around a header say that they enclose cells: in tab-separated files they are often text.
-            always = self.separator == "\t"
-            self._line(self._cell(name, always) for name in [*given.column_names, *new.column_names])
+        names = [] if self.columns.names else [*given.column_names, *new.column_names]
         columns = [[self._cell(_text(value)) for value in values_of(own)] for own in self.columns.of(given)]
         columns += [[self._own(value) for value in own.to_pylist()] for own in self.new_columns.of(new)]
+        if names:
+            # Tab-separated files have quotes that are text; those around a header say that they enclose cells.
+            broken = self.separator == "\t" and any(c in cell for own in columns for cell in own for c in "\t\r\n")
+            self._line(self._cell(name, always=broken) for name in names)
         for row in zip(*columns, strict=True):
             self._line(row)
 
