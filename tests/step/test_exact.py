@@ -28,9 +28,9 @@ from trainer.train import prepare, train
 CPU = torch.device("cpu")
 # 330 = 5 * 64 + 10 pairs: forwards of 5 pairs accumulate in a shard of 16, and in the last batch shards have 2 or 3.
 RUN = ["--recipe", "demo", "--load_best_model_at_end", "false", "--max_train_samples", "330",
-       "--max_eval_samples", "61", "--max_test_samples", "61", "--logging_steps", "1", "--num_train_epochs", "2", "--eval_steps", "5", "--dropout", "0.1", "--max_grad_norm",
-       "0.5", "--track_emissions", "false", "--write_report", "false", "--exact_shards", "4",
-       "--per_device_train_batch_size", "5"]  # fmt: skip
+       "--max_eval_samples", "61", "--max_test_samples", "61", "--logging_steps", "1", "--num_train_epochs", "2",
+       "--eval_steps", "5", "--dropout", "0.1", "--max_grad_norm", "0.5", "--track_emissions", "false",
+       "--write_report", "false", "--exact_shards", "4", "--per_device_train_batch_size", "5"]  # fmt: skip
 # 33 pairs an epoch: the last batch is one pair, and seven shards of eight have none.
 SHORT = [*RUN, "--max_train_samples", "33", "--max_eval_samples", "16", "--max_test_samples", "16",
          "--train_batch_size", "16", "--exact_shards", "8"]  # fmt: skip
