@@ -363,3 +363,30 @@ def test_a_file_in_memory_is_a_file():
 @pytest.mark.parametrize(("title", "name"), [("latest", "latest-test"), ("rte-test", "rte-test"), ("test", "test")])
 def test_what_a_set_is_called(title, name):
     assert split_name(title, "test") == name
+
+
+def test_several_splits_in_one_file(tmp_path):
+    """SICK.txt: what is tested on would be trained on."""
+    (tmp_path / "SICK.txt").write_text(
+        "sentence_A\tsentence_B\tentailment_label\tSemEval_set\na\tb\tNEUTRAL\tTRAIN\nc\td\tENTAILMENT\tTEST\n"
+    )
+    with pytest.raises(UserError, match=r"SemEval_set says that it holds several splits \(TRAIN, TEST\)"):
+        load_pairs(DataConfig(train_file=str(tmp_path / "SICK.txt")), "train")
+
+
+def test_a_column_with_another_files_name(tmp_path):
+    make(tmp_path, "a.csv")
+    (tmp_path / "b.csv").write_text("premise,hypothesis,label,source\na,b,x,a\nc,d,y,q\n")
+    files = [str(tmp_path / name) for name in ("a.csv", "b.csv")]
+    with pytest.raises(UserError, match=r"b\.csv: its column source has 'a', which is what .*a\.csv is called"):
+        load_pairs(DataConfig(train_file=files), "train")
+    assert load_pairs(DataConfig(train_file=[f"first={files[0]}", files[1]]), "train")[0].sizes == {
+        "first": 2, "a": 1, "q": 1}  # fmt: skip
+
+
+def test_columns_that_differ_from_file_to_file(tmp_path):
+    make(tmp_path, "a.csv")
+    (tmp_path / "b.csv").write_text("question,answer,label\ne,f,x\ng,h,y\n")
+    fields = {"premise_column": "premise,question", "hypothesis_column": ["hypothesis", "answer"]}
+    (pairs,) = load_pairs(DataConfig(train_file=[str(tmp_path / "a.csv"), str(tmp_path / "b.csv")], **fields), "train")
+    assert pairs.premise == ["a", "c", "e", "g"]

@@ -351,6 +351,7 @@ def test_a_loaded_model_takes_pairs_of_any_kind(builtin_model, tmp_path):
         datasets.Dataset.from_list(rows),
         pa.Table.from_pylist(rows),
         map(list, pairs),
+        np.array(pairs),
     ):
         assert np.array_equal(model.predict(given), expected)
     assert np.array_equal(model.predict(renamed, premise_column="a", hypothesis_column="b"), expected)
