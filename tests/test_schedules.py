@@ -7,7 +7,7 @@ from transformers import get_scheduler
 from trainer.base.errors import UserError
 from trainer.config import Config
 from trainer.options import Scheduler
-from trainer.schedules import FACTORS, SETTINGS, Schedule
+from trainer.schedules import SETTINGS, Schedule
 
 STEPS, RATE = 23, 3e-5
 GIVEN = {
@@ -49,8 +49,15 @@ def test_rates_are_those_of_transformers(kind, values, warmup):
     assert list(map(made(kind, values, warmup), range(STEPS))) == expected
 
 
+def test_a_rate_below_what_is_usual():
+    with pytest.raises(UserError, match=r"lr_scheduler_type polynomial: lr_end \(1e-07\) must be smaller.*_kwargs"):
+        made("polynomial", {}, rate=5e-8)
+    assert [made(kind, GIVEN[kind][0] if kind != "cosine_with_min_lr" else {"min_lr_rate": 0.1}, rate=0.0)(3)
+            for kind in GIVEN if kind != "cosine_warmup_with_min_lr"] == [0.0] * 9  # fmt: skip
+
+
 def test_every_scheduler_is_here():
-    assert set(GIVEN) == set(SETTINGS) == set(FACTORS) == set(Scheduler.__args__)
+    assert set(GIVEN) == set(SETTINGS) == set(Scheduler.__args__)
 
 
 @pytest.mark.parametrize(("kind", "values", "said"), [

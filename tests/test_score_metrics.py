@@ -8,7 +8,7 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import average_precision_score, confusion_matrix, f1_score, roc_auc_score
 
-from trainer.metrics import activated, goodness, names_of, score_line
+from trainer.metrics import activated, goodness, score_line, score_names
 from trainer.score_metrics import best_accuracy, best_f1, binary_scores, number_scores
 
 RANDOM = np.random.default_rng(0)
@@ -90,8 +90,8 @@ def test_no_score_is_the_worst_one():
     ranked = sorted(scores, key=lambda name: goodness(scores, name))
     assert ranked == ["spearman", "loss", "pearson"]
     assert json.loads(json.dumps(goodness(scores, "spearman"), allow_nan=False)) < -1e300
-    assert names_of(scores) == ("spearman", "pearson")
-    assert names_of({"loss": 1.0}) == ()
+    assert score_names(scores) == ("spearman", "pearson")
+    assert score_names({"loss": 1.0}) == ()
 
 
 def test_scores_of_far_logits():

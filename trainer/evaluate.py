@@ -21,7 +21,7 @@ from trainer.base.log import log
 from trainer.data.sampler import deal
 from trainer.data.sources import Pairs
 from trainer.data.tokens import Split, Tokens
-from trainer.metrics import activated, classification_scores, merged, names_of, scores_by_source
+from trainer.metrics import activated, classification_scores, merged, score_names, scores_by_source
 from trainer.model.cross_encoder import CrossEncoder
 from trainer.model.precision import autocast, products
 from trainer.options import Objective
@@ -60,7 +60,7 @@ def evaluate(
         scores = scored(np.arange(len(pairs))) | ({"label_names": [*pairs.label_names]} if pairs.label_names else {})
         if pairs.mapped:
             scores["mapped"] = pairs.mapped
-        if lacking := [name for name in names_of(scores) if scores[name] is None]:
+        if lacking := [name for name in score_names(scores) if scores[name] is None]:
             log.info(f"{split.name}: no {' nor '.join(lacking)}, which is not defined where all pairs have the same "
                      "label, or the same score")  # fmt: skip
         if pairs.source is not None:
@@ -167,9 +167,8 @@ def write_predictions(path: Path, pairs: Pairs, scores: np.ndarray) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    targets = pairs.label if pairs.values is None or pairs.label_names else pairs.values[pairs.label]
     names = ["score"] if pairs.values is not None else [f"score_{name}" for name in pairs.label_names]
-    columns: dict[str, Any] = {"index": pairs.row, "label": targets}
+    columns: dict[str, Any] = {"index": pairs.row, "label": pairs.targets}
     columns |= dict(zip(names, scores.T, strict=True))
     if pairs.source is not None:
         columns["source"] = pairs.source

@@ -8,7 +8,7 @@ from trainer.base.files import write_json
 from trainer.base.log import log
 from trainer.evaluate import Evaluation, evaluate, predicted, write_predictions
 from trainer.loop import Trainer
-from trainer.metrics import names_of
+from trainer.metrics import score_names
 from trainer.run import energy
 from trainer.run.about import confident_errors, example_scores, now
 from trainer.run.versions import git_state, versions
@@ -65,7 +65,7 @@ def final_scores(trainer: Trainer, role: str, step: int) -> tuple[Evaluation, Ev
         return result, result
     size, check = config.per_device_eval_batch_size, trainer.preemption.check
     exact = evaluate(trainer.model, trainer.data[role], trainer.world, size, bf16=False, check=check)
-    result.scores["fp32"] = {name: exact.scores[name] for name in (*names_of(exact.scores), "loss")}
+    result.scores["fp32"] = {name: exact.scores[name] for name in (*score_names(exact.scores), "loss")}
     return result, exact
 
 

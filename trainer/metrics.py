@@ -75,7 +75,7 @@ def merged(logits: np.ndarray, of_class: np.ndarray | None) -> np.ndarray:
     return np.stack([np.logaddexp.reduce(part, axis=-1) for part in parts], axis=-1)
 
 
-def names_of(scores: Mapping[str, Any]) -> tuple[str, ...]:
+def score_names(scores: Mapping[str, Any]) -> tuple[str, ...]:
     """Those of options.SCORES that are among `scores`, of whichever objective; () where they are of none."""
     return next((names for names in SCORES.values() if names[0] in scores), ())
 
@@ -92,7 +92,7 @@ def fixed(value: float | None) -> str:
 
 def score_line(scores: Mapping[str, Any], names: Sequence[str] | None = None) -> str:
     """The scores that a person wants to see, or those of these `names`, in a line."""
-    names = (*names_of(scores), "loss") if names is None else names
+    names = (*score_names(scores), "loss") if names is None else names
     return ", ".join(f"{name} {fixed(scores[name])}" for name in names)
 
 

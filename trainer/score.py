@@ -13,7 +13,7 @@ from trainer.config import DataConfig
 from trainer.data.sources import load_scored
 from trainer.data.tokens import Split, cache_folder, targets_of
 from trainer.evaluate import evaluate, predicted, write_predictions
-from trainer.metrics import fixed, names_of, num_pairs
+from trainer.metrics import fixed, num_pairs, score_names
 from trainer.model.loading import check_folder
 from trainer.predict import InferenceConfig, Predictor
 from trainer.run.versions import versions
@@ -60,7 +60,7 @@ MOST_CLASSES = 10  # of a set, in a table of classes
 
 def tables(metrics: dict[str, Any]) -> str:
     """Scores by set as text: a line a set and, of sets with few classes, a line a class."""
-    names = dict.fromkeys(name for own in metrics.values() for name in names_of(own) if name in own)
+    names = dict.fromkeys(name for own in metrics.values() for name in score_names(own) if name in own)
     columns = [*names, "loss"]
     rows = [
         [split, f"{num_pairs(scores):,}", *(fixed(scores.get(name)) for name in columns)]

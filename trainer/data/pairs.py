@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -57,12 +58,16 @@ class Pairs:
         """The rows of several pairs, and their files."""
         return rows_at(self.name, (self.row[number] for number in numbers), most)
 
+    @property
+    def targets(self) -> np.ndarray:
+        """(n,) class numbers, or 0 and 1, or where the labels have no names the numbers that they are."""
+        return self.label if self.values is None or self.label_names else self.values[self.label]
+
     def target(self, number: int) -> str:
         """What the pair is labelled with."""
-        place = self.label[number]
-        return repr(self.label_names[place]) if self.values is None or self.label_names else f"{self.values[place]:g}"
+        return repr(self.label_names[self.label[number]]) if self.label_names else f"{self.targets[number]:g}"
 
-    @property
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """How many pairs each source has, in the order of their first ones; empty = there are no sources."""
         return dict(Counter(self.source or ()))

@@ -43,7 +43,7 @@ def as_file(path: Path) -> Iterator[Path]:
                 shutil.copyfileobj(source, file)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-        whole = spooled.with_name(spooled.name + kind_of(spooled, str(path)))
+        whole = spooled.with_name(spooled.name + ending_of(spooled, str(path)))
         spooled.rename(whole)
         try:
             yield whole
@@ -51,7 +51,7 @@ def as_file(path: Path) -> Iterator[Path]:
             raise UserError(str(error).replace(str(whole), str(path))) from None
 
 
-def kind_of(path: Path, place: str) -> str:
+def ending_of(path: Path, place: str) -> str:
     """The ending that a file should have, by how it begins."""
     with path.open("rb") as file:
         beginning = file.read(BEGINNING)

@@ -89,7 +89,7 @@ def of_split(split: Split) -> dict[str, Any]:
         "columns": list(pairs.columns),
         "statistics": [*texts, label_statistics(pairs)],
         "samples": [
-            [pairs.premise[i][: SHOWN + 1], pairs.hypothesis[i][: SHOWN + 1], target(pairs, i)]
+            [pairs.premise[i][: SHOWN + 1], pairs.hypothesis[i][: SHOWN + 1], pairs.targets[i].item()]
             for i in range(min(3, len(pairs)))
         ],
         "labels": np.bincount(pairs.label, minlength=len(pairs.label_names)).tolist() if pairs.label_names else [],
@@ -122,17 +122,11 @@ def text_statistics(texts: list[str]) -> dict[str, Any]:
     return {"type": "string", "min": min(lengths), "mean": float(np.mean(lengths)), "max": max(lengths)}
 
 
-def target(pairs: Pairs, number: int) -> int | float:
-    """A pair's class number, 0 or 1, or its score."""
-    place = int(pairs.label[number])
-    return place if pairs.values is None or pairs.label_names else float(pairs.values[place])
-
-
 def label_statistics(pairs: Pairs) -> dict[str, Any]:
     """Shares of the classes that occur, or how large the targets are."""
-    labels = pairs.label[:FIRST]
-    if pairs.values is not None and not pairs.label_names:
-        targets = pairs.values[labels].astype(np.float64)
+    labels = pairs.targets[:FIRST]
+    if not pairs.label_names:
+        targets = labels.astype(np.float64)
         return {"type": "float", "min": targets.min(), "mean": targets.mean(), "max": targets.max()}
     numbers, counts = np.unique(labels, return_counts=True)
     shares = {str(n): float(c / len(labels)) for n, c in zip(numbers.tolist(), counts.tolist(), strict=True)}
@@ -159,7 +153,7 @@ def confident_errors(
             a number, and the largest differences are its errors.
         threshold: the probability from which on label 1 is predicted; where that is None, nothing is.
     """
-    truth = pairs.label if pairs.values is None else pairs.values[pairs.label]
+    truth = pairs.targets
     names: Sequence[str] | None = pairs.label_names
     if objective == "cross_entropy":
         said, sure = scores.argmax(1), scores.max(1)

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from trainer.base.files import naming, write_text
 from trainer.base.log import log
-from trainer.metrics import fixed, names_of, score_line
+from trainer.metrics import fixed, score_line, score_names
 from trainer.run.trackers import Tracker
 
 NAME = "metrics.jsonl"
@@ -43,7 +43,7 @@ class Journal:
 
     def log_evaluation(self, values: dict[str, Any]) -> None:
         self._write("eval", values)
-        scores = score_line(values, ("loss", *names_of(values)[:2]))
+        scores = score_line(values, ("loss", *score_names(values)[:2]))
         log.info(f"step {values['step']}: {values['split']} {scores}")
 
     def end_at(self, step: int) -> None:
