@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from conftest import crossrank
 from pyarrow import parquet
-from runs import DEMO, EVIL, Elements, edited
+from run_folders import DEMO, EVIL, Elements, edited
 
 from trainer.data import builtin
 from trainer.report import svg

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import SHARED, crossrank
 from huggingface_hub import ModelCard
-from runs import DEMO, EVIL, Elements, edited
+from run_folders import DEMO, EVIL, Elements, edited
 
 from trainer.base.errors import UserError
 from trainer.cli import parse_train

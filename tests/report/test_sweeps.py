@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import crossrank
-from runs import edited
+from run_folders import edited
 
 from trainer.base.errors import UserError
 from trainer.report.compare import grouped, score_tables, spread
