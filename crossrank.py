@@ -67,12 +67,12 @@ def __dir__() -> list[str]:
     return [*__all__, "__version__", "main"]
 
 
-def main() -> int:
-    """The command line."""
-    from trainer.__main__ import main as command_line
+def main() -> None:
+    """The command line, which ends this process."""
+    from trainer.__main__ import run
 
-    return command_line()
+    run()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

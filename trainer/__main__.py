@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a failure of the program, 2 a mistake in the input, 85 sto
 same command again to resume), 130 interrupted.
 """
 
+import atexit
 import importlib
 import os
 import re
@@ -238,5 +239,24 @@ def fail(code: int, text: str) -> int:
     os._exit(code)
 
 
+def run() -> NoReturn:
+    """The command as a process: its work is done and its files are written before it ends.
+
+    Libraries leave threads behind. One that comes back from C++ while Python takes itself apart aborts the process: a
+    rank of a run that was done and saved would fail, about once in a thousand times. So Python is not taken apart.
+    """
+    try:
+        code = main()
+        print(end="", flush=True)
+    except BrokenPipeError:
+        code = 1
+    except OSError as error:  # stdout is a file on a full disk
+        code = fail(1, f"failed: {first_line(error)}")
+    atexit._run_exitfuncs()
+    with suppress(OSError, ValueError):
+        sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()
