@@ -45,7 +45,7 @@ def test_batches_do_not_wait_for_each_other(monkeypatch, every):
     """Logits are read once, or every so often where there are many; a signal is looked for before each batch."""
     lengths = np.arange(3, 23)
     model, tokens = CrossEncoder(make("bert")), make_tokens(list(lengths))
-    pairs = Pairs("x", [""] * 20, [""] * 20, np.zeros(20, int), np.arange(20), None, ("a", "b", "c"))
+    pairs = Pairs("x", np.arange(20), [""] * 20, [""] * 20, np.zeros(20, int), None, ("a", "b", "c"))
     reads, checks = [], []
     cpu = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: reads.append(len(tensor)) or cpu(tensor))

@@ -15,6 +15,8 @@ ORDER = [
     "metrics",
     "score_metrics",
     "ranks",
+    "rows",
+    "labels",
     "data",
     "model",
     "backends",

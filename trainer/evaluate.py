@@ -18,6 +18,7 @@ import torch
 from trainer.base.errors import TrainingFailed, out_of_memory
 from trainer.base.files import replacing
 from trainer.base.log import log
+from trainer.data.pairs import Rows
 from trainer.data.sampler import deal
 from trainer.data.sources import Pairs
 from trainer.data.tokens import Split, Tokens
@@ -81,7 +82,7 @@ def scores_of(pairs: Pairs, logits: np.ndarray, objective: Objective, rows: np.n
 @torch.no_grad()
 def predict_logits(
     model: CrossEncoder,
-    pairs: Pairs,
+    pairs: Rows,
     tokens: Tokens,
     world: World,
     batch_size: int,

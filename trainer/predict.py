@@ -17,22 +17,23 @@ from trainer.base.errors import UserError
 from trainer.base.fields import Fields, option
 from trainer.base.log import log
 from trainer.config import ModelConfig
-from trainer.data.answers import Answers
-from trainer.data.columns import Wanted, text_columns
-from trainer.data.faults import Faults, with_columns
 from trainer.data.given import PLACE, is_pair, pairs_of, plain_pairs
-from trainer.data.pipes import as_file
-from trainer.data.sources import Pairs, unlabelled
-from trainer.data.stream import stream_stdin
-from trainer.data.tables import nothing_in, read_parts
+from trainer.data.pairs import Texts
+from trainer.data.sources import unlabelled
 from trainer.data.tokens import Encoder, Tokens
-from trainer.data.writers import WRITERS, open_output
 from trainer.evaluate import predict_logits
 from trainer.metrics import activated
 from trainer.model.cross_encoder import model_facts
 from trainer.model.loading import check_folder, load_trained
 from trainer.model.precision import check_bf16, settle_products
 from trainer.ranks import World
+from trainer.rows.answers import Answers
+from trainer.rows.columns import Wanted, text_columns
+from trainer.rows.faults import Faults, with_columns
+from trainer.rows.pipes import as_file
+from trainer.rows.stream import stream_stdin
+from trainer.rows.tables import nothing_in, read_parts
+from trainer.rows.writers import WRITERS, open_output
 from trainer.run.versions import code_hash, versions
 
 
@@ -92,12 +93,12 @@ class Predictor:
         options = dataclasses.asdict(config) | {"device": world.device.type}
         world.agree(lambda: options | versions() | {"code": code_hash()} | model_facts(self.model))
 
-    def tokens(self, pairs: Pairs, cache: Path | None) -> Tokens:
+    def tokens(self, pairs: Texts, cache: Path | None) -> Tokens:
         tokens = self.encoder.tokens(pairs, cache, progress=self.world.is_main)
         self.model.check(pairs, tokens)
         return tokens
 
-    def logits(self, pairs: Pairs, row: int = 0, errors: Sequence[str | None] = ()) -> np.ndarray | None:
+    def logits(self, pairs: Texts, row: int = 0, errors: Sequence[str | None] = ()) -> np.ndarray | None:
         """(n, classes) on rank 0, None elsewhere. Raises UserError where the ranks have other pairs.
 
         `row` is the number of the first one; `errors`, from there on, say what keeps a row from being a pair.

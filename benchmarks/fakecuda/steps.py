@@ -55,7 +55,7 @@ def split_of(lengths: np.ndarray, vocabulary: int) -> Split:
     types = np.zeros_like(ids)
     tokens = Tokens(ids, offsets, types, np.zeros(len(lengths), bool), "drawn")
     texts, rows = [""] * len(lengths), np.arange(len(lengths))
-    return Split("drawn", Pairs("drawn", texts, texts, rows % len(NAMES), rows, None, NAMES), tokens)
+    return Split("drawn", Pairs("drawn", rows, texts, texts, rows % len(NAMES), None, NAMES), tokens)
 
 
 def examined(encoder: CrossEncoder, config: Config, split: Split) -> CrossEncoder:

@@ -8,8 +8,8 @@ from trainer.base.errors import UserError
 from trainer.config import DataConfig
 from trainer.data.builtin import pairs
 from trainer.data.given import as_files
-from trainer.data.labels import NLI
 from trainer.data.sources import load_scored, load_splits
+from trainer.labels.values import NLI
 
 TUPLES = [("a", "b", "entailment"), ("c", "d", "neutral"), ("e", "f", "contradiction")]
 DICTS = [{"sentence1": p, "sentence2": h, "gold_label": name, "extra": object()} for p, h, name in TUPLES]

@@ -10,13 +10,13 @@ from test_sources import ROWS, write
 
 from trainer.base.errors import UserError
 from trainer.config import DataConfig
-from trainer.data import pipes
-from trainer.data.files import find_sources
-from trainer.data.labels import NLI
 from trainer.data.mix import Mix
-from trainer.data.places import Place, at, rows_at
 from trainer.data.sampler import GlobalBatchSampler, epoch_order
 from trainer.data.sources import load_pairs, load_splits, split_name
+from trainer.labels.values import NLI
+from trainer.rows import pipes
+from trainer.rows.files import find_sources
+from trainer.rows.places import Place, at, rows_at
 from trainer.run.about import of_files, of_sources, padding
 
 
@@ -204,7 +204,7 @@ def test_several_data_sets(tmp_path):
 
 
 def test_names_and_configurations():
-    from trainer.data.splits import named_sets
+    from trainer.rows.splits import named_sets
 
     assert named_sets(["nyu-mll/glue:rte", "glue/x", "a/b"], "pair") == [
         ("glue", "nyu-mll/glue", "rte"), ("x", "glue/x", "pair"), ("b", "a/b", "pair")

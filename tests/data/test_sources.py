@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from trainer.config import DataConfig, UserError
-from trainer.data.labels import NLI
 from trainer.data.sources import load_pairs, load_splits, split_name
+from trainer.labels.values import NLI
 
 ROWS = [
     {"premise": 'A "man", sitting.', "hypothesis": "A man sits.", "label": 0},
@@ -319,8 +319,8 @@ def test_quotes_mean_what_the_writer_means(tmp_path, kind, quoting, monkeypatch)
     import csv
     import io
 
-    from trainer.data import quotes
-    from trainer.data.tables import read_table
+    from trainer.rows import quotes
+    from trainer.rows.tables import read_table
 
     if kind == "csv" and quoting == "none":
         pytest.skip("a csv file has no such form")

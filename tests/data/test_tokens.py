@@ -17,8 +17,8 @@ from trainer.model.batch import IGNORED, assemble
 
 def make_pairs(rows):
     return Pairs(
-        "test", [r["premise"] for r in rows], [r["hypothesis"] for r in rows],
-        np.array([r["label"] for r in rows]), np.arange(len(rows)), None, ("a", "b", "c"),
+        "test", np.arange(len(rows)), [r["premise"] for r in rows], [r["hypothesis"] for r in rows],
+        np.array([r["label"] for r in rows]), None, ("a", "b", "c"),
     )  # fmt: skip
 
 

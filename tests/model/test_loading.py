@@ -299,7 +299,7 @@ def test_a_model_that_sees_padding(family, tmp_path):
 
 def labelled(texts):
     premises, hypotheses = map(list, zip(*texts, strict=True))
-    return Pairs("test", premises, hypotheses, np.zeros(len(texts), int), np.arange(len(texts)), None, LABEL_NAMES)
+    return Pairs("test", np.arange(len(texts)), premises, hypotheses, np.zeros(len(texts), int), None, LABEL_NAMES)
 
 
 @pytest.mark.parametrize(("family", "tokenizer", "expected"), [

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 def pairs(labels: np.ndarray = LABELS, source: list[str] | None = None) -> Pairs:
     texts = [""] * len(labels)
-    return Pairs("t.csv", texts, texts, labels, np.arange(len(labels)), source, NAMES)
+    return Pairs("t.csv", np.arange(len(labels)), texts, texts, labels, source, NAMES)
 
 
 def config(weights: object, **fields: object) -> Config:

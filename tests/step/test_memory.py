@@ -80,7 +80,7 @@ def test_it_is_one_clear_error(tmp_path, monkeypatch, error):
         raise error
     model, tokens = CrossEncoder(make("bert")), make_tokens([5, 9])
     monkeypatch.setattr(model.model, "forward", raising(error))
-    pairs = Pairs("x", [""] * 2, [""] * 2, np.zeros(2, int), np.arange(2), None, ("a", "b", "c"))
+    pairs = Pairs("x", np.arange(2), [""] * 2, [""] * 2, np.zeros(2, int), None, ("a", "b", "c"))
     with pytest.raises(TrainingFailed, match="memory is used up; lower --per_device_eval_batch_size"):
         predict_logits(model, pairs, tokens, WORLD, 2, False)
     with pytest.raises(type(error)) as caught:  # nor is it a mistake in the input

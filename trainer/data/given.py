@@ -18,12 +18,12 @@ from trainer.base.errors import UserError, named
 from trainer.base.fields import typed
 from trainer.base.files import replacing
 from trainer.base.log import log
-from trainer.data.columns import HYPOTHESIS, LABELS, PREMISE, Wanted, candidates, column_named, text_columns
-from trainer.data.files import kept_folder, may_be_title
-from trainer.data.pairs import Pairs
+from trainer.data.pairs import Texts
 from trainer.data.sources import lack_of
-from trainer.data.splits import NAMES, Role
-from trainer.data.tables import LONGEST_ROW, column_of
+from trainer.rows.columns import HYPOTHESIS, LABELS, PREMISE, Wanted, candidates, column_named, text_columns
+from trainer.rows.files import kept_folder, may_be_title
+from trainer.rows.splits import NAMES, Role
+from trainer.rows.tables import LONGEST_ROW, column_of
 
 FIELDS = {"train": "train_file", "eval": "validation_file", "test": "test_file"}
 ROLES: dict[str, Role] = {"train": "train", "eval": "dev", "test": "test"}
@@ -36,7 +36,7 @@ def is_pair(given: Any) -> bool:
     return isinstance(given, (tuple, list)) and len(given) == 2 and all(isinstance(text, str) for text in given)
 
 
-def plain_pairs(given: Any) -> Pairs | None:
+def plain_pairs(given: Any) -> Texts | None:
     """A list of pairs of texts, as it is: a table would take longer than a small model.
 
     None where it is anything else, or holds a text that is blank, too long or no Unicode, which the table's way names.
@@ -51,8 +51,7 @@ def plain_pairs(given: Any) -> Pairs | None:
         "".join(texts).encode()
     except UnicodeEncodeError:
         return None
-    rows = np.arange(len(given))
-    return Pairs(PLACE, premise, hypothesis, label=np.zeros_like(rows), row=rows, source=None, label_names=())
+    return Texts(PLACE, np.arange(len(given)), premise, hypothesis)
 
 
 def pairs_of(given: Any, premise_column: Wanted = None, hypothesis_column: Wanted = None) -> pa.Table:

@@ -15,15 +15,15 @@ import pyarrow as pa
 from trainer.base.errors import UserError
 from trainer.base.log import log
 from trainer.config import DataConfig
-from trainer.data.columns import LABELS, column_named, text_columns
-from trainer.data.labels import Labels, Targets, read_labels
-from trainer.data.names import FEW
 from trainer.data.pairs import Pairs
-from trainer.data.places import Place
-from trainer.data.splits import Role
-from trainer.data.targets import read_targets
-from trainer.data.texts import only, texts_of
+from trainer.labels.names import FEW
+from trainer.labels.targets import read_targets
+from trainer.labels.values import Labels, Targets, read_labels
 from trainer.options import Objective
+from trainer.rows.columns import LABELS, column_named, text_columns
+from trainer.rows.places import Place
+from trainer.rows.splits import Role
+from trainer.rows.texts import only, texts_of
 
 # AllNLI's splits by their number of rows, and the row where SNLI ends and MultiNLI begins: it has no column for that.
 SPLITS = "SemEval_set"  # a column of SICK.txt

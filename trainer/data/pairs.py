@@ -1,4 +1,4 @@
-"""The sentence pairs of a split, as plain arrays."""
+"""Sentence pairs as plain arrays: those of a split, and those that are to be predicted."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -7,18 +7,48 @@ from functools import cached_property
 
 import numpy as np
 
-from trainer.data.places import at, rows_at
+from trainer.rows.places import at, rows_at
 
 SHOWN = 8  # sources that a line says
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """The pairs of one split. All sequences have the same length n.
+class Rows:
+    """Which rows n pairs are.
 
     Attributes:
         name: where they come from, for messages; see places.Place.
-        row: (n,) the number that each has among all rows of the split, file after file.
+        row: (n,) the number that each has among all rows of the source, file after file.
+    """
+
+    name: str
+    row: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def at(self, number: int) -> str:
+        """The pair's file and the row that it has there, for messages."""
+        return at(self.name, self.row[number])
+
+    def all_at(self, numbers: Iterable[int], most: int = 16) -> str:
+        """The rows of several pairs, and their files."""
+        return rows_at(self.name, (self.row[number] for number in numbers), most)
+
+
+@dataclass(frozen=True)
+class Texts(Rows):
+    """Pairs without labels, in memory."""
+
+    premise: list[str]
+    hypothesis: list[str]
+
+
+@dataclass(frozen=True)
+class Pairs(Texts):
+    """The pairs of one split. All sequences have the same length n.
+
+    Attributes:
         split: what reports, file names and metrics call them, such as AllNLI-dev.
         label: (n,) class numbers, or where `values` is given the places of the pairs' targets in it.
         values: targets of one score, float32, ascending; None = there are classes.
@@ -30,11 +60,7 @@ class Pairs:
         files: the names of their files, without folders; empty = they are of no file.
     """
 
-    name: str
-    premise: list[str]
-    hypothesis: list[str]
     label: np.ndarray
-    row: np.ndarray
     source: list[str] | None
     label_names: tuple[str, ...]
     num_dropped: int = 0
@@ -46,17 +72,6 @@ class Pairs:
     mapped: str = ""
     said: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.premise)
-
-    def at(self, number: int) -> str:
-        """The pair's file and the row that it has there, for messages."""
-        return at(self.name, self.row[number])
-
-    def all_at(self, numbers: Iterable[int], most: int = 16) -> str:
-        """The rows of several pairs, and their files."""
-        return rows_at(self.name, (self.row[number] for number in numbers), most)
 
     @property
     def targets(self) -> np.ndarray:

@@ -19,21 +19,22 @@ from trainer.base.fields import mapped
 from trainer.base.log import log
 from trainer.config import DataConfig
 from trainer.data import builtin
-from trainer.data.columns import LABELS, Wanted, candidates, text_columns
-from trainer.data.faults import Faults
-from trainer.data.files import Source, find_sources, is_kept
 from trainer.data.join import Part, join, part_of
-from trainer.data.label_map import check_known
-from trainer.data.labels import read_labels
 from trainer.data.mix import Mix
 from trainer.data.pairs import Pairs as Pairs
-from trainer.data.pipes import as_file
-from trainer.data.places import Place, listed
-from trainer.data.splits import Loaded, from_data_set, from_folder, is_saved, named_sets
-from trainer.data.splits import Role as Role
-from trainer.data.tables import joined, read_table
-from trainer.data.texts import checked, texts_of
+from trainer.data.pairs import Texts
+from trainer.labels.label_map import check_known
+from trainer.labels.values import read_labels
 from trainer.options import Objective
+from trainer.rows.columns import LABELS, Wanted, candidates, text_columns
+from trainer.rows.faults import Faults
+from trainer.rows.files import Source, find_sources, is_kept
+from trainer.rows.pipes import as_file
+from trainer.rows.places import Place, listed
+from trainer.rows.splits import Loaded, from_data_set, from_folder, is_saved, named_sets
+from trainer.rows.splits import Role as Role
+from trainer.rows.tables import joined, read_table
+from trainer.rows.texts import checked, texts_of
 
 LONGEST_TITLE = 100  # characters of several names together
 
@@ -202,8 +203,8 @@ def unlabelled(
     hypothesis_column: Wanted,
     start: int = 0,
     faults: Faults | None = None,
-) -> Pairs:
-    """Pairs without labels, for prediction; `label` is 0 everywhere. Raises UserError naming a row without text.
+) -> Texts:
+    """Pairs without labels, for prediction. Raises UserError naming a row without text.
 
     `start` is the first row's number in its file. With `faults`, rows without text are left out and noted there, and so
     are those that it has already.
@@ -217,4 +218,4 @@ def unlabelled(
                 faults.setdefault(start + row, what)
         rows = np.array([row for row in rows if start + row not in faults], dtype=np.int64)
     premise, hypothesis = (texts_of(table[name], place, field, rows, start) for field, name in columns.items())
-    return Pairs(place, premise, hypothesis, label=np.zeros_like(rows), row=start + rows, source=None, label_names=())
+    return Texts(place, start + rows, premise, hypothesis)

@@ -23,7 +23,7 @@ from trainer.base.errors import UserError, named
 from trainer.base.files import remove_remains, replacing
 from trainer.base.folders import caches
 from trainer.base.log import log
-from trainer.data.pairs import Pairs
+from trainer.data.pairs import Pairs, Texts
 
 FORMAT = "crossrank-tokens-1"  # a part of the fingerprint, and so of what a checkpoint must meet again
 ARRAYS = 2  # version of the arrays in a cache file
@@ -99,7 +99,7 @@ def cache_folder() -> Path:
 
 
 def tokenize(
-    pairs: Pairs,
+    pairs: Texts,
     tokenizer: Any,
     max_length: int,
     folder: Path | None,
@@ -157,17 +157,18 @@ class Encoder:
             digest.update(b"types of its slow way\n")
         return digest
 
-    def fingerprint(self, pairs: Pairs) -> str:
+    def fingerprint(self, pairs: Texts) -> str:
         digest = self.digest.copy()
         for texts in (pairs.premise, pairs.hypothesis):
             digest.update("\x1e".join(texts).encode("utf-8", "surrogatepass") + b"\x1d")
-        digest.update(pairs.label.tobytes())
-        if pairs.values is not None:
-            digest.update(pairs.values.tobytes())
+        if isinstance(pairs, Pairs):
+            digest.update(pairs.label.tobytes())
+            if pairs.values is not None:
+                digest.update(pairs.values.tobytes())
         return digest.hexdigest()
 
     def tokens(
-        self, pairs: Pairs, folder: Path | None, progress: bool = False, check: Callable[[], None] = lambda: None
+        self, pairs: Texts, folder: Path | None, progress: bool = False, check: Callable[[], None] = lambda: None
     ) -> Tokens:
         """See tokenize."""
         fingerprint = self.fingerprint(pairs)
@@ -187,7 +188,7 @@ class Encoder:
             log.warning(f"no token cache, tokenising at every start: {named(error)}")
         return tokens or self._encode(pairs, fingerprint, progress, check)
 
-    def _encode(self, pairs: Pairs, fingerprint: str, progress: bool, check: Callable[[], None]) -> Tokens:
+    def _encode(self, pairs: Texts, fingerprint: str, progress: bool, check: Callable[[], None]) -> Tokens:
         flat, types, lengths, truncated = [], [], [], []
         with tqdm(total=len(pairs), desc="tokenising", unit="pair", delay=3, disable=None if progress else True) as bar:
             for chunk in _chunks(pairs):
@@ -231,7 +232,7 @@ class Encoder:
         return np.sort(np.concatenate([np.flatnonzero(text < 0), *parts]))
 
 
-def _chunks(pairs: Pairs) -> Iterator[slice]:
+def _chunks(pairs: Texts) -> Iterator[slice]:
     """CHUNK pairs each, or so many that they have about CHARACTERS."""
     start = size = 0
     for row, texts in enumerate(zip(pairs.premise, pairs.hypothesis, strict=True)):

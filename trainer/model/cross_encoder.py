@@ -13,7 +13,7 @@ from torch import nn
 
 from trainer.base.errors import UserError
 from trainer.base.files import replacing
-from trainer.data.sources import Pairs
+from trainer.data.pairs import Rows
 from trainer.data.tokens import Tokens
 from trainer.model.attention import library_fused
 from trainer.model.batch import Batch, assemble
@@ -180,7 +180,7 @@ class CrossEncoder(nn.Module):
         with self.calls.active(), library_fused():
             return self.model(**inputs).logits
 
-    def check(self, pairs: Pairs, tokens: Tokens) -> None:
+    def check(self, pairs: Rows, tokens: Tokens) -> None:
         """Raises UserError, naming the row, where the model cannot take a pair: it has no embedding for a token or a
         token type, or does not find the end, which BART's kind knows by the number of the tokens that end a text.
         """

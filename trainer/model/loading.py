@@ -14,7 +14,7 @@ from trainer.base.files import lost_folder
 from trainer.base.log import log
 from trainer.config import Config, ModelConfig
 from trainer.data import builtin
-from trainer.data.label_map import finder
+from trainer.labels.label_map import finder
 from trainer.model.cross_encoder import CrossEncoder
 from trainer.model.lora import add_lora, refuse_adapter
 from trainer.model.outputs import objective_of, settle_outputs

@@ -19,14 +19,14 @@ from trainer.base.files import write_json
 from trainer.config import Config, DataConfig
 from trainer.data.mix import Mix
 from trainer.data.pairs import Pairs
-from trainer.data.places import listed
 from trainer.data.sampler import GlobalBatchSampler
-from trainer.data.splits import named_sets
 from trainer.data.tokens import Split
 from trainer.metrics import activated
 from trainer.model.cross_encoder import CrossEncoder
 from trainer.options import Objective
 from trainer.ranks import World
+from trainer.rows.places import listed
+from trainer.rows.splits import named_sets
 from trainer.run.versions import git_state, versions
 
 FIRST = 1000  # rows that statistics are taken of, as sentence-transformers' cards do

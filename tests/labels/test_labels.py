@@ -6,8 +6,8 @@ import pytest
 from test_sources import ROWS, load, write
 
 from trainer.base.errors import UserError
-from trainer.data.classes import class_numbers
-from trainer.data.labels import NLI, read_labels
+from trainer.labels.classes import class_numbers
+from trainer.labels.values import NLI, read_labels
 
 KINDS = ("a.csv", "a.tsv", "a.jsonl", "a.parquet")
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from trainer.base.errors import UserError
 from trainer.base.folders import caches
-from trainer.data.pipes import is_stream
-from trainer.data.splits import NAMES, is_saved
-from trainer.data.tables import SUFFIXES, ending
+from trainer.rows.pipes import is_stream
+from trainer.rows.splits import NAMES, is_saved
+from trainer.rows.tables import SUFFIXES, ending
 
 ROLES = {word: role for role, words in NAMES.items() for word in words}
 # What says nothing of the data in it.

@@ -8,10 +8,10 @@ import pytest
 
 from trainer.base.errors import UserError
 from trainer.config import DataConfig
-from trainer.data.labels import Targets, read_labels
 from trainer.data.sources import load_scored, load_splits
-from trainer.data.targets import read_targets
 from trainer.data.tokens import targets_of
+from trainer.labels.targets import read_targets
+from trainer.labels.values import Targets, read_labels
 
 TEXTS = {"premise": "a b", "hypothesis": "c d"}
 
@@ -158,7 +158,7 @@ def test_targets_are_part_of_the_data():
     from trainer.data.sources import Pairs
     from trainer.data.tokens import tokenize
 
-    pairs = Pairs("x", ["a", "b"], ["c", "d"], np.array([0, 1]), np.arange(2), None, ())
+    pairs = Pairs("x", np.arange(2), ["a", "b"], ["c", "d"], np.array([0, 1]), None, ())
     prints = [
         tokenize(replace(pairs, values=values), builtin.make_tokenizer(), 128, None).fingerprint
         for values in (None, np.array([0, 1], np.float32), np.array([0, 2], np.float32))

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainer.base.errors import UserError
-from trainer.data.faults import Faults
-from trainer.data.places import at
-from trainer.data.tables import LONGEST_ROW, MIXED, too_long, values_of
+from trainer.rows.faults import Faults
+from trainer.rows.places import at
+from trainer.rows.tables import LONGEST_ROW, MIXED, too_long, values_of
 
 
 def texts_of(column: pa.ChunkedArray, place: str, field: str, rows: np.ndarray, start: int = 0) -> list[str]:

@@ -18,9 +18,9 @@ from conftest import crossrank
 
 from trainer import metrics
 from trainer.base.errors import UserError
-from trainer.data import tables, texts
 from trainer.data.builtin import LABEL_NAMES
 from trainer.predict import InferenceConfig, PredictConfig, Predictor, predict_file
+from trainer.rows import tables, texts
 
 KINDS = ["jsonl", "csv", "tsv", "parquet"]
 NEW = ["prediction", *(f"score_{name}" for name in LABEL_NAMES)]

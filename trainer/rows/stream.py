@@ -8,9 +8,9 @@ import pyarrow as pa
 
 from trainer.base.errors import UserError
 from trainer.base.log import log
-from trainer.data.columns import HYPOTHESIS, PREMISE
-from trainer.data.faults import Faults, fault
-from trainer.data.tables import check_encoding, jsonl, lines
+from trainer.rows.columns import HYPOTHESIS, PREMISE
+from trainer.rows.faults import Faults, fault
+from trainer.rows.tables import check_encoding, jsonl, lines
 
 TEXTS = [[name.lower() for name in names] for names in (PREMISE, HYPOTHESIS)]
 

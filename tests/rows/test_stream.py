@@ -12,9 +12,9 @@ import pytest
 from conftest import crossrank
 
 from trainer.base.errors import UserError
-from trainer.data import tables
 from trainer.data.builtin import LABEL_NAMES
-from trainer.data.tables import read_parts, read_table
+from trainer.rows import tables
+from trainer.rows.tables import read_parts, read_table
 
 COUNT = 500
 
@@ -149,7 +149,7 @@ def test_a_header_on_stdin_is_no_pair(header, monkeypatch):
     import io
     import sys
 
-    from trainer.data.stream import stream_stdin
+    from trainer.rows.stream import stream_stdin
 
     for text, expected in (
         (f"{header}\na\tb\n", "row 0: .* are a header, and stdin takes none"),
@@ -260,7 +260,8 @@ def test_a_line_without_end(tmp_path, monkeypatch, name):
 
 
 def test_a_long_text_of_a_table(tmp_path, monkeypatch):
-    from trainer.data import sources, texts
+    from trainer.data import sources
+    from trainer.rows import texts
 
     monkeypatch.setattr(texts, "LONGEST_ROW", 100)
     table = pa.table({"premise": ["a", "b" * 101], "hypothesis": ["a", "b"]})
@@ -270,7 +271,7 @@ def test_a_long_text_of_a_table(tmp_path, monkeypatch):
 
 def test_more_text_than_one_array_holds():
     """Of 33 texts of 64 MB, which are one in memory, the last two."""
-    from trainer.data.texts import only
+    from trainer.rows.texts import only
 
     chunk = pa.array(["x" * (1 << 26)])
     column = pa.chunked_array([chunk] * 33)
@@ -281,7 +282,7 @@ def test_more_text_than_one_array_holds():
 def test_a_terminal_is_told_what_is_read(monkeypatch, said):
     import io
 
-    from trainer.data.stream import stream_stdin
+    from trainer.rows.stream import stream_stdin
 
     class Terminal(io.TextIOWrapper):
         def isatty(self):
@@ -407,8 +408,8 @@ def test_streams_that_are_closed_or_full(monkeypatch):
     import sys
 
     from trainer.__main__ import main
-    from trainer.data.stream import stream_stdin
-    from trainer.data.writers import open_output
+    from trainer.rows.stream import stream_stdin
+    from trainer.rows.writers import open_output
 
     for name in ("stdin", "stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainer.base.errors import UserError
-from trainer.data.places import at
-from trainer.data.tables import MIXED, values_of
+from trainer.rows.places import at
+from trainer.rows.tables import MIXED, values_of
 
 NLI = ("entailment", "neutral", "contradiction")
 NO_CONSENSUS = ("-", "-1")

@@ -9,8 +9,8 @@ import numpy as np
 
 from trainer.base.errors import UserError
 from trainer.base.log import log
-from trainer.data.label_map import OPPOSITE, fold, shown
-from trainer.data.labels import NLI, Labels
+from trainer.labels.label_map import OPPOSITE, fold, shown
+from trainer.labels.values import NLI, Labels
 
 MANY = 100  # classes: of so many, some may well be in one row only
 FEW = 20  # rows, of which none may be of a class by chance

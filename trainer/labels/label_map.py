@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from trainer.base.errors import UserError
-from trainer.data.labels import NLI, plain
+from trainer.labels.values import NLI, plain
 
 OPPOSITE = re.compile(r"no[nt][ _-]?entailment")  # of entailment, as RTE, QNLI, HANS and others write it
 

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from trainer.base.errors import UserError
-from trainer.data.faults import Faults, fault, with_faults
-from trainer.data.quotes import check_quotes, plain_tabs
+from trainer.rows.faults import Faults, fault, with_faults
+from trainer.rows.quotes import check_quotes, plain_tabs
 
 LONGEST_ROW = 1 << 26  # bytes
 ROWS = 1 << 14  # a part: enough to sort by length and to deal to ranks

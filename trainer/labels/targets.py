@@ -7,9 +7,9 @@ import numpy as np
 
 from trainer.base.errors import UserError
 from trainer.config import DataConfig
-from trainer.data.classes import class_numbers, learned, scored
-from trainer.data.label_map import fold, suggested
-from trainer.data.labels import MISSING, NO_CONSENSUS, Labels, Targets
+from trainer.labels.classes import class_numbers, learned, scored
+from trainer.labels.label_map import fold, suggested
+from trainer.labels.values import MISSING, NO_CONSENSUS, Labels, Targets
 from trainer.options import Objective
 
 BINARY = ("0", "1")

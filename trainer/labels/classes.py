@@ -13,7 +13,7 @@ from trainer.base.errors import UserError, unknown
 from trainer.base.fields import mapped
 from trainer.base.log import log
 from trainer.config import DataConfig
-from trainer.data.label_map import (
+from trainer.labels.label_map import (
     check_known,
     check_whole,
     finder,
@@ -24,8 +24,8 @@ from trainer.data.label_map import (
     replaced,
     shown,
 )
-from trainer.data.labels import MISSING, NO_CONSENSUS, Labels, Targets, number_in
-from trainer.data.names import before_map, meaning_of, names_of, one_spelling
+from trainer.labels.names import before_map, meaning_of, names_of, one_spelling
+from trainer.labels.values import MISSING, NO_CONSENSUS, Labels, Targets, number_in
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import pyarrow as pa
 from trainer.base.errors import UserError, reason
 from trainer.base.files import naming, replacing
 from trainer.base.log import log
-from trainer.data.tables import MIXED, values_of
+from trainer.rows.tables import MIXED, values_of
 
 # Takes the columns that came in, and those that are new, of the same rows. Scores are among the latter: text shows six
 # digits behind the point of them.
