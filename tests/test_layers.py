@@ -14,6 +14,7 @@ ORDER = [
     "config",
     "metrics",
     "score_metrics",
+    "meeting",
     "ranks",
     "rows",
     "labels",

@@ -1,31 +1,32 @@
 """Ranks: who am I, and the few collectives that the trainer needs.
 
 Ranks come from torchrun's variables, or Slurm's where those are absent. Every collective works at world size 1 and on
-the CPU, so that callers never ask whether the run is distributed. Control data travels over gloo, gradients over the
-device's own library; a process group therefore carries both.
+the CPU, so that callers never ask whether the run is distributed.
 """
 
-import ctypes
 import json
 import os
 import socket
-import subprocess
-import threading
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
+from torch._C._distributed_c10d import HashStore
 
 from trainer.base.environment import check_host, number, read_place
-from trainer.base.errors import TrainingFailed, UserError, first_line
+from trainer.base.errors import TrainingFailed, UserError
 from trainer.base.log import start_log
+from trainer.meeting import keep_freed_memory, meet, meet_through_slurm, wiring
+
+_run = 0  # how often this process has started: all ranks do so equally often
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    run: int = 0  # a program may train and then evaluate: what is said in one of them is not of the other
 
     @property
     def is_main(self) -> bool:
@@ -87,10 +89,8 @@ class World:
         """
         if self.size == 1:
             return
-        line = json.dumps({"host": socket.gethostname(), "facts": facts()}).encode() + b"\n"
-        gathered = self.gather(np.frombuffer(line, np.uint8))
-        lines = [] if gathered is None else gathered.tobytes().splitlines()
-        if differing := self.broadcast(_differences(list(map(json.loads, lines)))):
+        told = self.gather_values({"host": socket.gethostname(), "facts": facts()})
+        if differing := self.broadcast(_differences(told or [])):
             fix = "start all with the same command, files and versions"
             raise UserError(f"the ranks do not agree: {differing}; {fix}")
 
@@ -98,12 +98,77 @@ class World:
         """Whether it holds on every rank."""
         return int(self.sum(torch.tensor([int(condition)]))) == self.size
 
+    def gather_values(self, value: Any) -> list[Any] | None:
+        """Every rank's JSON-serialisable value, by rank, on rank 0; None elsewhere."""
+        gathered = self.gather(np.frombuffer(json.dumps(value).encode() + b"\n", np.uint8))
+        return None if gathered is None else [json.loads(line) for line in gathered.tobytes().splitlines()]
+
+    def say(self, name: str, value: Any) -> None:
+        """Leaves a JSON-serialisable value where any rank can wait for it; each name once in a run."""
+        self._board.set(f"crossrank/{self.run}/said/{name}", json.dumps(value))
+
+    def wait_for(self, name: str, check: Callable[[], None] = lambda: None) -> Any:
+        """What some rank says under this name, however long that takes: it may have to tokenise for an hour.
+
+        Calls `check` while it waits, which may raise. Raises TrainingFailed where a rank has reported a failure, or
+        rank 0 is gone.
+        """
+        key, pause = f"crossrank/{self.run}/said/{name}", 0.001
+        try:
+            while not self._board.check([key]):
+                assert self.size > 1, f"nobody has said {name}"
+                check()
+                if self._board.check([_failures(self.run)]):
+                    raise TrainingFailed(f"another rank has failed, and says why; this one waited for {name}")
+                time.sleep(pause)
+                pause = min(1.0, 1.5 * pause)
+            return json.loads(self._board.get(key))
+        except dist.DistError:
+            raise TrainingFailed(f"the connection to rank 0 broke off while waiting for {name}") from None
+
+    @cached_property
+    def _board(self) -> Any:
+        """The process group's store."""
+        return dist.distributed_c10d._get_default_store() if self.size > 1 else HashStore()
+
+    def nodes(self) -> list[list[int]]:
+        """The ranks of each host, on every rank; every rank takes part when it is first asked for."""
+        return self._nodes
+
+    @cached_property
+    def _nodes(self) -> list[list[int]]:
+        told = self.gather_values([socket.gethostname(), _boot(), self.local_rank])
+        return list(self.broadcast(_by_host(told or [])))
+
     def num_nodes(self) -> int:
-        """Every rank takes part."""
-        return int(self.sum(torch.tensor([int(self.local_rank == 0)])))
+        """Every rank takes part when it, or `nodes`, is first asked for."""
+        return len(self.nodes())
 
     def barrier(self) -> None:
         self.sum(torch.zeros(1))
+
+
+def _boot() -> str:
+    """What tells hosts of one name apart: the running kernel's own number."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+def _by_host(told: list[tuple[str, str, int]]) -> list[list[int]]:
+    """The ranks of each host, of (name, kernel, local rank) by rank.
+
+    Two containers may have one name and one kernel, and share no files: a local rank that a host has already is of the
+    next one.
+    """
+    hosts: dict[tuple[str, str], list[dict[int, int]]] = {}
+    for rank, (name, kernel, local_rank) in enumerate(told):
+        alike = hosts.setdefault((name, kernel), [])
+        host = next((host for host in alike if local_rank not in host), None)
+        if host is None:
+            alike.append(host := {})
+        host[local_rank] = rank
+    return sorted(sorted(host.values()) for alike in hosts.values() for host in alike)
 
 
 def _differences(ranks: list[dict[str, Any]]) -> str:
@@ -142,106 +207,23 @@ def start(timeout_seconds: int) -> World:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
     if size > 1 and not dist.is_initialized():  # a program may train and then evaluate
         if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-            _meet_through_slurm(os.environ)
+            meet_through_slurm(os.environ)
         check_host(os.environ["MASTER_ADDR"])
         port = number(os.environ, "MASTER_PORT")
         if not 0 < port < 2**16:
             raise UserError(f"MASTER_PORT is {port}; a port is a number from 1 to 65535")
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(index)}
-        _meet(rank, size, device, timedelta(seconds=timeout_seconds))
-    return World(rank, size, local_rank, device)
-
-
-def keep_freed_memory() -> None:
-    """Lets the next step have the memory that the last one freed, where the C library is glibc.
-
-    By default glibc gives large blocks back to the kernel, which clears them page by page when they are asked for
-    again: 54,000 page faults in a step of distilroberta's shape. See mallopt(3).
-    """
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own, which would go when it is freed
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
-        mallopt(-2, 2**26)  # M_TOP_PAD: it grows in steps of 64 MiB
-
-
-def _meet(rank: int, size: int, device: torch.device, patience: timedelta) -> None:
-    """Makes the process group. Raises TrainingFailed where the ranks do not find each other.
-
-    A thread waits for the others, since a wait inside torch lets no handler of a signal run; this one hears signals.
-    """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-
-    def work() -> None:
-        try:
-            store = _store(address, port, rank, size, patience)
-            dist.init_process_group(_wiring(device), timeout=patience, store=store, rank=rank, world_size=size)
-            if device.type == "cuda":
-                outlast_gloo(device, patience)
-        except Exception as error:  # torch's, and the operating system's
-            failures.append(error)
-
-    failures: list[Exception] = []
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.1)
-    if not failures:
-        return
-    said = first_line(failures[0])
-    if "EADDRINUSE" in str(failures[0]) or "ddress already in use" in str(failures[0]):
-        raise TrainingFailed(f"cannot listen on {address}:{port}: another program does; set another MASTER_PORT")
-    raise TrainingFailed(
-        f"the {size} ranks did not meet at {address}:{port} ({said}); check that all were started, that MASTER_ADDR is "
-        "rank 0's host, and that no other program listens there"
-    ) from failures[0]
-
-
-def outlast_gloo(device: torch.device, patience: timedelta) -> None:
-    """Gives NCCL, of `device`, a minute more than the `patience` of gloo.
-
-    Its watchdog ends the process; gloo raises an error, and whoever catches it says which rank did not come.
-    """
-    longer = patience + timedelta(minutes=1)
-    group = dist.distributed_c10d._get_default_group()
-    group._get_backend(device)._set_default_timeout(longer)  # type: ignore[attr-defined]
-    # Of the groups that DeepSpeed makes.
-    dist.distributed_c10d.default_pg_nccl_timeout = longer  # type: ignore[attr-defined]
-
-
-def _store(address: str, port: int, rank: int, size: int, patience: timedelta) -> Any:
-    """Under torchrun, a part of its store for this attempt only; else rank 0's.
-
-    A restarted rank would otherwise find the addresses of the dead.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return TCPStore(address, port, size, is_master=rank == 0, timeout=patience, multi_tenant=True)
-    store = TCPStore(address, port, is_master=False, timeout=patience)
-    return PrefixStore(f"crossrank/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-
-
-def _wiring(device: torch.device) -> str:
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        meet(rank, size, device, timedelta(seconds=timeout_seconds))
+    global _run
+    _run += 1
+    return World(rank, size, local_rank, device, _run)
 
 
 def form_group(world: World) -> None:
     """A process group even of one rank, for backends that cannot do without."""
     if not dist.is_initialized():
         os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed asks for
-        dist.init_process_group(_wiring(world.device), store=HashStore(), rank=0, world_size=1)
-
-
-def _meet_through_slurm(env: MutableMapping[str, str]) -> None:
-    """Every rank of an srun step derives the same address and port from the step's own variables."""
-    nodes = env.get("SLURM_STEP_NODELIST")
-    if nodes is None:
-        raise UserError("MASTER_ADDR or MASTER_PORT is not set; start ranks with torchrun or srun")
-    try:
-        listing = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        raise UserError(f"no scontrol here that names the nodes {nodes}; set MASTER_ADDR and MASTER_PORT") from None
-    env["MASTER_ADDR"] = listing.stdout.split()[0]
-    env["MASTER_PORT"] = str(20000 + (number(env, "SLURM_JOB_ID") + number(env, "SLURM_STEP_ID")) % 10000)
+        dist.init_process_group(wiring(world.device), store=HashStore(), rank=0, world_size=1)
 
 
 def explain(error: RuntimeError, world: World, timeout_seconds: int) -> str | None:
@@ -262,6 +244,11 @@ def explain(error: RuntimeError, world: World, timeout_seconds: int) -> str | No
     return f"{ranks} did not arrive within {timeout_seconds} s (ddp_timeout)"
 
 
+def _failures(run: int) -> str:
+    """The store's counter of the ranks that have failed."""
+    return f"crossrank/{run}/failures"
+
+
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -275,7 +262,7 @@ def may_report_failure(patience: float) -> bool:
     """
     if dist.is_initialized():
         try:
-            first = dist.distributed_c10d._get_default_store().add("crossrank/failures", 1) == 1
+            first = dist.distributed_c10d._get_default_store().add(_failures(_run), 1) == 1
         except (RuntimeError, ValueError):  # the store went away with rank 0: that one has reported
             first = False
         if not first:

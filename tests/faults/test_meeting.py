@@ -12,7 +12,7 @@ import torch.distributed as dist
 from conftest import Ranks, crossrank
 from torch._C._distributed_c10d import HashStore, ProcessGroupGloo
 
-from trainer import ranks
+from trainer import meeting
 
 RUN = ["train", "--recipe", "demo", "--max_steps", "1", "--track_emissions", "false"]
 
@@ -62,9 +62,9 @@ def test_a_signal_ends_a_rank_that_waits_for_the_others(tmp_path, other_program,
     env = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": other_program}
     script = tmp_path / "waiting.py"
     script.write_text(
-        "import sys\nfrom trainer import __main__, ranks\nstore = ranks._store\n"
+        "import sys\nfrom trainer import __main__, meeting\nstore = meeting._store\n"
         "def said(*args):\n    print('waiting', flush=True)\n    return store(*args)\n"
-        "ranks._store = said\nsys.exit(__main__.main(sys.argv[1:]))\n"
+        "meeting._store = said\nsys.exit(__main__.main(sys.argv[1:]))\n"
     )
     started = Ranks([*RUN, "--output_dir", tmp_path / "run"], 0, None, script, env)
     while "waiting" not in started.said:
@@ -107,7 +107,7 @@ def test_nccl_waits_longer_than_gloo(monkeypatch):
     patience = timedelta(seconds=7)
     dist.init_process_group("cpu:gloo,cuda:instead", store=HashStore(), rank=0, world_size=1, timeout=patience)
     try:
-        ranks.outlast_gloo(torch.device("cuda"), patience)
+        meeting.outlast_gloo(torch.device("cuda"), patience)
         group = dist.distributed_c10d._get_default_group()
         gloo, nccl = (group._get_backend(torch.device(kind)).options._timeout for kind in ("cpu", "cuda"))
         made_later = dist.distributed_c10d._get_default_timeout(dist.Backend.NCCL)

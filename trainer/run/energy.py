@@ -7,7 +7,6 @@ is marked as an estimate.
 """
 
 import csv
-import json
 import logging
 import platform
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from trainer.base.environment import offline
@@ -51,13 +49,12 @@ class Meter:
         """What every node has used in this stretch so far, on rank 0; elsewhere nothing. Every rank takes part."""
         if not self.config.track_emissions:
             return []
-        line = b""
+        row = None
         if self.thread is not None:
             with suppress(TimeoutError):  # then the reading before that is the best there is
                 self.thread.submit(self._guarded, self._read).result(PATIENCE)
-            line = json.dumps({"node": platform.node(), "rank": self.world.rank, **self.row}).encode() + b"\n"
-        gathered = self.world.gather(np.frombuffer(line, np.uint8))
-        return [] if gathered is None else [json.loads(line) for line in gathered.tobytes().splitlines()]
+            row = {"node": platform.node(), "rank": self.world.rank, **self.row}
+        return list(filter(None, self.world.gather_values(row) or []))
 
     def close(self) -> None:
         if self.thread is not None:
@@ -116,11 +113,9 @@ def gpus_of_node(world: World) -> list[str]:
 
     Left to itself codecarbon measures those in CUDA_VISIBLE_DEVICES: of a task of srun --gpus-per-task=1 only its own.
     """
-    uuid = gpu_uuid(world)
-    mine = json.dumps([platform.node(), uuid]).encode() + b"\n" if uuid else b""
-    gathered = world.gather(np.frombuffer(mine, np.uint8))
-    lines = None if gathered is None else [json.loads(line) for line in gathered.tobytes().splitlines()]
-    return sorted({uuid for node, uuid in world.broadcast(lines) if node == platform.node()})
+    uuids = world.broadcast(world.gather_values(gpu_uuid(world)))
+    [own] = [node for node in world.nodes() if world.rank in node]
+    return sorted({uuids[rank] for rank in own} - {None})
 
 
 def gpu_uuid(world: World) -> str | None:

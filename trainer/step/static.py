@@ -207,9 +207,8 @@ class StaticStep:
             reason = str(error)
         if not new:
             return
-        gathered = self.plain.world.gather(np.frombuffer(f"{reason}\n".encode(), np.uint8))
-        reasons = "" if gathered is None else gathered.tobytes().decode()
-        if found := self.plain.world.broadcast(next(filter(None, reasons.split("\n")), "")):
+        reasons = self.plain.world.gather_values(reason)
+        if found := self.plain.world.broadcast(next(filter(None, reasons or []), "")):
             self._forget_gradients()
             self.graphs.undo()
             raise NotAsExpected(found)

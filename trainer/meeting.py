@@ -1,0 +1,105 @@
+"""Where ranks meet: the address, the store, and the connections between all of them.
+
+Control data travels over gloo, gradients over the device's own library; a process group therefore carries both.
+"""
+
+import ctypes
+import os
+import subprocess
+import threading
+from collections.abc import MutableMapping
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from trainer.base.environment import number
+from trainer.base.errors import TrainingFailed, UserError, first_line
+
+
+def meet(rank: int, size: int, device: torch.device, patience: timedelta) -> None:
+    """Makes the process group. Raises TrainingFailed where the ranks do not find each other.
+
+    A thread waits for the others, since a wait inside torch lets no handler of a signal run; this one hears signals.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+    def work() -> None:
+        try:
+            store = _store(address, port, rank, size, patience)
+            dist.init_process_group(wiring(device), timeout=patience, store=store, rank=rank, world_size=size)
+            if device.type == "cuda":
+                outlast_gloo(device, patience)
+        except Exception as error:  # torch's, and the operating system's
+            failures.append(error)
+
+    failures: list[Exception] = []
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if not failures:
+        return
+    said = first_line(failures[0])
+    if "EADDRINUSE" in str(failures[0]) or "ddress already in use" in str(failures[0]):
+        raise TrainingFailed(f"cannot listen on {address}:{port}: another program does; set another MASTER_PORT")
+    raise TrainingFailed(
+        f"the {size} ranks did not meet at {address}:{port} ({said}); check that all were started, that MASTER_ADDR is "
+        "rank 0's host, and that no other program listens there"
+    ) from failures[0]
+
+
+def outlast_gloo(device: torch.device, patience: timedelta) -> None:
+    """Gives NCCL, of `device`, a minute more than the `patience` of gloo.
+
+    Its watchdog ends the process; gloo raises an error, and whoever catches it says which rank did not come.
+    """
+    longer = patience + timedelta(minutes=1)
+    group = dist.distributed_c10d._get_default_group()
+    group._get_backend(device)._set_default_timeout(longer)  # type: ignore[attr-defined]
+    # Of the groups that DeepSpeed makes.
+    dist.distributed_c10d.default_pg_nccl_timeout = longer  # type: ignore[attr-defined]
+
+
+def _store(address: str, port: int, rank: int, size: int, patience: timedelta) -> Any:
+    """Under torchrun, a part of its store for this attempt only; else rank 0's.
+
+    A restarted rank would otherwise find the addresses of the dead.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return TCPStore(address, port, size, is_master=rank == 0, timeout=patience, multi_tenant=True)
+    store = TCPStore(address, port, is_master=False, timeout=patience)
+    return PrefixStore(f"crossrank/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def wiring(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def meet_through_slurm(env: MutableMapping[str, str]) -> None:
+    """Every rank of an srun step derives the same address and port from the step's own variables."""
+    nodes = env.get("SLURM_STEP_NODELIST")
+    if nodes is None:
+        raise UserError("MASTER_ADDR or MASTER_PORT is not set; start ranks with torchrun or srun")
+    try:
+        listing = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        raise UserError(f"no scontrol here that names the nodes {nodes}; set MASTER_ADDR and MASTER_PORT") from None
+    env["MASTER_ADDR"] = listing.stdout.split()[0]
+    env["MASTER_PORT"] = str(20000 + (number(env, "SLURM_JOB_ID") + number(env, "SLURM_STEP_ID")) % 10000)
+
+
+def keep_freed_memory() -> None:
+    """Lets the next step have the memory that the last one freed, where the C library is glibc.
+
+    By default glibc gives large blocks back to the kernel, which clears them page by page when they are asked for
+    again: 54,000 page faults in a step of distilroberta's shape. See mallopt(3).
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own, which would go when it is freed
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+        mallopt(-2, 2**26)  # M_TOP_PAD: it grows in steps of 64 MiB
