@@ -29,7 +29,7 @@ class Labels:
 
     place: str
     values: list[str | None]
-    codes: np.ndarray  # (n,) positions in `values`
+    codes: np.ndarray  # (n,) positions in `values`, int32
 
     def at(self, value: str | None) -> str:
         """The first row that has it."""
@@ -41,7 +41,9 @@ class Labels:
     def renamed(self, names: Sequence[str | None]) -> "Labels":
         """The same rows, with a name in place of each value; values of the same name become one."""
         position = {name: i for i, name in enumerate(dict.fromkeys(names))}
-        return replace(self, values=[*position], codes=np.array([position[name] for name in names], int)[self.codes])
+        return replace(
+            self, values=[*position], codes=np.array([position[name] for name in names], np.int32)[self.codes]
+        )
 
     @property
     def numbered(self) -> bool:
@@ -90,10 +92,10 @@ class Targets:
         return cls(label, first.names, values, said, first.of_class, words)
 
 
-def read_labels(column: pa.ChunkedArray, place: str) -> Labels:
-    """Raises UserError where a row's label is neither text nor number."""
+def read_labels(column: pa.ChunkedArray, place: str, start: int = 0) -> Labels:
+    """Raises UserError where a row's label is neither text nor number. `start` is the first row's number."""
     if column.type == MIXED:
-        column = _scalars(column, place)
+        column = _scalars(column, place, start)
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if pa.types.is_boolean(column.type):  # as a csv file says it
@@ -102,20 +104,21 @@ def read_labels(column: pa.ChunkedArray, place: str) -> Labels:
         texts = pc.utf8_trim_whitespace(column.cast(pa.large_string()))
     except pa.ArrowException:
         rows = np.flatnonzero(column.is_valid().to_numpy())
-        raise UserError(
-            f"{at(place, rows[0] if len(rows) else 0)}: label must be a class name or number, found {column.type}"
-        ) from None
+        first = start + (rows[0] if len(rows) else 0)
+        raise UserError(f"{at(place, first)}: label must be a class name or number, found {column.type}") from None
     distinct = texts.unique()
     codes = pc.index_in(texts, distinct).to_numpy()
     values = distinct.to_pylist()
     return Labels(place, values, codes).renamed([None if v is None else plain(v) for v in values])
 
 
-def _scalars(column: pa.ChunkedArray, place: str) -> pa.ChunkedArray:
+def _scalars(column: pa.ChunkedArray, place: str, start: int) -> pa.ChunkedArray:
     values = values_of(column)
     for row, value in enumerate(values):
         if isinstance(value, (list, dict)):
-            raise UserError(f"{at(place, row)}: label must be a class name or number, found {json.dumps(value)}")
+            raise UserError(
+                f"{at(place, start + row)}: label must be a class name or number, found {json.dumps(value)}"
+            )
     return pa.chunked_array([pa.array([_text(v) for v in values], pa.large_string())])
 
 
