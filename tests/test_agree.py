@@ -126,7 +126,7 @@ def classifiers(tmp_path_factory, builtin_model):
 def test_ranks_that_score_different_things(what, tmp_path, classifiers):
     verb, options, rows, expected = scoring()[what]
     script = tmp_path / "parts.py"  # the input in parts of 64 rows
-    script.write_text("import sys\nfrom trainer.rows import tables\ntables.ROWS = 64\n"
+    script.write_text("import sys\nfrom trainer.rows import limits\nlimits.ROWS = 64\n"
                       "from trainer import __main__\nsys.exit(__main__.main(sys.argv[1:]))\n")  # fmt: skip
     command = []
     for rank, own in enumerate((pairs("train")[:80], rows)):

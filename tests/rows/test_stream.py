@@ -13,7 +13,7 @@ from conftest import crossrank
 
 from trainer.base.errors import UserError
 from trainer.data.builtin import LABEL_NAMES
-from trainer.rows import tables
+from trainer.rows import limits, tables
 from trainer.rows.tables import read_parts, read_table
 
 COUNT = 500
@@ -56,7 +56,7 @@ def write_pairs(path: Path, count: int) -> Path:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.tsv", "a.parquet", "a.parquet.gz"])
 def test_parts_are_the_table(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "ROWS", 64)
+    monkeypatch.setattr(limits, "ROWS", 64)
     path = write_pairs(tmp_path / name, COUNT)
     parts = list(read_parts(path))
     assert all(0 < part.num_rows <= 64 for part in parts)
@@ -68,7 +68,7 @@ def test_every_way_out_says_the_same_in_order(kind, model, tmp_path, monkeypatch
     from trainer.api import predict
     from trainer.predict import InferenceConfig, PredictConfig, predict_file
 
-    monkeypatch.setattr(tables, "ROWS", 64)
+    monkeypatch.setattr(limits, "ROWS", 64)
     source, target = write_pairs(tmp_path / f"in.{kind}", COUNT), tmp_path / f"out.{kind}"
     predict_file(str(model), PredictConfig(input=str(source), output=str(target)), InferenceConfig())
     table, given = read_table(target), read_table(source)
@@ -90,7 +90,7 @@ def test_several_ranks_write_the_same_file(model, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "ROWS", 256)
+    monkeypatch.setattr(limits, "ROWS", 256)
     peaks = []
     for count in (2_000, 40_000):
         path = write_pairs(tmp_path / f"{count}.jsonl", count)
@@ -134,7 +134,7 @@ BAD = {
 def test_bad_input_is_named_with_its_row_and_leaves_no_file(case, model, tmp_path, monkeypatch):
     from trainer.predict import InferenceConfig, PredictConfig, predict_file
 
-    monkeypatch.setattr(tables, "ROWS", 32)
+    monkeypatch.setattr(limits, "ROWS", 32)
     text, expected = BAD[case]
     (tmp_path / "in.jsonl").write_text(text)
     config = PredictConfig(input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "out.csv"))
@@ -239,7 +239,7 @@ def test_an_empty_line_of_a_table(tmp_path, name):
 
 
 def test_columns_that_nothing_reads_may_hold_anything(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "ROWS", 2)
+    monkeypatch.setattr(limits, "ROWS", 2)
     odd = [1, 2**64 - 1, -1, 2.5, 2**70, "\ud800", [1, "x"], {"a": {"b": []}}, None, True]
     rows = [{"premise": "a", "hypothesis": "b", "odd": value} for value in odd]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -250,7 +250,7 @@ def test_columns_that_nothing_reads_may_hold_anything(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv", "a.jsonl.gz", "a.csv.gz"])
 def test_a_line_without_end(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(tables, "LONGEST_ROW", 1 << 16)
+    monkeypatch.setattr(limits, "LONGEST_ROW", 1 << 16)
     path = write_pairs(tmp_path / name, 5)
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     data += b"x" * (1 << 18) + b"\n"
@@ -261,9 +261,8 @@ def test_a_line_without_end(tmp_path, monkeypatch, name):
 
 def test_a_long_text_of_a_table(tmp_path, monkeypatch):
     from trainer.data import sources
-    from trainer.rows import texts
 
-    monkeypatch.setattr(texts, "LONGEST_ROW", 100)
+    monkeypatch.setattr(limits, "LONGEST_ROW", 100)
     table = pa.table({"premise": ["a", "b" * 101], "hypothesis": ["a", "b"]})
     with pytest.raises(UserError, match="row 1: premise is longer than"):
         sources.unlabelled(table, "pairs", None, None)

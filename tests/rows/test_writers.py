@@ -20,7 +20,7 @@ from trainer import metrics
 from trainer.base.errors import UserError
 from trainer.data.builtin import LABEL_NAMES
 from trainer.predict import InferenceConfig, PredictConfig, Predictor, predict_file
-from trainer.rows import tables, texts
+from trainer.rows import limits
 
 KINDS = ["jsonl", "csv", "tsv", "parquet"]
 NEW = ["prediction", *(f"score_{name}" for name in LABEL_NAMES)]
@@ -38,7 +38,7 @@ def predictor(builtin_model):
 def predicted(builtin_model, predictor, tmp_path, monkeypatch):
     """A function from an input's rows, or its text, to the rows of the output, read by libraries that are not ours."""
     monkeypatch.setattr("trainer.predict.Predictor", lambda *_: predictor)
-    monkeypatch.setattr(tables, "ROWS", 2)
+    monkeypatch.setattr(limits, "ROWS", 2)
 
     def call(given, kind: str, name: str = "in.jsonl", **options) -> list[dict]:
         if isinstance(given, list):
@@ -194,8 +194,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_rows_that_cannot_be_used_are_marked(kind, name, predicted, monkeypatch, said):
     """One row out for one in, and those that can be used say what they say without the others."""
-    for module in (tables, texts):
-        monkeypatch.setattr(module, "LONGEST_ROW", 200)
+    monkeypatch.setattr(limits, "LONGEST_ROW", 200)
     text, expected = BAD[name]
     data = gzip.compress(text.encode()) if name.endswith("gz") else text
     rows = predicted(data, kind, name, on_error="mark")
@@ -253,10 +252,10 @@ def test_one_output_is_a_score(objective, predicted, predictor, monkeypatch):
     expected = metrics.activated(logits, objective)[:, 0].tolist()
     assert expected == ([pytest.approx(0.18242552380635635), 1, pytest.approx(0.56217650088)]
                         if objective == "binary_cross_entropy" else [-1.5, 800, 0.25])  # fmt: skip
-    monkeypatch.setattr(tables, "ROWS", 3)
+    monkeypatch.setattr(limits, "ROWS", 3)
     for name, value in {"label_names": ["LABEL_0"], "objective": objective, "logits": lambda *_: logits}.items():
         monkeypatch.setattr(predictor, name, value)
-    monkeypatch.setattr(tables, "ROWS", 8)
+    monkeypatch.setattr(limits, "ROWS", 8)
     rows = predicted([TEXTS] * 3, "csv")
     assert [*rows[0]] == [*TEXTS, "score"]
     assert [float(row["score"]) for row in rows] == pytest.approx(expected, abs=1e-6)

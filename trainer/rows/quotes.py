@@ -10,7 +10,8 @@ stays as it is, unless the header is in quotes, too.
 
 import csv
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -18,33 +19,36 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainer.base.errors import UserError
+from trainer.rows import limits
+from trainer.rows.lines import unpacked
 
 # A whole field in quotes, with one inside, which is doubled as are all.
 QUOTED = r'^"[^"]*""(?:[^"]|"")*"$'
 
 
-def check_quotes(open_file: Callable[[], BinaryIO], place: str, separator: str, longest: int) -> bool:
-    """Whether quotes enclose a file's fields: always in csv; in others if its header's are enclosed.
+def encloses(path: Path, separator: str) -> bool:
+    """Whether quotes enclose a file's fields: always in csv; in others if its header's are enclosed."""
+    if separator == ",":
+        return True
+    with unpacked(path) as file:
+        return file.read(4).removeprefix(b"\xef\xbb\xbf").startswith(b'"')
 
-    Raises UserError naming the row where something follows a closing quote. `longest`: bytes of a line.
-    """
-    with open_file() as file:
-        if separator != "," and not file.readline(longest).removeprefix(b"\xef\xbb\xbf").startswith(b'"'):
-            return False
-    with open_file() as file:
+
+def check_quotes(path: Path, separator: str) -> None:
+    """Raises UserError naming the row where something follows a closing quote; of a file whose quotes enclose."""
+    with unpacked(path) as file:
         if not _doubtful(file, separator):
-            return True
+            return
     row = -1  # the header
-    csv.field_size_limit(longest)
-    with open_file() as file:
+    csv.field_size_limit(limits.LONGEST_ROW)
+    with unpacked(path) as file:
         try:
-            for cells in csv.reader(_lines(file, longest), delimiter=separator, strict=True):
+            for cells in csv.reader(_lines(file, limits.LONGEST_ROW), delimiter=separator, strict=True):
                 row += bool(cells)
         except csv.Error as error:
             if "expected after" in str(error):
-                raise UserError(f"{place}, row {row}: text follows a closing quote; write a quote inside of a "
+                raise UserError(f"{path}, row {row}: text follows a closing quote; write a quote inside of a "
                                 'quoted text twice (""), not with a backslash') from None  # fmt: skip
-    return True
 
 
 def _doubtful(file: BinaryIO, separator: str) -> bool:

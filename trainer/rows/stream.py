@@ -10,7 +10,8 @@ from trainer.base.errors import UserError
 from trainer.base.log import log
 from trainer.rows.columns import HYPOTHESIS, PREMISE
 from trainer.rows.faults import Faults, fault
-from trainer.rows.tables import check_encoding, jsonl, lines
+from trainer.rows.lines import check_encoding, lines
+from trainer.rows.tables import jsonl
 
 TEXTS = [[name.lower() for name in names] for names in (PREMISE, HYPOTHESIS)]
 

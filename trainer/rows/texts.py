@@ -8,9 +8,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainer.base.errors import UserError
+from trainer.rows import limits
 from trainer.rows.faults import Faults
 from trainer.rows.places import at
-from trainer.rows.tables import LONGEST_ROW, MIXED, too_long, values_of
+from trainer.rows.tables import MIXED, values_of
 
 
 def texts_of(column: pa.ChunkedArray, place: str, field: str, rows: np.ndarray, start: int = 0) -> list[str]:
@@ -33,8 +34,8 @@ def checked(column: pa.ChunkedArray, field: str) -> tuple[pa.ChunkedArray, Fault
     for place in np.flatnonzero(blank).tolist():
         wrong.setdefault(place, f"{field} is {'empty' if column[place].is_valid else 'null'}")
     lengths = pc.fill_null(pc.binary_length(column), 0).to_numpy()
-    for place in np.flatnonzero(lengths > LONGEST_ROW).tolist():
-        wrong[place] = f"{field} is {too_long()}"
+    for place in np.flatnonzero(lengths > limits.LONGEST_ROW).tolist():
+        wrong[place] = f"{field} is {limits.too_long()}"
     return column, wrong
 
 
