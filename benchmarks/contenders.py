@@ -259,7 +259,7 @@ def transformers(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def crossrank_evaluation(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from trainer import ranks
     from trainer.config import DataConfig
-    from trainer.data.sources import load_pairs
+    from trainer.data.load import load_pairs
     from trainer.evaluate import predict_logits
     from trainer.predict import InferenceConfig, Predictor
 

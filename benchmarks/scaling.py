@@ -20,8 +20,8 @@ def imbalance(data: Any, model: Any, batch: int, ranks: int) -> dict[str, float]
     from transformers import AutoTokenizer
 
     from trainer.config import DataConfig
+    from trainer.data.load import load_pairs
     from trainer.data.sampler import GlobalBatchSampler, deal
-    from trainer.data.sources import load_pairs
     from trainer.data.tokens import tokenize
 
     (pairs,) = load_pairs(DataConfig(train_file=str(data / "train.parquet"), max_train_samples=32_000), "train")

@@ -4,8 +4,8 @@ import torch
 from sklearn.metrics import confusion_matrix, f1_score
 from test_attention import make, make_tokens
 
+from tests.made_pairs import made_pairs
 from trainer import evaluate
-from trainer.data.sources import Pairs
 from trainer.evaluate import in_order, predict_logits
 from trainer.metrics import classification_scores, scores_by_source
 from trainer.model.cross_encoder import CrossEncoder
@@ -31,7 +31,9 @@ def test_loss_is_cross_entropy():
 
 def test_scores_by_source():
     labels, logits = np.array([0, 1, 1]), np.eye(2)[[0, 1, 0]]
-    scores = scores_by_source(["a", "a", "b"], lambda rows: classification_scores(labels[rows], logits[rows], 2))
+    scores = scores_by_source(
+        ["b", "a"], np.array([1, 1, 0]), lambda rows: classification_scores(labels[rows], logits[rows], 2)
+    )
     assert (scores["a"]["accuracy"], scores["b"]["accuracy"]) == (1.0, 0.0)
     assert (scores["a"]["num_samples"], scores["b"]["num_samples"]) == (2, 1)
 
@@ -45,7 +47,7 @@ def test_batches_do_not_wait_for_each_other(monkeypatch, every):
     """Logits are read once, or every so often where there are many; a signal is looked for before each batch."""
     lengths = np.arange(3, 23)
     model, tokens = CrossEncoder(make("bert")), make_tokens(list(lengths))
-    pairs = Pairs("x", np.arange(20), [""] * 20, [""] * 20, np.zeros(20, int), None, ("a", "b", "c"))
+    pairs = made_pairs([("", "")] * 20)
     reads, checks = [], []
     cpu = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: reads.append(len(tensor)) or cpu(tensor))

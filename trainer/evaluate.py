@@ -18,9 +18,8 @@ import torch
 from trainer.base.errors import TrainingFailed, out_of_memory
 from trainer.base.files import replacing
 from trainer.base.log import log
-from trainer.data.pairs import Rows
+from trainer.data.pairs import Pairs, Rows
 from trainer.data.sampler import deal
-from trainer.data.sources import Pairs
 from trainer.data.tokens import Split, Tokens
 from trainer.metrics import activated, classification_scores, merged, score_names, scores_by_source
 from trainer.model.cross_encoder import CrossEncoder
@@ -65,7 +64,7 @@ def evaluate(
             log.info(f"{split.name}: no {' nor '.join(lacking)}, which is not defined where all pairs have the same "
                      "label, or the same score")  # fmt: skip
         if pairs.source is not None:
-            scores["by_source"] = scores_by_source(pairs.source, scored)
+            scores["by_source"] = scores_by_source(pairs.source_names, pairs.source, scored)
     return Evaluation(world.broadcast(scores), logits)
 
 
@@ -169,10 +168,11 @@ def write_predictions(path: Path, pairs: Pairs, scores: np.ndarray) -> None:
     from pyarrow import parquet
 
     names = ["score"] if pairs.values is not None else [f"score_{name}" for name in pairs.label_names]
-    columns: dict[str, Any] = {"index": pairs.row, "label": pairs.targets}
+    labels = pairs.targets if pairs.targets.dtype == np.float32 else pairs.targets.astype(np.int64)
+    columns: dict[str, Any] = {"index": pairs.row.astype(np.int64), "label": labels}
     columns |= dict(zip(names, scores.T, strict=True))
     if pairs.source is not None:
-        columns["source"] = pairs.source
+        columns["source"] = pa.array(pairs.source_names, pa.string()).take(pa.array(pairs.source))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         parquet.write_table(pa.table(columns), temporary)

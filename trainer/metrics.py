@@ -131,12 +131,16 @@ def cross_entropy(labels: np.ndarray, logits: np.ndarray) -> float:
 MOST_SOURCES = 50  # a column of more values than that says something else
 
 
-def scores_by_source(sources: Sequence[str], scored: Callable[[np.ndarray], dict[str, Any]]) -> dict[str, Any]:
-    """What `scored` says of the rows (n,) of each source, and their number; empty where there are too many sources."""
-    names = np.asarray(sources)
-    if len(set(sources)) > MOST_SOURCES:
+def scores_by_source(
+    names: Sequence[str], codes: np.ndarray, scored: Callable[[np.ndarray], dict[str, Any]]
+) -> dict[str, Any]:
+    """What `scored` says of the rows of each source, and their number; empty where there are too many sources.
+
+    `codes` (n,) are the places of the rows' sources in `names`.
+    """
+    if len(names) > MOST_SOURCES:
         return {}
-    found = {str(name): np.flatnonzero(names == name) for name in np.unique(names)}
+    found = {name: np.flatnonzero(codes == code) for code, name in sorted(enumerate(names), key=lambda own: own[1])}
     return {name: {"num_samples": len(rows), **scored(rows)} for name, rows in found.items()}
 
 

@@ -93,6 +93,9 @@ class DataConfig(Fields):
     """Use the first N pairs of the dev split."""
     max_test_samples: int | None = option(None, above=0)
     """Use the first N pairs of the test split."""
+    verify_data: bool = option(False, kind="upkeep")
+    """Read all text again and compare it with the cache, which else takes a file of the same size and modification time
+    for the same."""
 
     def files(self, role: str) -> list[str] | None:
         """Of the role train, dev or test."""

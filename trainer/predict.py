@@ -17,9 +17,9 @@ from trainer.base.errors import UserError
 from trainer.base.fields import Fields, option
 from trainer.base.log import log
 from trainer.config import ModelConfig
-from trainer.data.given import PLACE, is_pair, pairs_of, plain_pairs
+from trainer.data.given import PLACE, is_pair, pairs_of, plain_pairs, unlabelled
 from trainer.data.pairs import Texts
-from trainer.data.sources import unlabelled
+from trainer.data.tokenize import in_memory
 from trainer.data.tokens import Encoder, Tokens
 from trainer.evaluate import predict_logits
 from trainer.metrics import activated
@@ -93,8 +93,8 @@ class Predictor:
         options = dataclasses.asdict(config) | {"device": world.device.type}
         world.agree(lambda: options | versions() | {"code": code_hash()} | model_facts(self.model))
 
-    def tokens(self, pairs: Texts, cache: Path | None) -> Tokens:
-        tokens = self.encoder.tokens(pairs, cache, progress=self.world.is_main)
+    def tokens(self, pairs: Texts) -> Tokens:
+        tokens = in_memory(pairs, self.encoder, progress=self.world.is_main)
         self.model.check(pairs, tokens)
         return tokens
 
@@ -106,7 +106,7 @@ class Predictor:
         if len(pairs) == 0:
             self.agree(row, [*errors] or "none")
             return np.empty((0, self.model.num_classes), np.float32) if self.world.is_main else None
-        tokens = self.tokens(pairs, cache=None)  # new pairs are seen once, so their tokens are not worth keeping
+        tokens = self.tokens(pairs)  # which are seen once, so they are not worth keeping
         self.agree(row, [tokens.fingerprint, *errors] if any(errors) else tokens.fingerprint)
         size, bf16 = self.config.per_device_eval_batch_size, self.config.bf16
         return predict_logits(self.model, pairs, tokens, self.world, size, bf16)
@@ -175,7 +175,7 @@ def predict_file(folder: str, config: PredictConfig, inference: InferenceConfig)
     first = next(tables, None)
     if first is None:
         raise nothing_in(Path(place))
-    texts = text_columns(first, place, config.premise_column, config.hypothesis_column)
+    texts = text_columns(first.column_names, place, config.premise_column, config.hypothesis_column)
     predictor = Predictor(folder, inference, world)
     answers = Answers(predictor.label_names, predictor.objective, faults is not None, config.prefix or "")
     bar = tqdm(unit="pair", desc="predicting", disable=None if world.is_main else True)

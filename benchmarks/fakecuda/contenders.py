@@ -32,7 +32,7 @@ def rows(settings: argparse.Namespace) -> Dataset:
 
 
 def crossrank(settings: argparse.Namespace, folder: Path, form: str = "kernels") -> dict[str, Any]:
-    from trainer.data.sources import load_splits
+    from trainer.data.load import load_splits
     from trainer.data.tokens import Split, tokenize
     from trainer.model.loading import load_for_training
 

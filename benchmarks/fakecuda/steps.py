@@ -15,8 +15,8 @@ from benchmarks.fakecuda.count import Count, Counted
 from benchmarks.fakecuda.device import DEVICE, fake_cuda, to_fake_cuda
 from trainer.backends import Single
 from trainer.config import Config
+from trainer.data.pairs import Pairs, Texts
 from trainer.data.sampler import GlobalBatchSampler
-from trainer.data.sources import Pairs
 from trainer.data.tokens import Split, Tokens
 from trainer.evaluate import predict_logits
 from trainer.loop import Trainer
@@ -55,7 +55,9 @@ def split_of(lengths: np.ndarray, vocabulary: int) -> Split:
     types = np.zeros_like(ids)
     tokens = Tokens(ids, offsets, types, np.zeros(len(lengths), bool), "drawn")
     texts, rows = [""] * len(lengths), np.arange(len(lengths))
-    return Split("drawn", Pairs("drawn", rows, texts, texts, rows % len(NAMES), None, NAMES), tokens)
+    return Split(
+        "drawn", Pairs("drawn", rows, Texts("drawn", rows, texts, texts), rows % len(NAMES), None, NAMES), tokens
+    )
 
 
 def examined(encoder: CrossEncoder, config: Config, split: Split) -> CrossEncoder:

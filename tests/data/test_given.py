@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
+from tests.made_pairs import premises_of, sources_of
 from trainer import api
 from trainer.base.errors import UserError
 from trainer.config import DataConfig
 from trainer.data.builtin import pairs
 from trainer.data.given import as_files
-from trainer.data.sources import load_scored, load_splits
+from trainer.data.load import load_scored, load_splits
 from trainer.labels.values import NLI
 
 TUPLES = [("a", "b", "entailment"), ("c", "d", "neutral"), ("e", "f", "contradiction")]
@@ -42,7 +43,7 @@ def test_every_kind(kind):
     assert {key: own.split for key, own in splits.items()} == {
         "train": "train", "dev": "dev", "test": "one-test", "test 2": "two-test"
     }  # fmt: skip
-    assert splits["train"].premise == ["a", "c", "e"]
+    assert premises_of(splits["train"]) == ["a", "c", "e"]
     assert [NLI[number] for number in splits["train"].label] == list(NLI)
     assert len(splits["test 2"]) == 2
 
@@ -59,7 +60,7 @@ def test_the_same_pairs_are_the_same_file():
 def test_numbers_and_gaps_of_pandas(said):
     pd = pytest.importorskip("pandas")
     data = frame(label=[0.0, 1.0, 2.0], source=pd.Series(["s", "t", "s"], dtype="category"))
-    assert loaded(train_dataset=data)["train"].source == ["s", "t", "s"]
+    assert sources_of(loaded(train_dataset=data)["train"]) == ["s", "t", "s"]
     assert loaded(train_dataset=frame(label=np.array([2, 0, 1])))["train"].label.tolist() == [2, 0, 1]
     gap = frame(hypothesis=pd.array(["x", pd.NA, "y"], dtype="string"))
     with pytest.raises(UserError, match=r"^train_dataset, row 1: hypothesis is null"):
@@ -77,7 +78,7 @@ def test_a_data_set_of_several_splits(said):
 
 def test_sources_of_a_dict():
     train = loaded(train_dataset={"one": TUPLES, "two": dataset((2, 2, 2))})["train"]
-    assert train.source == ["one"] * 3 + ["two"] * 3
+    assert sources_of(train) == ["one"] * 3 + ["two"] * 3
     assert train.label.tolist() == [0, 1, 2, 2, 2, 2]
 
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from test_sources import ROWS, write
 
+from tests.made_pairs import premises_of, sources_of
 from trainer.base.errors import UserError
 from trainer.config import DataConfig
+from trainer.data.load import load_pairs, load_splits, split_name
 from trainer.data.mix import Mix
 from trainer.data.sampler import GlobalBatchSampler, epoch_order
-from trainer.data.sources import load_pairs, load_splits, split_name
 from trainer.labels.values import NLI
 from trainer.rows import pipes
 from trainer.rows.files import find_sources
@@ -98,7 +99,7 @@ def mixed(tmp_path, **fields):
 
 def test_files_are_joined_in_order(tmp_path):
     (pairs,) = load_pairs(mixed(tmp_path), "train")
-    assert pairs.source == ["snli"] * 4 + ["fever"] * 6 + ["two"] * 2
+    assert sources_of(pairs) == ["snli"] * 4 + ["fever"] * 6 + ["two"] * 2
     assert (pairs.label_names, pairs.label[-2:].tolist()) == (NLI, [0, 2])
     assert pairs.row.tolist() == [0, 1, 2, 3, *range(5, 13)]
     assert pairs.at(3) == f"{tmp_path / 'snli.csv'}, row 3"
@@ -123,9 +124,9 @@ def test_first_of_each_source_and_of_all(tmp_path, said):
 def test_a_column_of_sources_wins(tmp_path):
     one = write(tmp_path / "a.jsonl", rows("x", "y", source="s"))
     two = write(tmp_path / "b.jsonl", rows("x", "y", genre="g"))
-    assert load_pairs(DataConfig(train_file=[str(one), str(two)]), "train")[0].source == ["s", "s", "b", "b"]
-    assert load_pairs(DataConfig(train_file=[str(two)]), "train")[0].source == ["g", "g"]
-    assert load_pairs(DataConfig(train_file=[str(one)], max_samples_per_source=1), "train")[0].source == ["s"]
+    assert sources_of(load_pairs(DataConfig(train_file=[str(one), str(two)]), "train")[0]) == ["s", "s", "b", "b"]
+    assert sources_of(load_pairs(DataConfig(train_file=[str(two)]), "train")[0]) == ["g", "g"]
+    assert sources_of(load_pairs(DataConfig(train_file=[str(one)], max_samples_per_source=1), "train")[0]) == ["s"]
 
 
 def test_shards_are_one_source(tmp_path):
@@ -133,7 +134,7 @@ def test_shards_are_one_source(tmp_path):
     for number, labels in enumerate(([0, 0], [1, 2], [1, 0])):
         write(tmp_path / f"train-0000{number}-of-00003.parquet", rows(*labels))
     (pairs,) = load_pairs(DataConfig(train_file=str(tmp_path)), "train")
-    assert (pairs.label.tolist(), pairs.label_names, pairs.source) == ([0, 0, 1, 2, 1, 0], NLI, None)
+    assert (pairs.label.tolist(), pairs.label_names, sources_of(pairs)) == ([0, 0, 1, 2, 1, 0], NLI, None)
     assert pairs.at(3) == f"{tmp_path / 'train-00001-of-00003.parquet'}, row 1"
     assert pairs.split == f"{tmp_path.name}-train"
     write(tmp_path / "train-00002-of-00003.parquet", rows(1, 7))
@@ -190,12 +191,12 @@ def test_several_data_sets(tmp_path):
         splits = {"train": split, "test": split} | ({"dev": split} if folder != "snli" else {})
         datasets.DatasetDict(splits).save_to_disk(names[folder])
     splits = load_splits(DataConfig(dataset_name=[names["snli"], names["x/glue"]]))
-    assert splits["train"].source == ["snli"] * 3 + ["glue"] * 3
+    assert sources_of(splits["train"]) == ["snli"] * 3 + ["glue"] * 3
     assert splits["train"].label.tolist() == [0, 1, 2, 2, 1, 0]
     assert {key: own.split for key, own in splits.items()} == {
         "train": "snli+glue-train", "dev": "glue-dev", "test": "snli-test", "test 2": "glue-test"
     }  # fmt: skip
-    both = load_pairs(DataConfig(dataset_name=[names["x/glue"], names["y/glue"]]), "train")[0].source
+    both = sources_of(load_pairs(DataConfig(dataset_name=[names["x/glue"], names["y/glue"]]), "train")[0])
     assert {name[-6:] for name in both} == {"x-glue", "y-glue"}
     with pytest.raises(UserError, match=r"names .* twice"):
         load_splits(DataConfig(dataset_name=[names["snli"], names["snli"]]))
@@ -233,7 +234,7 @@ def test_a_pipe_is_read(tmp_path, name):
     writer.start()
     (pairs,) = load_pairs(DataConfig(train_file=f"mine={tmp_path / 'pipe'}"), "train")
     writer.join()
-    assert (pairs.premise, pairs.at(1)) == ([row["premise"] for row in ROWS], f"{tmp_path / 'pipe'}, row 1")
+    assert (premises_of(pairs), pairs.at(1)) == ([row["premise"] for row in ROWS], f"{tmp_path / 'pipe'}, row 1")
     assert pairs.split == "mine-train"
 
 
@@ -389,4 +390,4 @@ def test_columns_that_differ_from_file_to_file(tmp_path):
     (tmp_path / "b.csv").write_text("question,answer,label\ne,f,x\ng,h,y\n")
     fields = {"premise_column": "premise,question", "hypothesis_column": ["hypothesis", "answer"]}
     (pairs,) = load_pairs(DataConfig(train_file=[str(tmp_path / "a.csv"), str(tmp_path / "b.csv")], **fields), "train")
-    assert pairs.premise == ["a", "c", "e", "g"]
+    assert premises_of(pairs) == ["a", "c", "e", "g"]

@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.made_pairs import premises_of, sources_of, texts_of
 from trainer.config import DataConfig, UserError
-from trainer.data.sources import load_pairs, load_splits, split_name
+from trainer.data.load import load_pairs, load_splits, split_name
 from trainer.labels.values import NLI
 
 ROWS = [
@@ -53,8 +54,8 @@ def load(path, classes=None, of_model=False, **fields):
 )
 def test_file_formats(tmp_path, name):
     pairs = load(write(tmp_path / name, ROWS))
-    assert pairs.premise == [row["premise"] for row in ROWS]
-    assert pairs.hypothesis == [row["hypothesis"] for row in ROWS]
+    assert premises_of(pairs) == [row["premise"] for row in ROWS]
+    assert [own for _, own in texts_of(pairs)] == [row["hypothesis"] for row in ROWS]
     assert pairs.label.tolist() == [0, 2, 1]
     assert pairs.label_names == NLI
 
@@ -69,14 +70,14 @@ def test_snli_text_layout(tmp_path):
     pairs = load(tmp_path / "snli_1.0_dev.txt")
     assert (pairs.num_dropped, pairs.row.tolist()) == (1, [0, 2])
     assert [pairs.label_names[i] for i in pairs.label] == ["neutral", "contradiction"]
-    assert pairs.premise[0] == 'A "quote.'
+    assert premises_of(pairs)[0] == 'A "quote.'
 
 
 def test_multinli_jsonl_layout(tmp_path):
     row = {"annotator_labels": ["neutral"], "genre": "fiction", "sentence1": "A", "sentence2": "B", "pairID": "1n"}
     rows = [row | {"gold_label": label} for label in ("neutral", "-", "entailment")]
     pairs = load(write(tmp_path / "multinli_1.0_dev_matched.jsonl", rows))
-    assert pairs.source == ["fiction", "fiction"]
+    assert sources_of(pairs) == ["fiction", "fiction"]
     assert (pairs.label.tolist(), pairs.num_dropped) == ([1, 0], 1)
 
 
@@ -121,7 +122,7 @@ def test_save_to_disk_and_class_names(tmp_path):
 def test_real_files(allnli):
     pairs = load(allnli / "train_first3000_hub_order.parquet")
     assert len(pairs) == 3000
-    lengths = [len(text) for text in pairs.premise[:1000]]
+    lengths = [len(text) for text in premises_of(pairs)[:1000]]
     assert (min(lengths), round(np.mean(lengths), 2), max(lengths)) == (23, 69.54, 227)
 
 
@@ -144,7 +145,7 @@ def test_nli_names_in_any_case(tmp_path):
 def test_long_rows(tmp_path):
     rows = [ROWS[0] | {"premise": "word " * 600_000}, *ROWS]
     for name in ("a.csv", "a.jsonl"):
-        assert len(load(write(tmp_path / name, rows)).premise[0]) == 3_000_000
+        assert len(premises_of(load(write(tmp_path / name, rows)))[0]) == 3_000_000
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,7 @@ def test_one_column_twice(tmp_path):
 
 def test_text_that_looks_like_dates_is_text(tmp_path):
     rows = [{"premise": "2024-01-01", "hypothesis": "2024-01-02", "label": "a"}]
-    assert load(write(tmp_path / "a.jsonl", rows)).premise == ["2024-01-01"]
+    assert premises_of(load(write(tmp_path / "a.jsonl", rows))) == ["2024-01-01"]
 
 
 def test_names_belong_to_the_label_column(tmp_path):
@@ -286,7 +287,7 @@ def test_dictionary_encoded_text(tmp_path):
     table = pa.Table.from_pylist(ROWS)
     table = table.set_column(0, "premise", table["premise"].dictionary_encode())
     pq.write_table(table, tmp_path / "a.parquet")
-    assert load(tmp_path / "a.parquet").premise == [row["premise"] for row in ROWS]
+    assert premises_of(load(tmp_path / "a.parquet")) == [row["premise"] for row in ROWS]
 
 
 def test_missing_and_unknown_files(tmp_path):

@@ -6,7 +6,7 @@ from test_sources import ROWS, write
 
 from trainer.base.errors import UserError
 from trainer.config import DataConfig
-from trainer.data.sources import load_scored, load_splits
+from trainer.data.load import load_scored, load_splits
 from trainer.labels.classes import class_numbers, learned, scored
 from trainer.labels.label_map import images, in_words, suggested
 from trainer.labels.values import NLI, read_labels

@@ -8,7 +8,7 @@ import pytest
 
 from trainer.base.errors import UserError
 from trainer.config import DataConfig
-from trainer.data.sources import load_scored, load_splits
+from trainer.data.load import load_scored, load_splits
 from trainer.data.tokens import targets_of
 from trainer.labels.targets import read_targets
 from trainer.labels.values import Targets, read_labels
@@ -154,13 +154,12 @@ def test_targets_are_part_of_the_data():
     """Labels that have the same places, and are other numbers."""
     from dataclasses import replace
 
+    from tests.made_pairs import made_pairs, tokenize
     from trainer.data import builtin
-    from trainer.data.sources import Pairs
-    from trainer.data.tokens import tokenize
 
-    pairs = Pairs("x", np.arange(2), ["a", "b"], ["c", "d"], np.array([0, 1]), None, ())
+    pairs = made_pairs([("a", "c"), ("b", "d")], [0, 1], ())
     prints = [
-        tokenize(replace(pairs, values=values), builtin.make_tokenizer(), 128, None).fingerprint
+        tokenize(replace(pairs, values=values), builtin.make_tokenizer(), 128).fingerprint
         for values in (None, np.array([0, 1], np.float32), np.array([0, 2], np.float32))
     ]
     assert len(set(prints)) == 3

@@ -71,7 +71,7 @@ def make_tokens(lengths, eos: int | None = None) -> Tokens:
     if eos is not None:
         ids[offsets[1:] - 1] = eos
     types = np.concatenate([np.arange(n) >= rng.integers(1, n) for n in lengths])
-    return Tokens(ids, offsets, types, np.zeros(len(lengths), bool), "f")
+    return Tokens.of(ids, offsets, types, 0, "f")
 
 
 def library_logits(model, tokens: Tokens) -> torch.Tensor:

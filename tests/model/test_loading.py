@@ -9,12 +9,11 @@ from conftest import crossrank, losses, weights_equal
 from families import SHAPES, save_encoder
 from safetensors.torch import load_file, save_file
 
+from tests.made_pairs import made_pairs, tokenize
 from trainer.api import evaluate, predict
 from trainer.base.errors import TrainingFailed, UserError
 from trainer.config import Config
 from trainer.data.builtin import LABEL_NAMES, make_tokenizer, pairs
-from trainer.data.sources import Pairs
-from trainer.data.tokens import tokenize
 from trainer.model.loading import load_for_training
 from trainer.model.probe import seen_padding
 from trainer.model.settings import longest_input
@@ -292,14 +291,11 @@ def test_an_end_that_is_not_found(tmp_path):
 @pytest.mark.parametrize("family", ["bert", "convbert", "deberta"])
 def test_a_model_that_sees_padding(family, tmp_path):
     model = start(save_encoder(tmp_path, family), attn_implementation="eager" if family == "bert" else None)
-    assert (seen_padding(model.eval(), tokenize(labelled(PAIRS), model.tokenizer, 100, None)) > 0) == (
-        family == "convbert"
-    )
+    assert (seen_padding(model.eval(), tokenize(labelled(PAIRS), model.tokenizer, 100)) > 0) == (family == "convbert")
 
 
 def labelled(texts):
-    premises, hypotheses = map(list, zip(*texts, strict=True))
-    return Pairs("test", np.arange(len(texts)), premises, hypotheses, np.zeros(len(texts), int), None, LABEL_NAMES)
+    return made_pairs(texts, names=LABEL_NAMES)
 
 
 @pytest.mark.parametrize(("family", "tokenizer", "expected"), [
@@ -330,7 +326,7 @@ def test_special_tokens_as_text(tmp_path):
     folder = save_encoder(tmp_path, "bert")
     change_config(folder, "tokenizer_config.json", split_special_tokens=True)
     tokenizer = start(folder).tokenizer
-    tokens = tokenize(labelled(PAIRS[-2:-1]), tokenizer, 100, None)
+    tokens = tokenize(labelled(PAIRS[-2:-1]), tokenizer, 100)
     assert tokens.ids.tolist() == tokenizer(*PAIRS[-2])["input_ids"]
 
 

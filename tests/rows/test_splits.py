@@ -5,7 +5,7 @@ from test_sources import ROWS, write
 
 from trainer.base.errors import UserError
 from trainer.config import DataConfig
-from trainer.data.sources import load_pairs, load_splits
+from trainer.data.load import load_pairs, load_splits
 
 datasets = pytest.importorskip("datasets")
 TEXTS = {"premise": ["a", "b", "c"], "hypothesis": ["x", "y", "z"]}

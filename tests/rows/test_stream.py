@@ -231,7 +231,7 @@ def test_an_empty_pair_on_standard_input_is_no_empty_line(model):
 def test_an_empty_line_of_a_table(tmp_path, name):
     text = "premise,hypothesis\na,b\n\nc,d\n".replace(",", "," if "csv" in name else "\t").encode()
     (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
-    from trainer.data.sources import unlabelled
+    from trainer.data.given import unlabelled
 
     with pytest.raises(UserError, match="row 1"):
         [unlabelled(part, name, None, None) for part in read_parts(tmp_path / name, every_line=True)]
@@ -260,12 +260,12 @@ def test_a_line_without_end(tmp_path, monkeypatch, name):
 
 
 def test_a_long_text_of_a_table(tmp_path, monkeypatch):
-    from trainer.data import sources
+    from trainer.data import given
 
     monkeypatch.setattr(limits, "LONGEST_ROW", 100)
     table = pa.table({"premise": ["a", "b" * 101], "hypothesis": ["a", "b"]})
     with pytest.raises(UserError, match="row 1: premise is longer than"):
-        sources.unlabelled(table, "pairs", None, None)
+        given.unlabelled(table, "pairs", None, None)
 
 
 def test_more_text_than_one_array_holds():

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
+from tests.made_pairs import made_pairs
 from trainer.base.errors import UserError
 from trainer.config import Config
-from trainer.data.sources import Pairs
 from trainer.data.tokens import Split
 from trainer.model.batch import IGNORED
 from trainer.step.loss import Loss, class_weights
@@ -19,9 +19,8 @@ NAMES, LABELS = ("no", "perhaps", "yes"), np.array([0, 0, 0, 2, 1, 0, 2, 0])
 CPU = torch.device("cpu")
 
 
-def pairs(labels: np.ndarray = LABELS, source: list[str] | None = None) -> Pairs:
-    texts = [""] * len(labels)
-    return Pairs("t.csv", np.arange(len(labels)), texts, texts, labels, source, NAMES)
+def pairs(labels: np.ndarray = LABELS, source: list[str] | None = None):
+    return made_pairs([("", "")] * len(labels), labels, NAMES, source, "t.csv")
 
 
 def config(weights: object, **fields: object) -> Config:

@@ -1,13 +1,12 @@
 """Running out of memory, in whichever words a library says it."""
 
-import numpy as np
 import pytest
 import torch
 from test_attention import make, make_tokens
 
+from tests.made_pairs import made_pairs
 from trainer.base.errors import TrainingFailed, UserError
 from trainer.cli import parse_train
-from trainer.data.sources import Pairs
 from trainer.evaluate import predict_logits
 from trainer.loop import Trainer
 from trainer.model.cross_encoder import CrossEncoder
@@ -80,7 +79,7 @@ def test_it_is_one_clear_error(tmp_path, monkeypatch, error):
         raise error
     model, tokens = CrossEncoder(make("bert")), make_tokens([5, 9])
     monkeypatch.setattr(model.model, "forward", raising(error))
-    pairs = Pairs("x", np.arange(2), [""] * 2, [""] * 2, np.zeros(2, int), None, ("a", "b", "c"))
+    pairs = made_pairs([("", "")] * 2)
     with pytest.raises(TrainingFailed, match="memory is used up; lower --per_device_eval_batch_size"):
         predict_logits(model, pairs, tokens, WORLD, 2, False)
     with pytest.raises(type(error)) as caught:  # nor is it a mistake in the input

@@ -21,9 +21,11 @@ from trainer.base.log import log
 from trainer.data.pairs import Texts
 from trainer.data.sources import lack_of
 from trainer.rows.columns import HYPOTHESIS, LABELS, PREMISE, Wanted, candidates, column_named, text_columns
+from trainer.rows.faults import Faults
 from trainer.rows.files import kept_folder, may_be_title
 from trainer.rows.splits import NAMES, Role
 from trainer.rows.tables import LONGEST_ROW, column_of
+from trainer.rows.texts import checked, texts_of
 
 FIELDS = {"train": "train_file", "eval": "validation_file", "test": "test_file"}
 ROLES: dict[str, Role] = {"train": "train", "eval": "dev", "test": "test"}
@@ -63,9 +65,8 @@ def pairs_of(given: Any, premise_column: Wanted = None, hypothesis_column: Wante
     if isinstance(given, (list, tuple)) and not given:
         return pa.table({name: pa.array([], pa.string()) for name in texts})
     names, column = _columns(given, PLACE, texts)
-    nothing = pa.schema([(name, pa.null()) for name in names]).empty_table()
-    return pa.table(dict(zip(texts, map(column, text_columns(nothing, PLACE, premise_column, hypothesis_column)),
-                             strict=True)))  # fmt: skip
+    chosen = text_columns(names, PLACE, premise_column, hypothesis_column)
+    return pa.table(dict(zip(texts, map(column, chosen), strict=True)))
 
 
 def as_files(fields: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +115,11 @@ def _splits(whole: Any, fields: Mapping[str, Any]) -> dict[str, list[str]]:
         for split in (split for split in NAMES[role] if split in whole and name not in found):
             place = f"dataset[{split!r}]"
             table = _table(whole[split], place, fields, may_lack=role != "train")
-            if role != "train" and (lack := lack_of(table, _wanted(fields)["label_column"], place)):
+            if role != "train" and (
+                lack := lack_of(
+                    table.num_rows, table.column_names, table.column, _wanted(fields)["label_column"], place
+                )
+            ):
                 log.info(f"{place} is left out: {lack}")
                 continue
             found[name] = [str(_kept(table, role))]
@@ -228,3 +233,28 @@ def _kind(data: Any) -> str:
 
 def _shown(value: Any) -> str:
     return " ".join(repr(value).split())[:80]
+
+
+def unlabelled(
+    table: pa.Table,
+    place: str,
+    premise_column: Wanted,
+    hypothesis_column: Wanted,
+    start: int = 0,
+    faults: Faults | None = None,
+) -> Texts:
+    """Pairs without labels, for prediction. Raises UserError naming a row without text.
+
+    `start` is the first row's number in its file. With `faults`, rows without text are left out and noted there, and so
+    are those that it has already.
+    """
+    names = text_columns(table.column_names, place, premise_column, hypothesis_column)
+    columns = dict(zip(("premise", "hypothesis"), names, strict=True))
+    rows = np.arange(table.num_rows)
+    if faults is not None:
+        for field, name in columns.items():
+            for row, what in checked(table[name], field)[1].items():
+                faults.setdefault(start + row, what)
+        rows = np.array([row for row in rows if start + row not in faults], dtype=np.int64)
+    premise, hypothesis = (texts_of(table[name], place, field, rows, start) for field, name in columns.items())
+    return Texts(place, start + rows, premise, hypothesis)

@@ -42,9 +42,8 @@ class Mix:
             if not math.floor(weight) and not _part(weight, sizes[name]):
                 raise UserError(f"source_weights: {float(weight):g} of the {sizes[name]:,} pairs of {name} is none; "
                                 "raise it, or leave the file out")  # fmt: skip
-        place = {name: number for number, name in enumerate(sizes)}
-        codes = np.array([place[name] for name in pairs.source or ()])
-        return cls(tuple(sizes), tuple(weights.get(name, Fraction(1)) for name in sizes), codes)
+        assert pairs.source is not None
+        return cls(tuple(sizes), tuple(weights.get(name, Fraction(1)) for name in sizes), pairs.source)
 
     def __len__(self) -> int:
         """Pairs of an epoch."""

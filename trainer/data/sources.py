@@ -1,141 +1,157 @@
-"""Sentence pairs from any source, checked row by row, as plain arrays.
+"""From what the fields name to the spools of its sources: files, `save_to_disk` folders, the hub, the embedded pairs.
 
-Sources: local files, `save_to_disk` folders, the hub, and the embedded data set; several of them make one split, or of
-test sets one each. A row without a consensus label (SNLI's `-`, the hub's -1) is dropped and counted; any other bad row
-is an error that names its place. Rows count from 0, header excluded, and a pair keeps the row it had in its source.
+A source is read once, by one process of a node, and whoever needs it later has it from the cache: see spool.py. A file
+is known there by path, size and modification time, so a start with a cache reads no text; `verify_data` reads all.
 """
 
-import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+import atexit
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from trainer.base.errors import UserError
-from trainer.base.fields import mapped
+from trainer.base.folders import caches
 from trainer.base.log import log
 from trainer.config import DataConfig
 from trainer.data import builtin
-from trainer.data.join import Part, join, part_of
-from trainer.data.mix import Mix
-from trainer.data.pairs import Pairs as Pairs
-from trainer.data.pairs import Texts
-from trainer.labels.label_map import check_known
+from trainer.data.spool import FORMAT, Spool
+from trainer.data.spooling import Columns, Reading, write_spool
+from trainer.data.stored import locked, stored
 from trainer.labels.values import read_labels
 from trainer.options import Objective
-from trainer.rows.columns import LABELS, Wanted, candidates, text_columns
-from trainer.rows.faults import Faults
+from trainer.rows.columns import LABELS, candidates
 from trainer.rows.files import Source, find_sources, is_kept
-from trainer.rows.pipes import as_file
-from trainer.rows.places import Place, listed
-from trainer.rows.splits import Loaded, from_data_set, from_folder, is_saved, named_sets
-from trainer.rows.splits import Role as Role
-from trainer.rows.tables import joined, read_table
-from trainer.rows.texts import checked, texts_of
-
-LONGEST_TITLE = 100  # characters of several names together
+from trainer.rows.pipes import as_file, is_stream
+from trainer.rows.splits import Opened, Role, from_data_set, from_folder, is_saved, named_sets
+from trainer.rows.tables import names_of, nothing_in, read_parts
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a source is called, and how it is read; None where it has no split of the role that can be used."""
+    """A source of a split.
+
+    Attributes:
+        name: what it is called.
+        read: opens it; None where it has no split of the role that can be used.
+        paths: its files and folders, by which the cache knows it; none = it has to be opened for that.
+    """
 
     name: str
-    read: Callable[[], Loaded | None]
-    files: tuple[str, ...] = ()
+    read: Callable[[], Reading | None]
+    paths: tuple[Path, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of its files."""
+        return tuple(path.name for path in self.paths)
 
 
-def load_splits(config: DataConfig, objective: Objective = "cross_entropy") -> dict[str, Pairs]:
-    """The train split and what there is of dev and test, with one set of classes. Raises UserError."""
-    found = load_pairs(config, "train", objective=objective)
-    if not found:
-        raise UserError("no training data: give --train_file FILE, or a --dataset_name that has a train split")
-    (train,) = found
-    check_known("label_map", mapped(config.label_map), train.said, train.name)
-    if len(np.unique(train.label)) < 2:
-        cut = "; shuffle them, or raise max_train_samples" if train.num_available > len(train) else ""
-        if train.mapped and len(train.label_names) == 1:
-            cut = f"; label_map takes {train.mapped}: leave one of the classes as it is"
-        raise UserError(f"{train.describe()}, all with label {train.target(0)}: there is nothing to learn{cut}")
-    Mix.of(config.source_weights, train)  # a mistake there shows before anything is computed
-    return {"train": train} | load_scored(config, train.label_names, objective=objective)
+def origins_of(config: DataConfig, role: Role, objective: Objective) -> list[Origin]:
+    """The sources of a role. Raises UserError for a field that names nothing."""
+    return list(_of_files(config, role) if config.has_files else _of_data_sets(config, role, objective))
 
 
-def load_scored(
-    config: DataConfig, classes: Sequence[str] | None, of_model: bool = False, objective: Objective = "cross_entropy"
-) -> dict[str, Pairs]:
-    """What there is of dev and test: the test sets are "test", "test 2", "test 3" and so on."""
-    splits: dict[str, Pairs] = {}
-    for pairs in load_pairs(config, "dev", classes, of_model, objective):
-        splits["dev"] = pairs
-    for number, pairs in enumerate(load_pairs(config, "test", classes, of_model, objective), 1):
-        splits["test" if number == 1 else f"test {number}"] = pairs
-    if splits:
-        check_maps(config, splits.values(), classes or (), of_model)
-    return splits
+def columns_of(config: DataConfig, objective: Objective) -> Columns:
+    return Columns(config.premise_column, config.hypothesis_column, candidates(config.label_column, LABELS[objective]))
 
 
-def check_maps(config: DataConfig, splits: Collection[Pairs], classes: Sequence[str], of_model: bool) -> None:
-    """Raises UserError where a map of scoring names what neither the model nor any of the sets knows."""
-    known = [*classes, *(name for pairs in splits for name in pairs.said)]
-    where = listed([pairs.name for pairs in splits])
-    for field in ("label_map", "eval_label_map") if of_model else ("eval_label_map",):
-        check_known(field, mapped(getattr(config, field)), known, f"{where} or the model")
+def spool_of(origin: Origin, columns: Columns, role: Role, verify: bool, check: Callable[[], None]) -> Spool | None:
+    """The rows of a source, from the cache if it has them and `verify` does not ask for more.
 
-
-def load_pairs(
-    config: DataConfig,
-    role: Role,
-    classes: Sequence[str] | None = None,
-    of_model: bool = False,
-    objective: Objective = "cross_entropy",
-) -> list[Pairs]:
-    """The role's split, or every test set; none where the data has none, or none with labels, which is said.
-
-    `classes` are those of the training split or, with `of_model`, of a model; None = from this split.
+    None where there is no such split. Raises UserError where they cannot be read, or change while they are; OSError
+    where the cache cannot be written.
     """
-    origins = list(_of_files(config, role) if config.has_files else _of_data_sets(config, role, objective))
-    sets = [[origin] for origin in origins] if role == "test" else [origins]
-    made: dict[str, Pairs] = {}
-    for own in sets:
-        parts = [_part(origin, loaded, config, objective) for origin in own if (loaded := origin.read()) is not None]
-        if not parts:
-            continue
-        name = split_name(_title(config, [part.source for part in parts], len(sets)), role)
-        if (other := next((made[known] for known in made if known.lower() == name.lower()), None)) is not None:
-            raise UserError(f"two test sets would be called {name!r}: {other.name} and {parts[0].place}; give them "
-                            "names, as in NAME=PATH")  # fmt: skip
-        files = tuple(file for origin in own for file in origin.files)
-        pairs = join(parts, config, role, classes, of_model, objective)
-        made[name] = replace(pairs, split=name, files=files)
-    return list(made.values())
+    before, reading = _stamps(origin.paths), None
+    if before is None:
+        reading = origin.read()
+        if reading is None:
+            return None
+        before = reading.identity
+    about = [FORMAT, role, [str(path.absolute()) for path in origin.paths] or origin.name, repr(columns)]
+    if before is None:
+        about.append(os.getpid())
+    path = caches(os.environ)["CROSSRANK_CACHE"] / "texts" / f"{_short(about)}-{_short(before)}"
+    if before is None:  # nobody can have it from the cache
+        atexit.register(shutil.rmtree, path, ignore_errors=True)
+    with locked(path, check):
+        held = stored(path) if before is not None else None
+        if held is not None and not verify:
+            return Spool(held)
+        reading = reading or origin.read()
+        if reading is None:
+            return None
+        made = write_spool(path, reading, columns, {})
+    if before is not None and _stamps(origin.paths) not in (None, before):
+        raise UserError(f"{made.place}: it changed while it was read; start again when it is complete")
+    if held is not None and held.facts["sha256"] != made.sha256:
+        log.warning(f"{made.place}: not what it was when it was first read, though size and modification time are the "
+                    "same; what it holds now is taken")  # fmt: skip
+    _remove_older(path)
+    return made
 
 
-def _part(origin: Origin, loaded: Loaded, config: DataConfig, objective: Objective) -> Part:
-    place, table, names = loaded
-    return part_of(origin.name, place, table, names, config, objective)
+def _short(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _stamps(paths: tuple[Path, ...]) -> list[tuple[str, int, int]] | None:
+    """Size and modification time of every file; None of what can be read only once, or is not there."""
+    found = []
+    for path in paths:
+        if is_stream(path):
+            return None
+        for file in [path, *sorted(path.rglob("*"))] if path.is_dir() else [path]:
+            try:
+                known = file.stat()
+            except OSError:
+                return None
+            if not file.is_dir():
+                found.append((str(file.absolute()), known.st_size, known.st_mtime_ns))
+    return found or None
+
+
+def _remove_older(path: Path) -> None:
+    """The texts of files of these names that are no more what they were. Who uses them has them open."""
+    own, _, _ = path.name.partition("-")
+    for other in path.parent.glob(f"{own}-*"):
+        if other != path and other.is_dir():
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def _of_files(config: DataConfig, role: Role) -> Iterator[Origin]:
     field = {"train": "train_file", "dev": "validation_file", "test": "test_file"}[role]
     for source in find_sources(config.files(role) or [], field):
-        yield Origin(source.name, partial(_read_files, source, role), tuple(path.name for path in source.paths))
+        yield Origin(source.name, partial(_read_files, source, role), source.paths)
 
 
-def _read_files(source: Source, role: Role) -> Loaded:
+def _read_files(source: Source, role: Role) -> Reading:
     """All shards of a source, as one."""
     if len(source.paths) == 1 and is_saved(source.paths[0]):
-        return from_folder(source.paths[0], role)
-    tables = []
-    for path in source.paths:
-        with as_file(path) as file:
-            tables.append(read_table(file))
+        return _reading(from_folder(source.paths[0], role))
     places = [_of_program(path, source.name) if is_kept(path) else str(path) for path in source.paths]
-    place = Place.joined(places, [table.num_rows for table in tables])
-    return place, joined(tables), {}
+    found: dict[int, list[str]] = {}
+
+    def parts(columns: Collection[str]) -> Iterator[tuple[int, pa.Table]]:
+        for number, path in enumerate(source.paths):
+            with as_file(path) as file:
+                found[number] = names_of(file)
+                tables = read_parts(file, columns=columns)
+                first = next(tables, None)
+                if first is None:
+                    raise nothing_in(file)
+                for table in chain([first], tables):
+                    yield number, table
+
+    return Reading(places, lambda number: found[number], parts)
 
 
 def _of_program(path: Path, name: str) -> str:
@@ -152,70 +168,48 @@ def _of_data_sets(config: DataConfig, role: Role, objective: Objective) -> Itera
         if name == "builtin":
             yield Origin(name, partial(_read_builtin, role))
         else:
-            yield Origin(title, partial(_read_data_set, config, name, configuration, role, objective))
+            folder = (Path(name),) if is_saved(Path(name)) else ()
+            read = partial(_read_data_set, config, name, configuration, role, objective)
+            yield replace(Origin(title, read), paths=folder)
 
 
-def _read_builtin(role: Role) -> Loaded:
-    return f"builtin {role}", pa.Table.from_pylist(builtin.pairs(role)), {"label": list(builtin.LABEL_NAMES)}
+def _read_builtin(role: Role) -> Reading:
+    def parts(_: Collection[str]) -> Iterator[tuple[int, pa.Table]]:
+        yield 0, pa.Table.from_pylist(builtin.pairs(role))
+
+    identity = hashlib.sha256(Path(builtin.__file__).read_bytes()).hexdigest()
+    names = ["premise", "hypothesis", "label", "source"]
+    return Reading([f"builtin {role}"], lambda _: names, parts, {"label": list(builtin.LABEL_NAMES)}, identity)
 
 
 def _read_data_set(
     config: DataConfig, name: str, configuration: str | None, role: Role, objective: Objective
-) -> Loaded | None:
-    for place, table, names in from_data_set(name, configuration, config.dataset_revision, role):
+) -> Reading | None:
+    for opened in from_data_set(name, configuration, config.dataset_revision, role):
         # Many test splits on the hub come without their labels.
-        if role != "train" and (lack := lack_of(table, candidates(config.label_column, LABELS[objective]), place)):
-            log.info(f"{place} is left out: {lack}")
+        labels = candidates(config.label_column, LABELS[objective])
+        if role != "train" and (lack := lack_of(len(opened.rows), opened.names, opened.column, labels, opened.place)):
+            log.info(f"{opened.place} is left out: {lack}")
             continue
-        return place, table, names
+        return _reading(opened)
     return None
 
 
-def lack_of(table: pa.Table, columns: tuple[str, ...], place: str) -> str | None:
-    """Why nothing can be scored on this split, whose labels are in one of `columns`."""
-    if table.num_rows == 0:
+def _reading(opened: Opened) -> Reading:
+    def parts(columns: Collection[str]) -> Iterator[tuple[int, pa.Table]]:
+        for table in opened.parts(columns):
+            yield 0, table
+
+    return Reading([opened.place], lambda _: opened.names, parts, opened.own_names, opened.identity)
+
+
+def lack_of(
+    num_rows: int, names: Collection[str], column: Callable[[str], pa.ChunkedArray], labels: tuple[str, ...], place: str
+) -> str | None:
+    """Why nothing can be scored on this split of columns `names`, whose labels are in one of `labels`."""
+    if num_rows == 0:
         return "it has no rows"
-    name = next((name for name in columns if name in table.column_names), None)
+    name = next((name for name in labels if name in names), None)
     if name is None:
-        return f"it has no column {' or '.join(columns)}"
-    return "it has no labels" if read_labels(table[name], place).missing else None
-
-
-def _title(config: DataConfig, names: list[str], num_sets: int) -> str:
-    """What the data of a split are called: by the data set's name, where there is one and nothing to tell apart."""
-    if config.has_files and config.dataset_name and num_sets == 1:
-        names = [title for title, _, _ in named_sets(config.dataset_name, None)]
-    together = "+".join(names)
-    return together if len(names) < 4 and len(together) <= LONGEST_TITLE else f"{names[0]}+{len(names) - 1}"
-
-
-def split_name(title: str, role: Role) -> str:
-    """`AllNLI-dev`, `snli-test`, ...: as reports, file names and metrics call a split."""
-    if re.fullmatch(rf"(.*[^a-z])?{role}", title, re.IGNORECASE):
-        return title
-    return f"{'AllNLI' if title == 'all-nli' else title}-{role}"
-
-
-def unlabelled(
-    table: pa.Table,
-    place: str,
-    premise_column: Wanted,
-    hypothesis_column: Wanted,
-    start: int = 0,
-    faults: Faults | None = None,
-) -> Texts:
-    """Pairs without labels, for prediction. Raises UserError naming a row without text.
-
-    `start` is the first row's number in its file. With `faults`, rows without text are left out and noted there, and so
-    are those that it has already.
-    """
-    names = text_columns(table, place, premise_column, hypothesis_column)
-    columns = dict(zip(("premise", "hypothesis"), names, strict=True))
-    rows = np.arange(table.num_rows)
-    if faults is not None:
-        for field, name in columns.items():
-            for row, what in checked(table[name], field)[1].items():
-                faults.setdefault(start + row, what)
-        rows = np.array([row for row in rows if start + row not in faults], dtype=np.int64)
-    premise, hypothesis = (texts_of(table[name], place, field, rows, start) for field, name in columns.items())
-    return Texts(place, start + rows, premise, hypothesis)
+        return f"it has no column {' or '.join(labels)}"
+    return "it has no labels" if read_labels(column(name), place).missing else None

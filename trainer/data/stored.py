@@ -16,7 +16,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from trainer.base.errors import UserError
-from trainer.base.files import json_object, remove_remains, replacing, sync
+from trainer.base.files import json_object, replacing, sync
 from trainer.base.log import log
 
 FACTS = "facts.json"
@@ -53,7 +53,6 @@ def store(
     Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_remains(path)
     with replacing(path, durable=False) as folder:
         folder.mkdir()
         listed = {name: _write_array(folder, name, array) for name, array in arrays.items()}
@@ -102,8 +101,8 @@ def blocks(path: Path) -> Iterator[bytes]:
             yield block
 
 
-def stored(path: Path, verify: bool | None = False) -> Stored | None:
-    """The folder, None where it is not there or is damaged, which is said.
+def stored(path: Path, verify: bool | None = False, quiet: bool = False) -> Stored | None:
+    """The folder, None where it is not there or is damaged, which is said unless that is `quiet`.
 
     Sizes are always looked at. The bytes are where there are few, where `verify` asks for it, and where a file has
     another modification time than it was written with, as copies have; with `verify` None they are not, since another
@@ -125,7 +124,8 @@ def stored(path: Path, verify: bool | None = False) -> Stored | None:
                 _check(file, own["sha256"])
         return Stored(path, {name: _mapped(path / f"{name}.bin", own) for name, own in listed.items()}, facts)
     except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-        log.warning(f"the cache {path} is damaged ({error}); it is built again")
+        if not quiet:
+            log.warning(f"the cache {path} is damaged ({error}); it is built again")
         return None
 
 

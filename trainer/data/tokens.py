@@ -1,32 +1,25 @@
-"""Pairs as token numbers: computed once, kept flat, cached on disk.
+"""Pairs as token numbers: computed once a node, kept flat, cached on disk, mapped by every rank.
 
 All pairs of a split are one array of token numbers with offsets, a few dozen bytes a pair; no Python list of lists
-stays alive. The cache file is named by a fingerprint of everything that decides its content, is written under another
-name and renamed, and carries a checksum: a damaged or foreign file is rebuilt, never trusted.
+stays alive. Shares of the pairs are computed by all ranks that share the cache, and joined there by one. The folder
+is named by everything that decides its content: see stored.py.
 """
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
-from tqdm import tqdm
 
-from trainer.base.errors import UserError, named
-from trainer.base.files import remove_remains, replacing
+from trainer.base.errors import UserError
 from trainer.base.folders import caches
-from trainer.base.log import log
-from trainer.data.pairs import Pairs, Texts
+from trainer.data.pairs import Pairs, Rows, Spooled, Texts
+from trainer.data.stored import Stored
 
 FORMAT = "crossrank-tokens-1"  # a part of the fingerprint, and so of what a checkpoint must meet again
-ARRAYS = 2  # version of the arrays in a cache file
 CHUNK = 2000  # pairs a call of the tokenizer: enough to keep its threads busy, few enough for a moving progress bar
 CHARACTERS = 1 << 22  # of a call: before they are cut, its tokens take some fifty bytes a character
 
@@ -38,28 +31,38 @@ class Tokens:
     Attributes:
         ids: (tokens,) token numbers in the smallest fitting integer type.
         offsets: (n + 1,) pair i is ids[offsets[i]:offsets[i + 1]].
+        lengths: (n,) tokens of each pair.
         types: (tokens,) their token types as the tokenizer gives them; 0 where its model takes none.
-        truncated: (n,) whether the pair was longer than max_length.
+        used: the distinct token numbers, ascending.
+        num_cut: pairs that were longer than max_length.
         fingerprint: of the texts, the labels, the tokenizer and the options.
     """
 
     ids: np.ndarray
     offsets: np.ndarray
+    lengths: np.ndarray
     types: np.ndarray
-    truncated: np.ndarray
+    used: np.ndarray
+    num_cut: int
     fingerprint: str
 
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """(n,) tokens of each pair; asked for in every step, so computed once."""
-        return np.diff(self.offsets)
+    @classmethod
+    def of(cls, ids: np.ndarray, offsets: np.ndarray, types: np.ndarray, num_cut: int, fingerprint: str) -> "Tokens":
+        """Those of arrays in memory."""
+        return cls(ids, offsets, np.diff(offsets), types, np.unique(ids), num_cut, fingerprint)
 
     @property
     def bytes_per_pair(self) -> float:
-        return sum(a.nbytes for a in self._arrays().values()) / max(1, len(self.truncated))
+        """What is kept of a pair."""
+        arrays = [self.ids, self.offsets, self.lengths, *([self.types] if self.types.strides[0] else [])]
+        return sum(array.nbytes for array in arrays) / max(1, len(self.lengths))
 
-    def _arrays(self) -> dict[str, np.ndarray]:
-        return {"ids": self.ids, "offsets": self.offsets, "types": self.types, "truncated": self.truncated}
+
+def of_stored(held: Stored) -> Tokens:
+    """Those in a folder; types that are all 0 are not there."""
+    arrays = dict(held.arrays)
+    arrays.setdefault("types", np.broadcast_to(np.uint8(0), arrays["ids"].shape))
+    return Tokens(**arrays, num_cut=held.facts["num_cut"], fingerprint=held.facts["fingerprint"])
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,11 @@ class Split:
         return len(self.pairs)
 
     def describe(self, max_length: int) -> str:
-        """One line: its size, and every pair that was dropped or cut."""
+        """What it is, in one line."""
         pairs, tokens = self.pairs, self.tokens
-        parts = [pairs.describe(), f"{tokens.lengths.mean():.1f} tokens each"]
-        parts.append(targets_of(pairs))
-        if num_cut := int(tokens.truncated.sum()):
-            parts.append(f"{num_cut:,} cut to {max_length} tokens")
+        parts = [pairs.describe(), f"{tokens.lengths.mean():.1f} tokens each", targets_of(pairs)]
+        if tokens.num_cut:
+            parts.append(f"{tokens.num_cut:,} cut to {max_length} tokens")
         return f"{', '.join(parts)} ({tokens.bytes_per_pair:.0f} bytes per pair)"
 
 
@@ -96,22 +98,6 @@ def targets_of(pairs: Pairs) -> str:
 def cache_folder() -> Path:
     """In $CROSSRANK_CACHE, or crossrank/ in $XDG_CACHE_HOME or ~/.cache."""
     return caches(os.environ)["CROSSRANK_CACHE"] / "tokens"
-
-
-def tokenize(
-    pairs: Texts,
-    tokenizer: Any,
-    max_length: int,
-    folder: Path | None,
-    progress: bool = False,
-    check: Callable[[], None] = lambda: None,
-) -> Tokens:
-    """The tokens of `pairs`, from the cache in `folder` if it has them; one process writes, the node's others wait.
-
-    `folder` None: no cache. One that cannot be written is a warning, not an error. `check` is called now and then, and
-    may raise to stop.
-    """
-    return Encoder(tokenizer, max_length).tokens(pairs, folder, progress, check)
 
 
 def _backend(tokenizer: Any, max_length: int) -> Any:
@@ -147,6 +133,7 @@ class Encoder:
         self.rust.no_truncation()
         largest = max(self.rust.get_vocab().values(), default=0)  # numbers may have gaps
         self.kind = np.uint16 if largest < 1 << 16 else np.int32
+        self.num_ids = largest + 1
 
     def _digest(self) -> Any:
         """SHA-256 of the tokenizer and the options, with which a fingerprint begins."""
@@ -156,54 +143,6 @@ class Encoder:
         if self.slowly:
             digest.update(b"types of its slow way\n")
         return digest
-
-    def fingerprint(self, pairs: Texts) -> str:
-        digest = self.digest.copy()
-        for texts in (pairs.premise, pairs.hypothesis):
-            digest.update("\x1e".join(texts).encode("utf-8", "surrogatepass") + b"\x1d")
-        if isinstance(pairs, Pairs):
-            digest.update(pairs.label.tobytes())
-            if pairs.values is not None:
-                digest.update(pairs.values.tobytes())
-        return digest.hexdigest()
-
-    def tokens(
-        self, pairs: Texts, folder: Path | None, progress: bool = False, check: Callable[[], None] = lambda: None
-    ) -> Tokens:
-        """See tokenize."""
-        fingerprint = self.fingerprint(pairs)
-        if folder is None:
-            return self._encode(pairs, fingerprint, progress, check)
-        tokens = None
-        path = folder / f"{fingerprint}.{ARRAYS}.safetensors"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_suffix(".lock")):
-                remove_remains(path)
-                tokens = _read(path, fingerprint)
-                if tokens is None:
-                    tokens = self._encode(pairs, fingerprint, progress, check)
-                    _write(tokens, path)
-        except (OSError, SafetensorError) as error:
-            log.warning(f"no token cache, tokenising at every start: {named(error)}")
-        return tokens or self._encode(pairs, fingerprint, progress, check)
-
-    def _encode(self, pairs: Texts, fingerprint: str, progress: bool, check: Callable[[], None]) -> Tokens:
-        flat, types, lengths, truncated = [], [], [], []
-        with tqdm(total=len(pairs), desc="tokenising", unit="pair", delay=3, disable=None if progress else True) as bar:
-            for chunk in _chunks(pairs):
-                encoded = self.encode(list(zip(pairs.premise[chunk], pairs.hypothesis[chunk], strict=True)))
-                flat.append(np.concatenate([ids for ids, _, _ in encoded]))
-                types.append(np.concatenate([own for _, own, _ in encoded]))
-                lengths += [len(ids) for ids, _, _ in encoded]
-                truncated += [cut for _, _, cut in encoded]
-                bar.update(len(encoded))
-                check()
-        if 0 in lengths:
-            nothing = "the tokenizer makes no token of this pair, not even a special one"
-            raise UserError(f"{pairs.at(lengths.index(0))}: {nothing}")
-        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        return Tokens(np.concatenate(flat), offsets, np.concatenate(types), np.array(truncated), fingerprint)
 
     def encode(self, texts: list[tuple[str, str]]) -> list[tuple[np.ndarray, np.ndarray, bool]]:
         """Of each pair its ids and types, and whether it was cut."""
@@ -231,43 +170,41 @@ class Encoder:
         parts = [own[i : i + size] for own, i, size in zip(places, starts, sizes, strict=True)]
         return np.sort(np.concatenate([np.flatnonzero(text < 0), *parts]))
 
+    def chunks(
+        self, texts: Texts | Spooled, start: int, end: int
+    ) -> Iterator[list[tuple[np.ndarray, np.ndarray, bool]]]:
+        """What `encode` says of pairs `start` to `end`, as many at a time as suit one call."""
+        for premises, hypotheses in texts.between(start, end):
+            for own in _chunks(premises, hypotheses):
+                yield self.encode(list(zip(premises[own], hypotheses[own], strict=True)))
 
-def _chunks(pairs: Texts) -> Iterator[slice]:
+    def fingerprint(self, pairs: Texts | Pairs) -> str:
+        """Of the tokenizer, the options, all premises, all hypotheses and the labels."""
+        digest = self.digest.copy()
+        texts = pairs if isinstance(pairs, Texts) else pairs.texts
+        for place in (0, 1):
+            separator = ""
+            for part in texts.between(0, len(pairs)):
+                digest.update((separator + "\x1e".join(part[place])).encode("utf-8", "surrogatepass"))
+                separator = "\x1e"
+            digest.update(b"\x1d")
+        if isinstance(pairs, Pairs):
+            for start in range(0, len(pairs), 1 << 20):  # as 64 bits, whatever type they are kept in
+                digest.update(pairs.label[start : start + (1 << 20)].astype("<i8").tobytes())
+            if pairs.values is not None:
+                digest.update(pairs.values.tobytes())
+        return str(digest.hexdigest())
+
+
+def nothing_of(pairs: Rows, number: int) -> UserError:
+    return UserError(f"{pairs.at(number)}: the tokenizer makes no token of this pair, not even a special one")
+
+
+def _chunks(premises: list[str], hypotheses: list[str]) -> Iterator[slice]:
     """CHUNK pairs each, or so many that they have about CHARACTERS."""
     start = size = 0
-    for row, texts in enumerate(zip(pairs.premise, pairs.hypothesis, strict=True)):
+    for row, texts in enumerate(zip(premises, hypotheses, strict=True)):
         size += sum(map(len, texts))
-        if row + 1 - start == CHUNK or size > CHARACTERS or row + 1 == len(pairs):
+        if row + 1 - start == CHUNK or size > CHARACTERS or row + 1 == len(premises):
             yield slice(start, row + 1)
             start, size = row + 1, 0
-
-
-def _checksum(arrays: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(f"{name}{arrays[name].dtype}{arrays[name].shape}".encode() + arrays[name].tobytes())
-    return digest.hexdigest()
-
-
-def _write(tokens: Tokens, path: Path) -> None:
-    arrays = tokens._arrays()
-    with replacing(path) as temporary:
-        save_file(arrays, temporary, metadata={"sha256": _checksum(arrays)})
-
-
-def _read(path: Path, fingerprint: str) -> Tokens | None:
-    from safetensors import safe_open
-
-    if not path.exists():
-        return None
-    path.open("rb").close()  # what can't be read is not damaged; the next line would not say so
-    try:
-        arrays = load_file(path)
-        with safe_open(path, framework="numpy") as file:
-            expected = (file.metadata() or {}).get("sha256")
-        if expected == _checksum(arrays):
-            return Tokens(**arrays, fingerprint=fingerprint)
-    except (SafetensorError, KeyError, TypeError, ValueError):
-        pass
-    log.warning(f"the token cache {path} is damaged; it is built again")
-    return None

@@ -119,7 +119,7 @@ def assemble(
     An empty micro-batch becomes row 0 with an ignored label: every rank takes part in every step.
     """
     rows, targets = (rows, labels[rows]) if len(rows) else (np.zeros(1, dtype=np.int64), np.array([IGNORED]))
-    lengths = tokens.offsets[rows + 1] - tokens.offsets[rows]
+    lengths = tokens.lengths[rows].astype(np.int64)
     order = np.argsort(-lengths, kind="stable")
     rows, targets, lengths = rows[order], targets[order], lengths[order]
     count = int(lengths.sum())

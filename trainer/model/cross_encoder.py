@@ -95,7 +95,7 @@ class CrossEncoder(nn.Module):
         if type(table) is not nn.Embedding or not table.weight.requires_grad:
             return
         used = np.zeros(table.num_embeddings, dtype=bool)
-        used[tokens.ids] = True
+        used[tokens.used] = True
         used[[self.padding, *([] if table.padding_idx is None else [table.padding_idx])]] = True
         if not used.all():
             self.model.set_input_embeddings(UsedRows(table, used))
@@ -184,22 +184,19 @@ class CrossEncoder(nn.Module):
         """Raises UserError, naming the row, where the model cannot take a pair: it has no embedding for a token or a
         token type, or does not find the end, which BART's kind knows by the number of the tokens that end a text.
         """
-        limits = [(tokens.ids, num_rows(self.model), "token", "tokens")]
+        limits = [(tokens.ids, int(tokens.used.max(initial=0)), num_rows(self.model), "token", "tokens")]
         if self.num_types > 1:
-            limits.append((tokens.types, self.num_types, "token type", "token types"))
-        for numbers, limit, one, all_of_them in limits:
-            if len(wrong := np.flatnonzero(numbers >= limit)):
-                number = int(np.searchsorted(tokens.offsets, wrong[0], side="right")) - 1
-                raise UserError(f"{pairs.at(number)}: the tokenizer gives {one} {numbers[wrong[0]]}, and the "
+            largest = int(tokens.types.max(initial=0)) if tokens.types.strides[0] else 0
+            limits.append((tokens.types, largest, self.num_types, "token type", "token types"))
+        for numbers, largest, limit, one, all_of_them in limits:
+            if largest >= limit:
+                wrong = int(np.argmax(numbers >= limit))
+                number = int(np.searchsorted(tokens.offsets, wrong, side="right")) - 1
+                raise UserError(f"{pairs.at(number)}: the tokenizer gives {one} {numbers[wrong]}, and the "
                                 f"model has {limit} {all_of_them}; take the tokenizer of this model")  # fmt: skip
         eos = getattr(self.model.config, "eos_token_id", None)
         if hasattr(self.model, "classification_head") and isinstance(eos, int):
-            ends = np.add.reduceat((tokens.ids == eos).astype(np.int64), tokens.offsets[:-1])
-            usual = max(1, int(np.bincount(ends).argmax()))
-            if len(wrong := np.flatnonzero(ends != usual)):
-                first = wrong[0]
-                raise UserError(f"{pairs.at(first)}: the model finds the end by token {eos}, and "
-                                f"this one has {ends[first]} of it, not {usual}; take it out")  # fmt: skip
+            check_ends(pairs, tokens, eos)
 
     def save(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Writes a folder that transformers and sentence_transformers.CrossEncoder load, with these full `weights`.
@@ -277,3 +274,17 @@ def compile_layers(model: CrossEncoder, **options: Any) -> None:
             module.columns = columns_of(module.site, 1, widest, next(model.parameters()).device)[0]
     for part in parts:
         part.compile(dynamic=True, **options)
+
+
+def check_ends(pairs: Rows, tokens: Tokens, eos: int, block: int = 1 << 18) -> None:
+    """Raises UserError unless all pairs have equally many of the token that ends a text."""
+    usual: int | None = None
+    for start in range(0, len(pairs), block):
+        offsets = tokens.offsets[start : start + block + 1]
+        ids = tokens.ids[offsets[0] : offsets[-1]]
+        ends = np.add.reduceat((ids == eos).astype(np.int64), offsets[:-1] - offsets[0])
+        usual = max(1, int(np.bincount(ends).argmax())) if usual is None else usual
+        if len(wrong := np.flatnonzero(ends != usual)):
+            first = start + int(wrong[0])
+            raise UserError(f"{pairs.at(first)}: the model finds the end by token {eos}, and this one has "
+                            f"{ends[wrong[0]]} of it, not {usual}; take it out")  # fmt: skip

@@ -1,7 +1,5 @@
 """Which columns of a table hold the texts and the label."""
 
-import pyarrow as pa
-
 from trainer.base.errors import UserError
 
 # What corpora of NLI call them: SNLI and MultiNLI, SICK, ANLI, WANLI, FEVER. The first one that a table has is meant.
@@ -18,10 +16,10 @@ LABELS: dict[str, tuple[str, ...]] = {
 Wanted = str | list[str] | None  # names, the best one first
 
 
-def text_columns(table: pa.Table, place: str, premise_column: Wanted, hypothesis_column: Wanted) -> tuple[str, str]:
+def text_columns(names: list[str], place: str, premise_column: Wanted, hypothesis_column: Wanted) -> tuple[str, str]:
     """The names of the columns of premise and hypothesis. Raises UserError."""
-    premise = column_named(table.column_names, place, "premise_column", premise_column, PREMISE)
-    hypothesis = column_named(table.column_names, place, "hypothesis_column", hypothesis_column, HYPOTHESIS)
+    premise = column_named(names, place, "premise_column", premise_column, PREMISE)
+    hypothesis = column_named(names, place, "hypothesis_column", hypothesis_column, HYPOTHESIS)
     if premise == hypothesis:
         raise UserError(f"{place}: premise and hypothesis are both column {premise!r}; name two columns")
     return premise, hypothesis

@@ -2,7 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from trainer.base.environment import offline
 from trainer.base.errors import UserError, first_line
 from trainer.base.files import json_object, lost_folder
 from trainer.base.log import log
+from trainer.rows import limits
 
 Role = Literal["train", "dev", "test"]
 # Each role's first split that can be used is its split.
@@ -21,22 +23,51 @@ NAMES: dict[Role, tuple[str, ...]] = {
             "dev_matched"),
     "test": ("test", "testing", "validation_mismatched", "dev_mismatched", "test_matched", "test_mismatched"),
 }  # fmt: skip
-# Name for messages, rows, and the class names of those columns whose integers have names.
-Loaded = tuple[str, pa.Table, dict[str, list[str]]]
 
 
-def from_folder(path: Path, role: Role) -> Loaded:
+@dataclass(frozen=True)
+class Opened:
+    """A split of a data set, opened: what messages call it, and its rows."""
+
+    place: str
+    rows: Any
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.rows.column_names)
+
+    @property
+    def own_names(self) -> dict[str, list[str]]:
+        """The class names of those columns whose integers have names."""
+        return {column: own.names for column, own in self.rows.features.items() if hasattr(own, "names")}
+
+    @property
+    def identity(self) -> str:
+        """datasets' own: another one when the rows are."""
+        return str(self.rows._fingerprint)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One column of all rows."""
+        return self.rows.select_columns([name]).with_format("arrow")[:][name]
+
+    def parts(self, columns: Collection[str]) -> Iterator[pa.Table]:
+        """Some rows at a time, of these columns where it has them."""
+        rows = self.rows.select_columns([name for name in self.names if name in columns]).with_format("arrow")
+        yield from rows.iter(limits.ROWS)
+
+
+def from_folder(path: Path, role: Role) -> Opened:
     """The role's split of a folder that was given as its file; a folder of one split is that split."""
     loaded = _open_saved(path)
     if not isinstance(loaded, dict):
-        return _read(loaded, str(path))
+        return Opened(str(path), loaded)
     split = next(iter(_candidates(loaded, role)), None)
     if split is None:
         raise UserError(f"{path} has no {role} split; it has {', '.join(loaded)}")
-    return _read(loaded[split], f"{path} {split}")
+    return Opened(f"{path} {split}", loaded[split])
 
 
-def from_data_set(name: str, configuration: str | None, revision: str | None, role: Role) -> Iterator[Loaded]:
+def from_data_set(name: str, configuration: str | None, revision: str | None, role: Role) -> Iterator[Opened]:
     """The splits that can be the role's, the best one first."""
     loaded = _load(name, configuration, revision)
     if not isinstance(loaded, dict):
@@ -48,7 +79,7 @@ def from_data_set(name: str, configuration: str | None, revision: str | None, ro
     if role == "dev":  # every verb asks for it once
         _say_unused(name, loaded, list(splits.values()))
     for split in splits[role]:
-        yield _read(loaded[split], f"{name} {split}")
+        yield Opened(f"{name} {split}", loaded[split])
 
 
 def named_sets(items: list[str], configuration: str | None) -> list[tuple[str, str, str | None]]:
@@ -84,11 +115,6 @@ def _say_unused(name: str, loaded: dict[str, Any], splits: list[list[str]]) -> N
 def _candidates(loaded: dict[str, Any], role: Role) -> list[str]:
     by_name = {split.lower().replace("-", "_"): split for split in loaded}
     return [by_name[name] for name in NAMES[role] if name in by_name]
-
-
-def _read(split: Any, place: str) -> Loaded:
-    names = {column: feature.names for column, feature in split.features.items() if hasattr(feature, "names")}
-    return place, split.with_format("arrow")[:], names
 
 
 def is_saved(path: Path) -> bool:

@@ -9,6 +9,7 @@ import platform
 import re
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -80,17 +81,18 @@ def note(folder: Path, **facts: Any) -> None:
 def of_split(split: Split) -> dict[str, Any]:
     """Size, columns, statistics, three samples, token lengths: lengths[i] pairs have i tokens."""
     pairs, tokens = split.pairs, split.tokens
-    texts = [text_statistics(values[:FIRST]) for values in (pairs.premise, pairs.hypothesis)]
+    first = pairs.texts.some(range(min(FIRST, len(pairs))))
+    texts = [text_statistics([own[place] for own in first]) for place in (0, 1)]
     return {
         "name": split.name,
         "size": len(pairs),
         "dropped": pairs.num_dropped,
-        "cut": int(tokens.truncated.sum()),
+        "cut": tokens.num_cut,
         "columns": list(pairs.columns),
         "statistics": [*texts, label_statistics(pairs)],
         "samples": [
-            [pairs.premise[i][: SHOWN + 1], pairs.hypothesis[i][: SHOWN + 1], pairs.targets[i].item()]
-            for i in range(min(3, len(pairs)))
+            [premise[: SHOWN + 1], hypothesis[: SHOWN + 1], pairs.targets[i].item()]
+            for i, (premise, hypothesis) in enumerate(first[:3])
         ],
         "labels": np.bincount(pairs.label, minlength=len(pairs.label_names)).tolist() if pairs.label_names else [],
         "mapped": pairs.mapped,
@@ -135,11 +137,13 @@ def label_statistics(pairs: Pairs) -> dict[str, Any]:
 
 def example_scores(pairs: Pairs, logits: np.ndarray, objective: Objective) -> list[dict[str, Any]]:
     """The first five pairs that the card can show in full, with the model's scores (outputs,) for each."""
-    short = (i for i in range(len(pairs)) if max(len(pairs.premise[i]), len(pairs.hypothesis[i])) <= SHOWN)
-    chosen = [i for i, _ in zip(short, range(5), strict=False)]
+    some = (range(i, min(i + FIRST, len(pairs))) for i in range(0, len(pairs), FIRST))
+    texts = ((i, own) for numbers in some for i, own in zip(numbers, pairs.texts.some(numbers), strict=True))
+    chosen = list(islice(((i, own) for i, own in texts if max(map(len, own)) <= SHOWN), 5))
+    scores = activated(logits[[i for i, _ in chosen]], objective)
     return [
-        {"premise": pairs.premise[i], "hypothesis": pairs.hypothesis[i], "scores": scores.tolist()}
-        for i, scores in zip(chosen, activated(logits[chosen], objective), strict=True)
+        {"premise": premise, "hypothesis": hypothesis, "scores": own.tolist()}
+        for (_, (premise, hypothesis)), own in zip(chosen, scores, strict=True)
     ]
 
 
@@ -165,17 +169,18 @@ def confident_errors(
         said = (scores[:, 0] >= threshold).astype(int)
         sure = np.where(said, scores[:, 0], 1 - scores[:, 0])
     wrong = np.flatnonzero(said != truth)
+    worst = wrong[np.argsort(-sure[wrong], kind="stable")[:ERRORS]].tolist()
     return [
         {
             "row": int(pairs.row[i]),
-            "source": pairs.source[i] if pairs.source else None,
-            "premise": pairs.premise[i][: SHOWN + 1],
-            "hypothesis": pairs.hypothesis[i][: SHOWN + 1],
+            "source": pairs.source_of(i),
+            "premise": premise[: SHOWN + 1],
+            "hypothesis": hypothesis[: SHOWN + 1],
             "label": names[int(truth[i])] if names else float(truth[i]),
             "predicted": names[int(said[i])] if names else float(said[i]),
             "probability": float(sure[i]) if names else None,
         }
-        for i in wrong[np.argsort(-sure[wrong], kind="stable")[:ERRORS]]
+        for i, (premise, hypothesis) in zip(worst, pairs.texts.some(worst), strict=True)
     ]
 
 
