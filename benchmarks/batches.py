@@ -49,7 +49,7 @@ def largest(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
             offsets = np.arange(pairs + 1) * chosen.tokens
             ids = np.full(offsets[-1], 5, np.uint16)
             types = np.arange(offsets[-1]) % chosen.tokens >= chosen.tokens // 2
-            tokens = Tokens(ids, offsets, types, np.zeros(pairs, bool), "")
+            tokens = Tokens.of(ids, offsets, types, 0, "")
             rows = np.arange(pairs)
             batch = model.batch(tokens, np.zeros(pairs, int), rows, device, seed=1, step=1)
             with autocast(device, chosen.bf16):

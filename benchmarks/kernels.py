@@ -154,7 +154,7 @@ def make_batch(device: torch.device) -> Batch:
     from trainer.data.tokens import Tokens
 
     offsets = np.concatenate([[0], np.cumsum(LENGTHS)])
-    tokens = Tokens(np.full(offsets[-1], 5), offsets, np.zeros(offsets[-1], bool), np.zeros(len(LENGTHS), bool), "")
+    tokens = Tokens.of(np.full(offsets[-1], 5), offsets, np.zeros(offsets[-1], bool), 0, "")
     return assemble(tokens, np.zeros(len(LENGTHS), int), np.arange(len(LENGTHS)), device, seed=1, step=1)
 
 

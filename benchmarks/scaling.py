@@ -22,10 +22,11 @@ def imbalance(data: Any, model: Any, batch: int, ranks: int) -> dict[str, float]
     from trainer.config import DataConfig
     from trainer.data.load import load_pairs
     from trainer.data.sampler import GlobalBatchSampler, deal
-    from trainer.data.tokens import tokenize
+    from trainer.data.tokenize import in_memory
+    from trainer.data.tokens import Encoder
 
     (pairs,) = load_pairs(DataConfig(train_file=str(data / "train.parquet"), max_train_samples=32_000), "train")
-    tokens = tokenize(pairs, AutoTokenizer.from_pretrained(model), 512, None)
+    tokens = in_memory(pairs, Encoder(AutoTokenizer.from_pretrained(model), 512))
     balanced, plain = [], []
     for step in GlobalBatchSampler(len(pairs), batch, 42, len(pairs) // batch, "").steps():
         lengths = tokens.lengths[step.rows]

@@ -33,7 +33,8 @@ def rows(settings: argparse.Namespace) -> Dataset:
 
 def crossrank(settings: argparse.Namespace, folder: Path, form: str = "kernels") -> dict[str, Any]:
     from trainer.data.load import load_splits
-    from trainer.data.tokens import Split, tokenize
+    from trainer.data.tokenize import in_memory
+    from trainer.data.tokens import Encoder, Split
     from trainer.model.loading import load_for_training
 
     own = {
@@ -45,7 +46,7 @@ def crossrank(settings: argparse.Namespace, folder: Path, form: str = "kernels")
     config = options(**own, **limits, bf16=str(settings.bf16).lower())
     pairs = load_splits(config)["train"]
     encoder = load_for_training(config, pairs.label_names)
-    split = Split("train", pairs, tokenize(pairs, encoder.tokenizer, encoder.max_length, None))
+    split = Split("train", pairs, in_memory(pairs, Encoder(encoder.tokenizer, encoder.max_length)))
     encoder = examined(encoder, config, split)
     train = counted_step(encoder, config, split, form).to_json()
     facts = {"tokens": int(split.tokens.lengths.sum()), "longest": int(split.tokens.lengths.max())}

@@ -53,11 +53,10 @@ def split_of(lengths: np.ndarray, vocabulary: int) -> Split:
     rng, offsets = np.random.default_rng(0), np.concatenate([[0], np.cumsum(lengths)])
     ids = rng.integers(5, vocabulary, offsets[-1])
     types = np.zeros_like(ids)
-    tokens = Tokens(ids, offsets, types, np.zeros(len(lengths), bool), "drawn")
-    texts, rows = [""] * len(lengths), np.arange(len(lengths))
-    return Split(
-        "drawn", Pairs("drawn", rows, Texts("drawn", rows, texts, texts), rows % len(NAMES), None, NAMES), tokens
-    )
+    tokens = Tokens.of(ids, offsets, types, 0, "drawn")
+    rows = np.arange(len(lengths))
+    texts = Texts("drawn", rows, [""] * len(rows), [""] * len(rows))
+    return Split("drawn", Pairs("drawn", rows, texts, rows % len(NAMES), None, NAMES), tokens)
 
 
 def examined(encoder: CrossEncoder, config: Config, split: Split) -> CrossEncoder:
