@@ -1,23 +1,67 @@
-"""What a rank does in test_ranks.py: each part by itself, on as many ranks as there are, two to a host.
-
-Arguments: a folder of this run.
-"""
+"""What a rank does in test_ranks.py: each part by itself, on as many ranks as there are, two to a host."""
 
 import os
+import signal
 import sys
+import time
+
+import numpy as np
 
 from trainer import ranks
+from trainer.base.errors import Preempted, TrainingFailed
+from trainer.run.preempt import MOST, Preemption
+
+
+def stopped_at(asked: int, pace: float, phases: int = 1) -> list[int] | None:
+    """At which call each rank is stopped; rank `asked` gets a signal at the 100th, the phase changes every 40 calls."""
+    again = ranks.start(600)  # of a program that trains twice
+    preemption = Preemption(again, ["SIGTERM"])
+    calls = 0
+    try:
+        while True:
+            calls += 1
+            if again.rank == asked and calls == 100:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if again.is_main:
+                time.sleep(pace)
+            preemption.check(f"phase {calls // 40 % phases}")
+    except Preempted:
+        pass
+    preemption.close()
+    again.barrier()
+    return again.gather_values(calls)
+
 
 rank = int(os.environ["RANK"])
 os.environ["LOCAL_RANK"] = str(rank % 2)  # hosts of one name, as containers have
 world = ranks.start(600)
-expected = [[rank, rank + 1] if rank + 1 < world.size else [rank] for rank in range(0, world.size, 2)]
+size = world.size
+expected = [[rank, rank + 1] if rank + 1 < size else [rank] for rank in range(0, size, 2)]
 assert world.nodes() == expected, world.nodes()
 assert world.num_nodes() == len(expected)
+
 told = world.gather_values({"rank": rank, "text": "ä\n" * rank})
-assert told is None if rank else told == [{"rank": r, "text": "ä\n" * r} for r in range(world.size)]
+assert told is None if rank else told == [{"rank": r, "text": "ä\n" * r} for r in range(size)]
+rows = world.gather(np.full((rank % 3, 2), rank, np.float32))
+assert rows is None if rank else np.array_equal(rows[:, 1], np.repeat(np.arange(size), np.arange(size) % 3))
 world.say(f"of {rank}", [rank])
-assert world.wait_for(f"of {(rank + 1) % world.size}") == [(rank + 1) % world.size]
+assert world.wait_for(f"of {(rank + 1) % size}") == [(rank + 1) % size]
+
+for asked, pace, phases in ((0, 0.0, 1), (size - 1, 0.0, 2), (size // 2, 0.01, 1)):
+    stopped = stopped_at(asked, pace, phases)
+    if stopped:
+        assert len(set(stopped)) == 1, stopped
+        assert 100 < stopped[0] <= 101 + 2 * MOST, stopped
+
+world = ranks.start(600)
+if rank == 1:
+    assert ranks.may_report_failure(0)
+try:
+    world.wait_for("what rank 1 would have said")
+except TrainingFailed as error:
+    assert "another rank has failed" in str(error)
+    assert rank == 1 or not ranks.may_report_failure(0)
+else:
+    sys.exit("nobody had said it")
 world.barrier()
 ranks.stop()
-sys.exit(0)
