@@ -1,6 +1,10 @@
-"""What a rank does in test_ranks.py: each part by itself, on as many ranks as there are, two to a host."""
+"""What a rank does in test_ranks.py: each part by itself, on as many ranks as there are, two to a host.
+
+Arguments: the soft limit of open files to start with, and a file that tells which orders were drawn.
+"""
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -9,6 +13,7 @@ import numpy as np
 
 from trainer import ranks
 from trainer.base.errors import Preempted, TrainingFailed
+from trainer.data import sampler
 from trainer.run.preempt import MOST, Preemption
 
 
@@ -33,12 +38,34 @@ def stopped_at(asked: int, pace: float, phases: int = 1) -> list[int] | None:
 
 
 rank = int(os.environ["RANK"])
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 os.environ["LOCAL_RANK"] = str(rank % 2)  # hosts of one name, as containers have
 world = ranks.start(600)
 size = world.size
 expected = [[rank, rank + 1] if rank + 1 < size else [rank] for rank in range(0, size, 2)]
 assert world.nodes() == expected, world.nodes()
 assert world.num_nodes() == len(expected)
+
+# A deal and an order, of which the ranks take their shares.
+sampler.MAPPED = 1000
+draw = sampler.epoch_order
+
+
+def watched(*args: int) -> np.ndarray:
+    with open(sys.argv[2], "a") as file:
+        file.write(f"{args[-1]}\n")
+    return draw(*args)
+
+
+sampler.epoch_order = watched
+made = sampler.GlobalBatchSampler(5000, 999, 42, 8, "")
+lengths = np.arange(5000) % 300 + 3
+for step in made.steps():
+    own = step.rows[sampler.Deal(lengths[step.rows], size).part(rank)]
+    shares = world.gather(own)
+    assert shares is None or sorted(shares) == sorted(step.rows)
+    tokens = world.gather(lengths[own].sum(keepdims=True))
+    assert tokens is None or np.ptp(tokens) <= 2 * 302
 
 told = world.gather_values({"rank": rank, "text": "ä\n" * rank})
 assert told is None if rank else told == [{"rank": r, "text": "ä\n" * r} for r in range(size)]
