@@ -1,13 +1,16 @@
 """What a rank does in test_ranks.py: each part by itself, on as many ranks as there are, two to a host.
 
-Arguments: the soft limit of open files to start with, and a file that tells which orders were drawn.
+Arguments: the soft limit of open files to start with, and a folder: for temporary files, and for a file that tells which
+orders were drawn.
 """
 
 import os
 import resource
 import signal
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -38,6 +41,7 @@ def stopped_at(asked: int, pace: float, phases: int = 1) -> list[int] | None:
 
 
 rank = int(os.environ["RANK"])
+tempfile.tempdir = sys.argv[2]
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 os.environ["LOCAL_RANK"] = str(rank % 2)  # hosts of one name, as containers have
 world = ranks.start(600)
@@ -52,7 +56,7 @@ draw = sampler.epoch_order
 
 
 def watched(*args: int) -> np.ndarray:
-    with open(sys.argv[2], "a") as file:
+    with open(Path(sys.argv[2]) / "draws", "a") as file:
         file.write(f"{args[-1]}\n")
     return draw(*args)
 
