@@ -1,6 +1,6 @@
 """What a rank does in test_ranks.py: each part by itself, on as many ranks as there are, two to a host.
 
-Arguments: the soft limit of open files to start with, and a folder: for temporary files, and for a file that tells which
+Arguments: the soft limit of open files to start with, and a folder: for temporary files, and for one that tells which
 orders were drawn.
 """
 
@@ -11,20 +11,26 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 from trainer import ranks
 from trainer.base.errors import Preempted, TrainingFailed
 from trainer.data import sampler
+from trainer.run import preempt
 from trainer.run.preempt import MOST, Preemption
 
 
-def stopped_at(asked: int, pace: float, phases: int = 1) -> list[int] | None:
-    """At which call each rank is stopped; rank `asked` gets a signal at the 100th, the phase changes every 40 calls."""
+def stopped_at(asked: int, pace: float, phases: int = 1, long: bool = False) -> list[int] | None:
+    """At which call each rank is stopped; rank `asked` gets a signal at the 100th, the phase changes every 40 calls.
+
+    `pace`: seconds of a call; `long`: a clock that says two for each.
+    """
     again = ranks.start(600)  # of a program that trains twice
     preemption = Preemption(again, ["SIGTERM"])
     calls = 0
+    preempt.time = SimpleNamespace(monotonic=lambda: 2.0 * calls) if long else time
     try:
         while True:
             calls += 1
@@ -81,8 +87,11 @@ assert world.wait_for(f"of {(rank + 1) % size}") == [(rank + 1) % size]
 for asked, pace, phases in ((0, 0.0, 1), (size - 1, 0.0, 2), (size // 2, 0.01, 1)):
     stopped = stopped_at(asked, pace, phases)
     if stopped:
-        assert len(set(stopped)) == 1, stopped
+        assert len({*stopped}) == 1, stopped
         assert 100 < stopped[0] <= 101 + 2 * MOST, stopped
+
+stopped = stopped_at(size - 1, 0.0, long=True)
+assert not stopped or ({*stopped} <= {100, 101} and len({*stopped}) == 1), stopped
 
 world = ranks.start(600)
 if rank == 1:
