@@ -21,6 +21,18 @@ def test_many_ranks(ranks, tmp_path):
     assert {path.name for path in tmp_path.glob("crossrank-*/orders/*")} == {"lock"}
 
 
+def test_a_rank_that_no_longer_votes(tmp_path):
+    """Whoever else does says so; no other collective is under way."""
+    script = tmp_path / "votes.py"
+    script.write_text(
+        "import sys, time\nfrom trainer import ranks\nfrom trainer.run.preempt import Preemption\n"
+        "world = ranks.start(2)\npreemption = Preemption(world, [])\n"
+        "try:\n    while True:\n        preemption.check()\n        time.sleep(1000 if world.rank == 2 else 0.05)\n"
+        "except RuntimeError as error:\n    sys.exit(ranks.explain(error, world, 2))\n"
+    )
+    assert "rank 2 did not arrive within 2 s" in crossrank(ranks=3, script=script, check=False).said
+
+
 @pytest.mark.parametrize(("launcher", "limit", "said"), [
     ({}, 100, "among 500 ranks rank 0 needs 1,0"),
     ({"TORCHELASTIC_USE_AGENT_STORE": "True"}, 100, f"among 500 ranks torchrun needs {500 + SPARE}"),

@@ -153,6 +153,11 @@ class World:
         """Every rank takes part when it, or `nodes`, is first asked for."""
         return len(self.nodes())
 
+    def begin_barrier(self) -> Any:
+        """One among the hosts, not their GPUs, to be waited for later."""
+        gloo: Any = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+        return gloo.barrier()
+
     def barrier(self) -> None:
         self.sum(torch.zeros(1))
 
