@@ -21,7 +21,7 @@ def imbalance(data: Any, model: Any, batch: int, ranks: int) -> dict[str, float]
 
     from trainer.config import DataConfig
     from trainer.data.load import load_pairs
-    from trainer.data.sampler import GlobalBatchSampler, deal
+    from trainer.data.sampler import Deal, GlobalBatchSampler
     from trainer.data.tokenize import in_memory
     from trainer.data.tokens import Encoder
 
@@ -30,7 +30,11 @@ def imbalance(data: Any, model: Any, batch: int, ranks: int) -> dict[str, float]
     balanced, plain = [], []
     for step in GlobalBatchSampler(len(pairs), batch, 42, len(pairs) // batch, "").steps():
         lengths = tokens.lengths[step.rows]
-        for parts, kept in ((deal(lengths, ranks), balanced), (np.array_split(np.arange(batch), ranks), plain)):
+        dealt = Deal(lengths, ranks)
+        for parts, kept in (
+            (map(dealt.part, range(ranks)), balanced),
+            (np.array_split(np.arange(batch), ranks), plain),
+        ):
             sums = [lengths[part].sum() for part in parts]
             kept.append(max(sums) / np.mean(sums))
     return {"dealt_by_length": statistics.mean(balanced), "as_they_come": statistics.mean(plain)}

@@ -29,3 +29,12 @@ def test_rehearsal_of_the_gpu_benchmarks(tmp_path, allnli, minilm):
     assert {path.name for path in out.iterdir()} == {"summary.json", "results.tar.gz"}
     shutil.unpack_archive(out / "results.tar.gz", tmp_path / "results")
     assert (tmp_path / "results" / "roofline-distilroberta-bf16.png").stat().st_size > 0
+
+
+@pytest.mark.full
+def test_the_cost_of_ranks(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.ranks", "--ranks", "2", "3", "--pairs", "2000", "--results", tmp_path]
+    subprocess.run([*map(str, command)], env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT, check=True)
+    found = json.loads((tmp_path / "ranks.json").read_text())
+    assert found["predicted"]["1024"]["deal_after"] < found["predicted"]["1024"]["deal_before"]
+    assert found["measured"].keys() == {"2", "3"}

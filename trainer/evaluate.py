@@ -19,7 +19,7 @@ from trainer.base.errors import TrainingFailed, out_of_memory
 from trainer.base.files import replacing
 from trainer.base.log import log
 from trainer.data.pairs import Pairs, Rows
-from trainer.data.sampler import deal
+from trainer.data.sampler import Deal, longest_first
 from trainer.data.tokens import Split, Tokens
 from trainer.metrics import activated, classification_scores, merged, score_names, scores_by_source
 from trainer.model.cross_encoder import CrossEncoder
@@ -96,13 +96,13 @@ def predict_logits(
     """
     if model.training:  # to look through all modules takes longer than to tokenise a pair
         model.eval()
-    longest_first = np.argsort(-tokens.lengths, kind="stable")
-    batches = [longest_first[i : i + batch_size] for i in range(0, len(longest_first), batch_size)]
+    ordered = longest_first(tokens.lengths)
+    batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
     costs = np.array([tokens.lengths[batch].sum() for batch in batches])
-    dealt = deal(costs, world.size)
-    mine = [batches[i] for i in dealt[world.rank]]
+    dealt = Deal(costs, world.size)
+    mine = [batches[i] for i in dealt.part(world.rank)]
     # A sharded model needs all ranks for a forward: one that has a batch less computes another for nothing.
-    idle = 0 if not batches else max(map(len, dealt)) - len(mine)
+    idle = dealt.largest - len(mine)
     labels = np.zeros(len(tokens.lengths), dtype=np.int64)
     order, on_device = [], []
     results = [np.empty((0, model.num_classes), np.float32)]

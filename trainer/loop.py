@@ -7,6 +7,7 @@ hyperparameters' meaning as in transformers' TrainingArguments.
 import math
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -132,11 +133,12 @@ class Trainer:
 
     def refuse_nonfinite(self) -> None:
         """Raises TrainingFailed, on every rank, where a loss or gradient norm was not finite since the last log."""
-        found = torch.zeros(self.world.size, 2, dtype=torch.int64)
-        found[self.world.rank] = self.state.window.nonfinite.cpu()
-        found = self.world.sum(found)
-        if not found.any():
+        own = self.state.window.nonfinite.cpu()
+        if self.world.all(not own.any()):
             return
+        found = torch.zeros(self.world.size, 2, dtype=torch.int64)
+        found[self.world.rank] = own
+        found = self.world.sum(found)
         step = int(found[found > 0].min()) - 1
         where = [rank for rank in range(self.world.size) if found[rank, 0] == step + 1]
         current, pairs = self.sampler.at(step), self.data["train"].pairs
@@ -211,7 +213,8 @@ class Trainer:
         if result is None:
             started = time.perf_counter()
             batch_size = config.per_device_eval_batch_size
-            result = evaluate(self.model, split, self.world, batch_size, config.bf16, self.preemption.check)
+            check = partial(self.preemption.check, "evaluation")
+            result = evaluate(self.model, split, self.world, batch_size, config.bf16, check)
             self.model.train()
             totals.eval_seconds += time.perf_counter() - started
             totals.evaluated += len(split)

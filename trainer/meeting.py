@@ -5,6 +5,7 @@ Control data travels over gloo, gradients over the device's own library; a proce
 
 import ctypes
 import os
+import resource
 import subprocess
 import threading
 from collections.abc import MutableMapping
@@ -19,13 +20,16 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from trainer.base.environment import number
 from trainer.base.errors import TrainingFailed, UserError, first_line
 
+SPARE = 64  # open files beside those that connect ranks: data, checkpoints, libraries
+
 
 def meet(rank: int, size: int, device: torch.device, patience: timedelta) -> None:
-    """Makes the process group. Raises TrainingFailed where the ranks do not find each other.
+    """Makes the process group. Raises TrainingFailed where the ranks do not find each other, and see `allow_files`.
 
     A thread waits for the others, since a wait inside torch lets no handler of a signal run; this one hears signals.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    allow_files(rank, size)
 
     def work() -> None:
         try:
@@ -52,6 +56,30 @@ def meet(rank: int, size: int, device: torch.device, patience: timedelta) -> Non
     ) from failures[0]
 
 
+def allow_files(rank: int, size: int) -> None:
+    """Lets this process open what it takes to meet `size` ranks. Raises UserError where it may not.
+
+    gloo connects all pairs of ranks: it has an option to connect only those that talk (TORCH_GLOO_LAZY_INIT), but there
+    ranks may wait for ever for one that has died. Whoever has the store is connected to all once more: rank 0, or the
+    torchrun beside it, whose limit is the one that it has handed down.
+    """
+    mine = rank == 0 and not _torchrun_has_store()
+    needed = (size - 1) + (size if mine else 0) + len(os.listdir("/dev/fd")) + SPARE
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (2**31 if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    who = "rank 0" if rank == 0 else "a rank"
+    if rank == 0 and _torchrun_has_store() and soft < size + SPARE:
+        who, needed, hard = "torchrun", size + SPARE, soft
+    if hard < needed:
+        raise UserError(
+            f"among {size:,} ranks {who} needs {needed:,} open files, and {hard:,} are allowed; say ulimit -n {needed} "
+            "before the start, or where that is refused raise the limit on every node: nofile in "
+            "/etc/security/limits.conf, LimitNOFILE= of slurmd's service, --ulimit nofile of a container"
+        )
+    if soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, needed + 1024), limits[1]))
+
+
 def outlast_gloo(device: torch.device, patience: timedelta) -> None:
     """Gives NCCL, of `device`, a minute more than the `patience` of gloo.
 
@@ -69,10 +97,14 @@ def _store(address: str, port: int, rank: int, size: int, patience: timedelta) -
 
     A restarted rank would otherwise find the addresses of the dead.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not _torchrun_has_store():
         return TCPStore(address, port, size, is_master=rank == 0, timeout=patience, multi_tenant=True)
     store = TCPStore(address, port, is_master=False, timeout=patience)
     return PrefixStore(f"crossrank/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _torchrun_has_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def wiring(device: torch.device) -> str:

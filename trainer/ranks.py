@@ -8,8 +8,8 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -53,16 +53,18 @@ class World:
         """Concatenates (n_rank, ...) arrays of any n_rank by rank on rank 0; None elsewhere."""
         if self.size == 1:
             return rows
-        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(counts, torch.tensor([len(rows)]))
-        longest = max(int(count) for count in counts)
-        padded = np.zeros((longest, *rows.shape[1:]), rows.dtype)
-        padded[: len(rows)] = rows
-        parts = [torch.empty(padded.shape, dtype=torch.from_numpy(padded).dtype) for _ in counts]
-        dist.gather(torch.from_numpy(padded), parts if self.is_main else None)
-        if not self.is_main:
+        own = np.frombuffer(rows.tobytes(), np.uint8)
+        longest = torch.tensor([len(own)])
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        sent = torch.zeros(8 + int(longest), dtype=torch.uint8)  # how many bytes there are, and the bytes
+        sent[:8] = torch.tensor([len(own)]).view(torch.uint8)
+        sent[8 : 8 + len(own)] = torch.tensor(own)
+        parts = [torch.empty_like(sent) for _ in range(self.size)] if self.is_main else None
+        dist.gather(sent, parts)
+        if parts is None:
             return None
-        return np.concatenate([part[: int(count)].numpy() for part, count in zip(parts, counts, strict=True)])
+        whole = np.concatenate([part[8:].numpy()[: int(part[:8].view(torch.int64))] for part in parts])
+        return whole.view(rows.dtype).reshape(-1, *rows.shape[1:])
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's JSON-serialisable value, on every rank."""
@@ -104,8 +106,14 @@ class World:
         return None if gathered is None else [json.loads(line) for line in gathered.tobytes().splitlines()]
 
     def say(self, name: str, value: Any) -> None:
-        """Leaves a JSON-serialisable value where any rank can wait for it; each name once in a run."""
-        self._board.set(f"crossrank/{self.run}/said/{name}", json.dumps(value))
+        """Leaves a JSON-serialisable value where any rank can find it; each name once in a run."""
+        with _connected():
+            self._board.set(self._key(name), json.dumps(value))
+
+    def said(self, name: str) -> bool:
+        """Whether some rank has said something under this name."""
+        with _connected():
+            return bool(self._board.check([self._key(name)]))
 
     def wait_for(self, name: str, check: Callable[[], None] = lambda: None) -> Any:
         """What some rank says under this name, however long that takes: it may have to tokenise for an hour.
@@ -113,18 +121,19 @@ class World:
         Calls `check` while it waits, which may raise. Raises TrainingFailed where a rank has reported a failure, or
         rank 0 is gone.
         """
-        key, pause = f"crossrank/{self.run}/said/{name}", 0.001
-        try:
-            while not self._board.check([key]):
-                assert self.size > 1, f"nobody has said {name}"
-                check()
+        pause = 0.001
+        while not self.said(name):
+            assert self.size > 1, f"nobody has said {name}"
+            check()
+            with _connected():
                 if self._board.check([_failures(self.run)]):
                     raise TrainingFailed(f"another rank has failed, and says why; this one waited for {name}")
-                time.sleep(pause)
-                pause = min(1.0, 1.5 * pause)
-            return json.loads(self._board.get(key))
-        except dist.DistError:
-            raise TrainingFailed(f"the connection to rank 0 broke off while waiting for {name}") from None
+            time.sleep(pause)
+            pause = min(1.0, 1.5 * pause)
+        return json.loads(self._board.get(self._key(name)))
+
+    def _key(self, name: str) -> str:
+        return f"crossrank/{self.run}/said/{name}"
 
     @cached_property
     def _board(self) -> Any:
@@ -144,8 +153,22 @@ class World:
         """Every rank takes part when it, or `nodes`, is first asked for."""
         return len(self.nodes())
 
+    def begin_barrier(self) -> Any:
+        """One among the hosts, not their GPUs, to be waited for later."""
+        gloo: Any = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+        return gloo.barrier()
+
     def barrier(self) -> None:
         self.sum(torch.zeros(1))
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Raises TrainingFailed where the store is gone, and with it rank 0."""
+    try:
+        yield
+    except dist.DistError:
+        raise TrainingFailed("the connection to rank 0 broke off; look for what ended that one") from None
 
 
 def _boot() -> str:

@@ -304,7 +304,7 @@ def test_steps_of_a_mix(tmp_path):
     assert [step.rows.tolist() for step in sampler(made).steps(start)] == whole[7:]
     lengths = np.arange(1, 13) ** 2
     lengths[7] = 1000  # in some epochs only
-    longest, heaviest = sampler(made).longest(lengths), sampler(made).heaviest(lengths)
+    heaviest, longest = sampler(made).extremes(lengths)
     assert 7 in longest.rows
     assert lengths[heaviest.rows].sum() == max(lengths[own].sum() for own in whole)
     first = sampler(made).order(0)

@@ -250,7 +250,7 @@ def test_a_failure_in_what_was_met_before_is_not_hidden(trainer):
     trainer.model.train()
     static = StaticStep(trainer.plain, None)
     rows = trainer.sampler.at(0).rows
-    parts = trainer.plain.of_all_ranks(trainer.sampler.at(0))[0]
+    parts = trainer.plain.micro_batches(trainer.sampler.at(0))
     static(trainer.sampler.at(0), 1e-3)
     static.graphs.run = lambda *args: (_ for _ in ()).throw(NotAsExpected("wrong"))
     with pytest.raises(NotAsExpected, match="wrong"):

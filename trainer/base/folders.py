@@ -58,7 +58,7 @@ def provide() -> None:
         if os.path.realpath(wanted) != os.path.realpath(temporary):
             said.append(f"TMPDIR={wanted} cannot be written: temporary files are in {temporary}")
     if moved:
-        instead = _private(temporary)
+        instead = private(temporary)
         for name, _, _ in moved:
             os.environ[name] = str(instead / name.lower())
         names = ", ".join(name for name, *_ in moved)
@@ -75,7 +75,7 @@ def temporary_folder() -> Path:
         raise UserError("no folder for temporary files can be written; set TMPDIR to one") from None
 
 
-def _private(temporary: Path) -> Path:
+def private(temporary: Path) -> Path:
     """Nobody else may write there: code is loaded from some caches. The next run finds the same one."""
     place = temporary / f"crossrank-{os.geteuid()}"
     try:

@@ -81,17 +81,20 @@ class Batch:
 
 
 def shape_of(lengths: np.ndarray, num_pairs: int) -> Shape:
-    """The shape that pairs of `lengths` (pairs,) are filled up to, where a batch has at most `num_pairs`.
+    """The shape that pairs of `lengths` (pairs,) are filled up to, where a batch has at most `num_pairs`."""
+    return shape_for(len(lengths), int(lengths.max()), int(lengths.sum()), num_pairs)
+
+
+def shape_for(size: int, longest: int, tokens: int, num_pairs: int) -> Shape:
+    """The same of `size` pairs, of which the longest has `longest` tokens and all together have `tokens`.
 
     Tokens are filled up in steps of 128, or of an eighth of their number's power of two if that is more. What fills up
     are pairs as well, so that every token belongs to one: so many that none is longer than the longest, nor empty.
     """
-    longest = int(lengths.max())
     longest = SHORTEST if longest <= SHORTEST else -(-longest // STEP) * STEP
-    tokens = int(lengths.sum())
     step = max(STEP, 2 ** (tokens.bit_length() - 4))
     pairs = num_pairs + -(-(step - 1) // (longest - 1))
-    return Shape(-(-(tokens + pairs - len(lengths)) // step) * step, pairs, longest)
+    return Shape(-(-(tokens + pairs - size) // step) * step, pairs, longest)
 
 
 def assemble(

@@ -186,11 +186,11 @@ def confident_errors(
 
 def padding(lengths: np.ndarray, sampler: GlobalBatchSampler) -> dict[str, int]:
     """Tokens of the first epoch, and how many more its batches would have, each padded to its longest pair."""
-    ordered = lengths[sampler.order(0)]
-    starts = np.arange(0, len(ordered), sampler.batch_size)
-    sizes = np.diff(np.append(starts, len(ordered)))
-    padded = int((np.maximum.reduceat(ordered, starts) * sizes).sum())
-    return {"tokens": int(ordered.sum()), "padding": padded - int(ordered.sum())}
+    tokens = padded = 0
+    for pairs, sums, longest in sampler.measure(lengths, 0):
+        tokens += int(sums.sum())
+        padded += int((pairs * longest).sum())
+    return {"tokens": tokens, "padding": padded - tokens}
 
 
 def of_dataset(config: DataConfig, train: Pairs) -> dict[str, Any]:

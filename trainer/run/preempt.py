@@ -6,6 +6,7 @@ The trainer knows nothing of Slurm or of any other scheduler: exit code 85 says 
 import os
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any
@@ -17,9 +18,17 @@ from trainer.base.environment import heard
 from trainer.base.errors import Preempted
 from trainer.ranks import World
 
+SECONDS = 0.25  # between two votes, where steps are shorter
+MOST = 64  # steps between two votes: what were short steps may become long ones
+
 
 class Preemption:
     """Whether this run has been asked to stop, and whether all ranks know.
+
+    A rank that was asked says so in the store. Rank 0 looks there every few steps, and tells all ranks at the same step
+    whether to stop, and in how many steps it will tell them again: a broadcast, which is a tree, so that a rank sends
+    and receives one or two messages a vote whatever the number of ranks. A barrier goes with it, of log2(ranks) messages
+    a rank, that is waited for at the next vote: on a GPU nothing else in the loop would say that a rank has not come.
 
     A second Ctrl-C exits at once.
     """
@@ -27,8 +36,14 @@ class Preemption:
     def __init__(self, world: World, signals: Sequence[str]) -> None:
         self.world = world
         self.requested: str | None = None
-        self.ballot = torch.zeros(1)
+        self.told = False
+        self.phase = ""
+        self.calls = self.due = self.since = 0  # calls of `check`: so far, when the next vote is, when the last one was
+        self.every = 1  # calls from one vote to the next; 0: the next step is so long that its vote is read at once
+        self.started = 0.0
+        self.ballot = torch.zeros(2, dtype=torch.int64)  # whether to stop, and the next `every`
         self.work: dist.Work | None = None
+        self.barrier: dist.Work | None = None
         self.before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
             for name in filter(heard, signals):
@@ -45,20 +60,57 @@ class Preemption:
             os._exit(130)
         self.requested = self.requested or signal.Signals(number).name
 
-    def check(self) -> None:
-        """Raises Preempted where some rank had been asked to stop when this was last called; every rank calls it
-        equally often, between steps or between an evaluation's batches.
+    def check(self, phase: str = "training") -> None:
+        """Raises Preempted, on every rank at the same call, where some rank had been asked to stop a few calls ago.
 
-        The vote travels while the next step computes, so that asking costs no wait.
+        Every rank calls it equally often, between steps or between an evaluation's batches. A vote is read at the next
+        one, so that nobody waits for it: within half a second, or two steps where steps are as long as that, or the
+        step that is under way where they are longer than a second. Another phase has steps of another length.
         """
-        agreed = self.world.size == 1 and self.requested is not None
-        if self.world.size > 1:
-            if self.work is not None:
-                self.work.wait()
-                agreed = float(self.ballot) > 0
-            self.ballot = torch.tensor([float(self.requested is not None)])
-            self.work = dist.all_reduce(self.ballot, async_op=True)
-        if agreed:
+        if self.world.size == 1:
+            if self.requested:
+                raise Preempted
+            return
+        if self.requested and not self.told:
+            self.world.say("stop", self.requested)
+            self.told = True
+        self.calls += 1
+        new = phase != self.phase
+        if self.calls < self.due and not new:
+            return
+        self._read()
+        self._begin(new)
+        self.phase = phase
+        if self.every == 0:
+            self._read()
+        self.due = self.calls + max(1, self.every)
+
+    def _begin(self, new: bool) -> None:
+        """A vote; rank 0's is that of all."""
+        if new:
+            self.every = 1
+        if self.world.is_main:
+            now = time.monotonic()
+            each = SECONDS if new else (now - self.started) / (self.calls - self.since)
+            every = 0 if each > 1 else max(1, min(MOST, int(SECONDS / max(each, 1e-6))))
+            stop = self.requested is not None or self.world.said("stop")
+            self.ballot = torch.tensor([int(stop), every])
+            self.started, self.since = now, self.calls
+        else:
+            self.ballot = torch.zeros(2, dtype=torch.int64)
+        if self.barrier is not None:
+            self.barrier.wait()
+        self.work = dist.broadcast(self.ballot, 0, async_op=True)
+        self.barrier = self.world.begin_barrier()
+
+    def _read(self) -> None:
+        """The vote that has begun, if one has."""
+        if self.work is None:
+            return
+        self.work.wait()
+        self.work = None
+        stop, self.every = self.ballot.tolist()
+        if stop:
             raise Preempted
 
     def check_this_rank(self) -> None:

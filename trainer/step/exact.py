@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from trainer.data.sampler import Step, deal, num_forwards
+from trainer.data.sampler import Step, num_forwards
 from trainer.ranks import World
 from trainer.step.plain import PlainStep, seed_torch
 
@@ -74,12 +74,9 @@ class ExactStep(PlainStep):
         for place in range(count):
             yield self.world.rank * count + place, micro_batches[place * each :][:each]
 
-    def of_all_ranks(self, current: Step) -> list[list[np.ndarray]]:
-        """The rows of each rank's micro-batches, shard after shard: in all the same ones on any number of ranks."""
-        each = num_forwards(self.micro_batch_size, len(current.rows), self.num_shards)
-        parts = deal(self.split.tokens.lengths[current.rows], self.num_shards * each)
-        own = len(parts) // self.world.size
-        return [[current.rows[part] for part in parts[start:][:own]] for start in range(0, len(parts), own)]
+    def num_parts(self, current: Step) -> int:
+        """Micro-batches of the step, shard after shard: the same ones on any number of ranks."""
+        return self.num_shards * num_forwards(self.micro_batch_size, len(current.rows), self.num_shards)
 
     @property
     def num_shards(self) -> int:

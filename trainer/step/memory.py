@@ -1,5 +1,6 @@
 """How many pairs a forward can hold: tried on the GPU before the first step."""
 
+import numpy as np
 import torch
 
 from trainer.base.errors import TrainingFailed, out_of_memory
@@ -16,8 +17,9 @@ def fit_micro_batches(plain: PlainStep, sampler: GlobalBatchSampler) -> None:
     """
     if not plain.backend.replicated:
         return
-    lengths = plain.split.tokens.lengths
-    heaviest, longest = sampler.heaviest(lengths), sampler.longest(lengths)
+    steps = sampler.extremes(plain.split.tokens.lengths) if plain.world.is_main else ()
+    told = plain.world.broadcast([[own.step, own.epoch, own.rows.tolist()] for own in steps])
+    heaviest, longest = (Step(step, epoch, np.array(rows)) for step, epoch, rows in told)
     exact = plain.config.exact_shards is not None
     while not plain.world.all(fits(plain, heaviest) and fits(plain, longest)):
         if plain.micro_batch_size == 1:

@@ -11,7 +11,7 @@ from trainer.backends import Single
 from trainer.base.errors import TrainingFailed
 from trainer.base.log import log
 from trainer.config import Config
-from trainer.data.sampler import Step, deal, num_forwards
+from trainer.data.sampler import Deal, Step, num_forwards
 from trainer.data.tokens import Split
 from trainer.model.batch import Batch
 from trainer.model.cross_encoder import CrossEncoder
@@ -44,6 +44,7 @@ class PlainStep:
     micro_batch_size: int
     batch_size: int
     loss: Loss = field(init=False)
+    _dealt: tuple[Step, Deal] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.loss = Loss(self.config, self.split, self.world.device)
@@ -64,14 +65,20 @@ class PlainStep:
 
     def micro_batches(self, current: Step, rank: int | None = None) -> list[np.ndarray]:
         """The rows of each of a rank's micro-batches, this one's by default; an empty one still takes part."""
-        return self.of_all_ranks(current)[self.world.rank if rank is None else rank]
+        dealt, own = self.dealt(current), self.world.rank if rank is None else rank
+        count = dealt.num_parts // self.world.size
+        return [current.rows[dealt.part(own * count + number)] for number in range(count)]
 
-    def of_all_ranks(self, current: Step) -> list[list[np.ndarray]]:
-        """The rows of each rank's micro-batches."""
-        lengths = self.split.tokens.lengths[current.rows]
-        count = num_forwards(self.micro_batch_size, len(current.rows), self.world.size)
-        parts = [current.rows[part] for part in deal(lengths, self.world.size * count)]
-        return [parts[start : start + count] for start in range(0, len(parts), count)]
+    def dealt(self, current: Step) -> Deal:
+        """The step's rows in micro-batches, all ranks' one after the other; of the last step it is remembered."""
+        parts = self.num_parts(current)
+        if self._dealt is None or self._dealt[0] is not current or self._dealt[1].num_parts != parts:
+            self._dealt = current, Deal(self.split.tokens.lengths[current.rows], parts)
+        return self._dealt[1]
+
+    def num_parts(self, current: Step) -> int:
+        """Micro-batches of the step, all ranks' together."""
+        return self.world.size * num_forwards(self.micro_batch_size, len(current.rows), self.world.size)
 
     def backward(self, current: Step, rows: np.ndarray, last: bool) -> torch.Tensor:
         """Forward and backward of one micro-batch. Returns its part of the step's loss, on the device."""
@@ -105,9 +112,9 @@ class PlainStep:
         self, current: Step, rows: np.ndarray, device: torch.device | None = None, num_pairs: int | None = None
     ) -> Batch:
         """The micro-batch `rows` of a step; see CrossEncoder.batch."""
-        tokens, keys = self.split.tokens, {"seed": self.config.seed, "step": current.step}
-        longest, device = int(tokens.lengths[current.rows].max()), device or self.world.device
-        return self.model.batch(tokens, self.split.pairs.label, rows, device, longest, num_pairs, **keys)
+        keys, longest = {"seed": self.config.seed, "step": current.step}, self.dealt(current).longest
+        tokens, labels, device = self.split.tokens, self.split.pairs.label, device or self.world.device
+        return self.model.batch(tokens, labels, rows, device, longest, num_pairs, **keys)
 
     def skipped(self, norm: torch.Tensor) -> bool:
         """Whether the step was left out for its gradient, as skip_nonfinite allows. Raises TrainingFailed."""
@@ -123,7 +130,7 @@ class PlainStep:
 
     def add_to_window(self, current: Step) -> None:
         """What the host counts of a step."""
-        self.state.window.add(len(current.rows), int(self.split.tokens.lengths[current.rows].sum()))
+        self.state.window.add(len(current.rows), int(self.dealt(current).lengths.sum()))
 
 
 def seed_torch(seed: int, step: int, rank: int) -> None:

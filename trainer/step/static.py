@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from trainer.base.errors import TrainingFailed
-from trainer.data.sampler import Step
+from trainer.data.sampler import Deal, Step
 from trainer.model.attention import input_layers
-from trainer.model.batch import Batch, Shape, shape_of
+from trainer.model.batch import Batch, Shape, shape_for, shape_of
 from trainer.model.precision import autocast, products
 from trainer.model.products import Products
 from trainer.step.check import compare, compare_update
@@ -72,12 +72,12 @@ class StaticStep:
 
         Raises NotAsExpected, on every rank and with nothing changed, where it cannot be trusted.
         """
-        of_ranks = self.plain.of_all_ranks(current)
-        alone = len(of_ranks) * len(of_ranks[0]) == 1
-        new = self._meets_new(of_ranks, alone)
+        dealt = self.plain.dealt(current)
+        alone = dealt.num_parts == 1
+        new = self._meets_new(dealt, alone)
 
         def forwards() -> None:
-            for rows in of_ranks[self.plain.world.rank]:
+            for rows in self.plain.micro_batches(current):
                 batch = self._load(current, rows, rate)
                 work = partial(self.whole if alone else self.part, batch)
                 if len(rows) == 0:  # nothing by which it could be tried
@@ -186,12 +186,13 @@ class StaticStep:
         own = [self.rates, self.loss, self.norm, self.sums]
         return [*self.parameters, *moments, *copies, window.loss, window.nonfinite, *own]
 
-    def _meets_new(self, of_ranks: list[list[np.ndarray]], alone: bool) -> bool:
-        """Whether any rank meets in this step what none has met. `of_ranks` are the ranks' micro-batches."""
-        lengths = self.plain.split.tokens.lengths
-        # An empty micro-batch is row 0.
-        parts = [rows if len(rows) else [0] for own in of_ranks for rows in own]
-        found = {(shape_of(lengths[rows], self.plain.most_pairs), alone) for rows in parts}
+    def _meets_new(self, dealt: Deal, alone: bool) -> bool:
+        """Whether any rank meets in this step what none has met."""
+        measures = set(dealt.measures())
+        if len(dealt.by_length) < dealt.num_parts:  # an empty micro-batch is row 0
+            first = int(self.plain.split.tokens.lengths[0])
+            measures.add((1, first, first))
+        found = {(shape_for(*measured, self.plain.most_pairs), alone) for measured in measures}
         new = not found <= self.met
         self.met |= found
         return new
