@@ -27,6 +27,7 @@ ORDER = [
     "loop",
     "finish",
     "train",
+    "feed",
     "predict",
     "score",
     "cli",
