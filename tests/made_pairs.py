@@ -1,5 +1,7 @@
 """Pairs in memory, tokens of them, and what the pairs of a split say."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from trainer.data.load import ALONE
@@ -23,7 +25,9 @@ def made_pairs(texts, labels=None, names=("a", "b", "c"), source=None, place="te
 def tokenize(pairs, tokenizer, max_length, folder=None):
     """As a single process does, in memory or with a cache."""
     encoder = Encoder(tokenizer, max_length)
-    return in_memory(pairs, encoder) if folder is None else on_disk(pairs, encoder, folder, Team(ALONE, [0]), "train")
+    if folder is None:
+        return replace(in_memory(pairs, encoder), fingerprint=encoder.fingerprint(pairs))
+    return on_disk(pairs, encoder, folder, Team(ALONE, [0]), "train")
 
 
 def texts_of(pairs):

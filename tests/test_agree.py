@@ -97,8 +97,6 @@ def scoring() -> dict:
     rows = pairs("train")[:80]
     swapped = [*rows[:5], {**rows[5], "premise": "A cat."}, *rows[6:]]
     return {
-        "predict, another file": ("predict", [], swapped, "the input from row 0 is "),
-        "predict, fewer rows": ("predict", [], rows[:64], "the input from row 64 is "),
         "predict, another precision": ("predict", ["--bf16", "true"], rows, "bf16 is False on rank 0"),
         "predict, another model": ("predict", ["OTHER"], rows, "config.json's id2label is "),
         "evaluate, another file": ("evaluate", [], swapped, "test is "),

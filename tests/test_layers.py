@@ -28,6 +28,7 @@ ORDER = [
     "loop",
     "finish",
     "train",
+    "feed",
     "predict",
     "score",
     "cli",

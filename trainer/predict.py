@@ -1,27 +1,29 @@
 """A trained model at work: the classes, or the score, of new pairs."""
 
 import dataclasses
+import hashlib
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 from tqdm import tqdm
 
 from trainer import ranks
+from trainer.base.ahead import ahead
 from trainer.base.errors import UserError
 from trainer.base.fields import Fields, option
 from trainer.base.log import log
 from trainer.config import ModelConfig
 from trainer.data.given import PLACE, is_pair, pairs_of, plain_pairs, unlabelled
-from trainer.data.pairs import Texts
-from trainer.data.tokenize import in_memory
+from trainer.data.pairs import Rows, Texts
 from trainer.data.tokens import Encoder, Tokens
 from trainer.evaluate import predict_logits
+from trainer.feed import Feed, Read
 from trainer.metrics import activated
 from trainer.model.cross_encoder import model_facts
 from trainer.model.loading import check_folder, load_trained
@@ -89,31 +91,31 @@ class Predictor:
         origin = ModelConfig(model_name_or_path=folder, trust_remote_code=code, max_length=config.max_length)
         self.model = load_trained(origin).to(world.device)
         self.label_names, self.objective = self.model.label_names, self.model.objective
-        self.encoder = Encoder(self.model.tokenizer, self.model.max_length)
         options = dataclasses.asdict(config) | {"device": world.device.type}
         world.agree(lambda: options | versions() | {"code": code_hash()} | model_facts(self.model))
+        self.encoder = Encoder(self.model.tokenizer, self.model.max_length)
+        self.feed = Feed(self.encoder, world, config.ddp_timeout)
 
-    def tokens(self, pairs: Texts) -> Tokens:
-        tokens = in_memory(pairs, self.encoder, progress=self.world.is_main)
-        self.model.check(pairs, tokens)
-        return tokens
+    def logits(self, pairs: Texts) -> np.ndarray | None:
+        """(n, classes) on rank 0, None elsewhere. Raises UserError where the ranks have other pairs."""
+        self.world.agree(lambda: {"the pairs": digest(pairs)})
+        return self.scored(pairs, self.feed.tokens(pairs))
 
-    def logits(self, pairs: Texts, row: int = 0, errors: Sequence[str | None] = ()) -> np.ndarray | None:
-        """(n, classes) on rank 0, None elsewhere. Raises UserError where the ranks have other pairs.
-
-        `row` is the number of the first one; `errors`, from there on, say what keeps a row from being a pair.
-        """
-        if len(pairs) == 0:
-            self.agree(row, [*errors] or "none")
+    def scored(self, rows: Rows, tokens: Tokens) -> np.ndarray | None:
+        """The same of pairs whose tokens every rank has."""
+        if len(rows) == 0:
             return np.empty((0, self.model.num_classes), np.float32) if self.world.is_main else None
-        tokens = self.tokens(pairs)  # which are seen once, so they are not worth keeping
-        self.agree(row, [tokens.fingerprint, *errors] if any(errors) else tokens.fingerprint)
+        self.model.check(rows, tokens)
         size, bf16 = self.config.per_device_eval_batch_size, self.config.bf16
-        return predict_logits(self.model, pairs, tokens, self.world, size, bf16)
+        return predict_logits(self.model, rows, tokens, self.world, size, bf16)
 
-    def agree(self, row: int, content: Any) -> None:
-        """Every rank says what it has from this row on."""
-        self.world.agree(lambda: {f"the input from row {row}": content})
+
+def digest(pairs: Texts) -> str:
+    """SHA-256 of the texts."""
+    found = hashlib.sha256()
+    for texts in (pairs.premise, pairs.hypothesis):
+        found.update("\x1e".join(texts).encode("utf-8", "surrogatepass") + b"\x1d")
+    return found.hexdigest()
 
 
 class Model:
@@ -162,49 +164,85 @@ class Model:
         return scores[0] if alone else scores
 
 
+class Input:
+    """The rows that are to be predicted, a part at a time, and which of their columns hold the texts.
+
+    The first part is read at once. Raises UserError where there is none, or it has no such columns.
+    """
+
+    def __init__(self, config: PredictConfig, files: ExitStack) -> None:
+        self.place = _place(config)
+        self.faults: Faults | None = {} if config.on_error == "mark" else None
+        if config.input == "-":
+            tables = stream_stdin(self.faults)
+        else:
+            tables = read_parts(files.enter_context(as_file(Path(config.input))), True, self.faults)
+        first = next(tables, None)
+        if first is None:
+            raise nothing_in(Path(self.place))
+        self.texts = text_columns(first, self.place, config.premise_column, config.hypothesis_column)
+        self.tables = itertools.chain([first], tables)
+
+    def parts(self, answers: Answers) -> Iterator[Read]:
+        """Raises UserError where a row is no pair, or a column is called as one of the answers."""
+        done = 0
+        for table in self.tables:
+            answers.check(table, self.place)
+            if self.faults is not None:
+                table = with_columns(table, self.texts)
+            pairs = unlabelled(table, self.place, *self.texts, start=done, faults=self.faults)
+            errors = [(self.faults or {}).pop(row, None) for row in range(done, done + table.num_rows)]
+            yield Read(table, pairs, errors)
+            done += table.num_rows
+
+
 def predict_file(folder: str, config: PredictConfig, inference: InferenceConfig) -> None:
-    """Reads pairs, writes them with what the model says of each, in order, a part of the file at a time."""
+    """Reads pairs, writes them with what the model says of each, in order, a part of the input at a time.
+
+    Rank 0 reads and writes. The next part is read and tokenised while the model computes.
+    """
     check_output(config.output)
     check_folder(folder)
     world = ranks.start(inference.ddp_timeout)
     if world.size > 1 and config.input == "-":
         raise UserError("stdin reaches only one rank; give several ranks a file as --input")
-    place = "stdin" if config.input == "-" else config.input
-    faults: Faults | None = {} if config.on_error == "mark" else None
-    tables = _tables(config.input, faults)
-    first = next(tables, None)
-    if first is None:
-        raise nothing_in(Path(place))
-    texts = text_columns(first.column_names, place, config.premise_column, config.hypothesis_column)
-    predictor = Predictor(folder, inference, world)
-    answers = Answers(predictor.label_names, predictor.objective, faults is not None, config.prefix or "")
-    bar = tqdm(unit="pair", desc="predicting", disable=None if world.is_main else True)
-    output = config.output if world.is_main else None
-    done = marked = 0
-    with bar, open_output(output, config.csv_formulas == "defuse") as write:
-        for table in itertools.chain([first], tables):
-            answers.check(table, place)
-            if faults is not None:
-                table = with_columns(table, texts)
-            pairs = unlabelled(table, place, *texts, start=done, faults=faults)
-            errors = [(faults or {}).pop(row, None) for row in range(done, done + table.num_rows)]
-            logits = predictor.logits(pairs, done, errors)
-            if logits is not None:
-                write(table, answers.table(logits, pairs.row - done, errors))
-            done, marked = done + table.num_rows, marked + sum(error is not None for error in errors)
-            bar.update(table.num_rows)
-        predictor.agree(done, "none")
+    with ExitStack() as files:
+        given = opened(config, files, world)
+        predictor = Predictor(folder, inference, world)
+        mark = config.on_error == "mark"
+        answers = Answers(predictor.label_names, predictor.objective, mark, config.prefix or "")
+        parts = predictor.feed.of(None if given is None else given.parts(answers), _place(config))
+        bar = files.enter_context(tqdm(unit="pair", desc="predicting", disable=None if world.is_main else True))
+        output = config.output if world.is_main else None
+        done = marked = 0
+        with open_output(output, config.csv_formulas == "defuse") as write, ahead(parts) as fed:
+            for part in fed:
+                logits, read = predictor.scored(part.rows, part.tokens), part.read
+                if logits is None or read is None:
+                    continue
+                write(read.table, answers.table(logits, part.rows.row - done, read.errors))
+                done, marked = done + len(read.errors), marked + sum(error is not None for error in read.errors)
+                bar.update(len(read.errors))
     if marked:
-        log.warning(f"{place}: {marked:,} of {done:,} rows have no prediction; the column {answers.names[-1]} says why")
+        log.warning(f"{_place(config)}: {marked:,} of {done:,} rows have no prediction; the column "
+                    f"{answers.names[-1]} says why")  # fmt: skip
 
 
-def _tables(given: str, faults: Faults | None) -> Iterator[pa.Table]:
-    """The input, a part at a time."""
-    if given == "-":
-        yield from stream_stdin(faults)
-        return
-    with as_file(Path(given)) as file:
-        yield from read_parts(file, True, faults)
+def opened(config: PredictConfig, files: ExitStack, world: World) -> Input | None:
+    """Rank 0's input; None elsewhere. Raises its UserError on every rank, before a model is loaded."""
+    given, mistake = None, None
+    if world.is_main:
+        try:
+            given = Input(config, files)
+        except UserError as error:
+            mistake = str(error)
+    if mistake := world.broadcast(mistake):
+        raise UserError(mistake)
+    return given
+
+
+def _place(config: PredictConfig) -> str:
+    return "stdin" if config.input == "-" else config.input
 
 
 def check_output(output: str) -> None:

@@ -1,7 +1,7 @@
 """Data sets of several splits: which is which, and which are left out."""
 
 import pytest
-from test_sources import ROWS, write
+from tests.data.test_sources import ROWS, write
 
 from trainer.base.errors import UserError
 from trainer.config import DataConfig

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import crossrank
+from conftest import Ranks, crossrank
 
 from trainer.base.errors import UserError
 from trainer.data.builtin import LABEL_NAMES
@@ -80,13 +80,34 @@ def test_every_way_out_says_the_same_in_order(kind, model, tmp_path, monkeypatch
     assert not list(tmp_path.glob(".*"))
 
 
-def test_several_ranks_write_the_same_file(model, tmp_path):
-    source = write_pairs(tmp_path / "in.jsonl", COUNT)
-    for ranks in (0, 3):
-        crossrank("predict", model, "--input", source, "--output", tmp_path / f"{ranks}.csv", ranks=ranks)
-    first, other = (read_table(tmp_path / f"{ranks}.csv").to_pandas() for ranks in (0, 3))
-    assert first["prediction"].tolist() == other["prediction"].tolist()
-    assert np.allclose(first.iloc[:, 3:].astype(float), other.iloc[:, 3:].astype(float), atol=2e-6)
+def test_several_ranks_write_the_same_bits(model, tmp_path):
+    """Of what rank 0 reads: the others have no such file, and fewer pairs than there are ranks are enough."""
+    for count, num_ranks in ((COUNT, 3), (1, 2)):
+        source = write_pairs(tmp_path / f"{count}.jsonl", count)
+        told = ["predict", model, "--input", source, "--output", tmp_path / "one.parquet"]
+        crossrank(*told)
+        told[-1], elsewhere = tmp_path / "some.parquet", [*told[:3], tmp_path / "none.jsonl", *told[4:]]
+        result = Ranks(told, num_ranks, None, None, {}, others=dict.fromkeys(range(1, num_ranks), elsewhere)).wait()
+        assert result.returncode == 0, result.said
+        first, other = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("one", "some"))
+        assert first.num_rows == count
+        assert first.equals(other)
+        for name in ("one", "some"):
+            (tmp_path / f"{name}.parquet").unlink()
+
+
+def test_a_bad_row_ends_all_ranks_with_one_error(model, tmp_path):
+    """One of the second part, which rank 0 finds while the first is computed."""
+    source = write_pairs(tmp_path / "in.jsonl", 80)
+    source.write_text(source.read_text() + "{oops\n")
+    script = tmp_path / "parts.py"
+    script.write_text("import sys\nfrom trainer.rows import limits\nlimits.ROWS = 64\n"
+                      "from trainer import __main__\nsys.exit(__main__.main(sys.argv[1:]))\n")  # fmt: skip
+    told = ["predict", model, "--input", source, "--output", tmp_path / "out.csv"]
+    result = crossrank(*told, ranks=2, script=script, check=False)
+    assert result.returncode == 2
+    assert result.said.count("row 80: not a JSON object") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "parts.py"]
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):

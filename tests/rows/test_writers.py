@@ -252,8 +252,7 @@ def test_one_output_is_a_score(objective, predicted, predictor, monkeypatch):
     expected = metrics.activated(logits, objective)[:, 0].tolist()
     assert expected == ([pytest.approx(0.18242552380635635), 1, pytest.approx(0.56217650088)]
                         if objective == "binary_cross_entropy" else [-1.5, 800, 0.25])  # fmt: skip
-    monkeypatch.setattr(limits, "ROWS", 3)
-    for name, value in {"label_names": ["LABEL_0"], "objective": objective, "logits": lambda *_: logits}.items():
+    for name, value in {"label_names": ["LABEL_0"], "objective": objective, "scored": lambda *_: logits}.items():
         monkeypatch.setattr(predictor, name, value)
     monkeypatch.setattr(limits, "ROWS", 8)
     rows = predicted([TEXTS] * 3, "csv")

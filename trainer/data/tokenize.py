@@ -197,11 +197,14 @@ def _numbers(parts: list[Path]) -> Iterator[np.ndarray]:
                 yield found
 
 
-def in_memory(pairs: Texts | Pairs, encoder: Encoder, progress: bool = False, check: Check = nothing) -> Tokens:
-    """The same of few pairs, without a file. Raises UserError where a pair has no token."""
-    share = Share(encoder)
-    with bar(len(pairs), progress) as shown:
-        found = list(share.tokens(pairs, range(len(pairs)), check, shown.update))
-    ids, types, lengths = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return Tokens.of(ids, offsets, types, share.num_cut, encoder.fingerprint(pairs))
+def in_memory(texts: Texts | Pairs, encoder: Encoder) -> Tokens:
+    """The same of few pairs, without a file, and without a fingerprint. One that has no token stays, with none."""
+    flat = [
+        one
+        for part in encoder.chunks(texts if isinstance(texts, Texts) else texts.texts, 0, len(texts))
+        for one in part
+    ]
+    ids = np.concatenate([np.empty(0, encoder.kind), *(ids for ids, _, _ in flat)])
+    types = np.concatenate([np.empty(0, np.uint8), *(own for _, own, _ in flat)])
+    offsets = np.cumsum([0, *(len(ids) for ids, _, _ in flat)])
+    return Tokens.of(ids, offsets, types, sum(cut for _, _, cut in flat), "")

@@ -49,7 +49,8 @@ class Tokens:
     @classmethod
     def of(cls, ids: np.ndarray, offsets: np.ndarray, types: np.ndarray, num_cut: int, fingerprint: str) -> "Tokens":
         """Those of arrays in memory."""
-        return cls(ids, offsets, np.diff(offsets), types, np.unique(ids), num_cut, fingerprint)
+        used = np.flatnonzero(np.bincount(ids))
+        return cls(ids, offsets, np.diff(offsets), types, used, num_cut, fingerprint)
 
     @property
     def bytes_per_pair(self) -> float:

@@ -85,7 +85,7 @@ def objects(
                 fault(faults, place, row, limits.too_many_columns(len(value)))
                 value = {}
             if columns is not None:
-                value = {name: value[name] for name in columns if name in value}
+                value = {name: own for name, own in value.items() if name in columns}
             found.append((row, value))
         yield found
 

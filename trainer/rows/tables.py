@@ -75,8 +75,7 @@ def read_parts(
         if kind == ".parquet":
             yield from _in_parts(parquet_batches(path, columns))
         elif kind in SEPARATORS:
-            for batch in csv_batches(path, SEPARATORS[kind], every_line, faults, columns):
-                yield from _in_parts([batch])
+            yield from _in_parts(csv_batches(path, SEPARATORS[kind], every_line, faults, columns))
         else:
             with unpacked(path) as file:
                 yield from jsonl(file, str(path), every_line, faults, columns)
