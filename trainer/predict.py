@@ -180,7 +180,7 @@ class Input:
         first = next(tables, None)
         if first is None:
             raise nothing_in(Path(self.place))
-        self.texts = text_columns(first, self.place, config.premise_column, config.hypothesis_column)
+        self.texts = text_columns(first.column_names, self.place, config.premise_column, config.hypothesis_column)
         self.tables = itertools.chain([first], tables)
 
     def parts(self, answers: Answers) -> Iterator[Read]:

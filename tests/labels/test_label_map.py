@@ -2,8 +2,8 @@
 
 import pyarrow as pa
 import pytest
-from test_sources import ROWS, write
 
+from tests.data.test_sources import ROWS, write
 from trainer.base.errors import UserError
 from trainer.config import DataConfig
 from trainer.data.load import load_scored, load_splits

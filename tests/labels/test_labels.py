@@ -3,8 +3,8 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_sources import ROWS, load, write
 
+from tests.data.test_sources import ROWS, load, write
 from trainer.base.errors import UserError
 from trainer.labels.classes import class_numbers
 from trainer.labels.values import NLI, read_labels

@@ -1,8 +1,8 @@
 """Data sets of several splits: which is which, and which are left out."""
 
 import pytest
-from tests.data.test_sources import ROWS, write
 
+from tests.data.test_sources import ROWS, write
 from trainer.base.errors import UserError
 from trainer.config import DataConfig
 from trainer.data.load import load_pairs, load_splits
