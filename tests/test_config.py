@@ -50,6 +50,7 @@ FIELDS = [
     "max_train_samples",
     "max_eval_samples",
     "max_test_samples",
+    "verify_data",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",

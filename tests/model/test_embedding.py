@@ -59,7 +59,7 @@ def test_back_and_forth():
 def test_nothing_to_leave_out():
     model = CrossEncoder(make("roberta"))
     tokens = make_tokens([3])
-    object.__setattr__(tokens, "ids", np.arange(VOCABULARY, dtype=np.uint16))
+    object.__setattr__(tokens, "used", np.arange(VOCABULARY))
     model.freeze_unused_rows(tokens)
     assert model.used_rows is None
 
