@@ -27,8 +27,8 @@ class Preemption:
 
     A rank that was asked says so in the store. Rank 0 looks there every few steps, and tells all ranks at the same step
     whether to stop, and in how many steps it will tell them again: a broadcast, which is a tree, so that a rank sends
-    and receives one or two messages a vote whatever the number of ranks. A barrier goes with it, log2(ranks) messages a
-    rank, that is waited for at the next vote: on a GPU nothing else in the loop would say that a rank has not come.
+    and receives one or two messages a vote whatever the number of ranks. A barrier goes along, of log2(ranks) messages
+    a rank, that is waited for at the next vote: on a GPU nothing else in the loop would say that a rank has not come.
 
     A second Ctrl-C exits at once.
     """
