@@ -86,7 +86,8 @@ def test_several_ranks_write_the_same_bits(model, tmp_path):
         source = write_pairs(tmp_path / f"{count}.jsonl", count)
         told = ["predict", model, "--input", source, "--output", tmp_path / "one.parquet"]
         crossrank(*told)
-        told[-1], elsewhere = tmp_path / "some.parquet", [*told[:3], tmp_path / "none.jsonl", *told[4:]]
+        told[-1] = tmp_path / "some.parquet"
+        elsewhere = [*told[:3], tmp_path / "none.jsonl", *told[4:]]
         result = Ranks(told, num_ranks, None, None, {}, others=dict.fromkeys(range(1, num_ranks), elsewhere)).wait()
         assert result.returncode == 0, result.said
         first, other = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("one", "some"))
