@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trainer.base import folders
+from trainer.base import folders, lean
 from trainer.base.environment import Place, heard, read_place
 from trainer.base.errors import EXIT_CODE, Preempted, TrainingFailed, UserError, first_line, named, unknown
 from trainer.base.files import write_text
@@ -43,8 +43,8 @@ def train(argv: list[str]) -> None:
     config = parse_train(argv)
     for name in filter(heard, config.preemption_signals):
         signal.signal(getattr(signal, name), stop_early)
-    from trainer import api  # which takes seconds, and more on a network file system
-
+    with lean.imports():  # which take a second or two, and more on a network file system
+        from trainer import api
     api.train(config)
 
 
@@ -77,17 +77,17 @@ def scoring(verb: str, argv: list[str], *groups: Any) -> list[Any]:
 
 
 def evaluate(argv: list[str]) -> None:
-    from trainer.predict import InferenceConfig
-    from trainer.score import EvaluateConfig, evaluate_model, tables
-
+    with lean.imports():
+        from trainer.predict import InferenceConfig
+        from trainer.score import EvaluateConfig, evaluate_model, tables
     metrics = evaluate_model(*scoring("evaluate", argv, DataConfig, InferenceConfig, EvaluateConfig))
     if _place().rank == 0:
         print(tables(metrics))
 
 
 def predict(argv: list[str]) -> None:
-    from trainer.predict import InferenceConfig, PredictConfig, predict_file
-
+    with lean.imports():
+        from trainer.predict import InferenceConfig, PredictConfig, predict_file
     predict_file(*scoring("predict", argv, PredictConfig, InferenceConfig))
 
 

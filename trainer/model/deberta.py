@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch.nn import functional
 from transformers.activations import ACT2FN
-from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
 
 from trainer.model.attention import AttentionSite, Bias, attention, projected
 from trainer.model.layout import Layout, Taken
@@ -36,6 +35,8 @@ class Distances:
 @cache
 def distances(span: int, buckets: int, farthest: int, longest: int, device: torch.device) -> Distances:
     """`span` is half the rows of the table, the others as in the library's build_relative_position."""
+    from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
+
     below = build_relative_position(torch.empty(1, 1), torch.empty(longest, 1), buckets, farthest)[0, 0]  # 0, -1, ...
     rows = (torch.cat([below.flip(0), -below[1:]]) + span).clamp(0, 2 * span - 1)
     start, end = int(rows[0]), int(rows[-1]) + 1

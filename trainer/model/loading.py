@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer.base import lean
 from trainer.base.environment import offline
 from trainer.base.errors import UserError, first_line
 from trainer.base.files import lost_folder
@@ -20,6 +21,7 @@ from trainer.model.lora import add_lora, refuse_adapter
 from trainer.model.outputs import objective_of, settle_outputs
 from trainer.model.parts import freeze_lowest, is_head
 from trainer.model.settings import longest_input, set_dropout, settle, settle_padding, warn_of_joined_texts
+from trainer.model.unread import NothingDrawn
 
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
@@ -43,6 +45,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return tokenizer
 
 
+@lean.further()
 def load_for_training(config: Config, label_names: Sequence[str]) -> CrossEncoder:
     """The encoder to start from, in fp32, with a head for these classes, or for one score where that is the objective;
     new weights are drawn from `config.seed`."""
@@ -97,6 +100,7 @@ def _blaming_config(name: str) -> Iterator[None]:
         ) from None
 
 
+@lean.further()
 def load_trained(config: ModelConfig) -> CrossEncoder:
     """A trained model's folder. Raises UserError if it has no head."""
     path = Path(config.model_name_or_path)
@@ -154,9 +158,10 @@ def _load_weights(config: ModelConfig, settings: Any) -> tuple[Any, dict[str, An
 
     def load() -> Any:
         try:
-            return AutoModelForSequenceClassification.from_pretrained(
-                name, config=settings, **options, **_hub_options(config)
-            )
+            with NothingDrawn():
+                return AutoModelForSequenceClassification.from_pretrained(
+                    name, config=settings, **options, **_hub_options(config)
+                )
         except Exception:
             _from_config(config, settings)  # where that fails, it is not for the weights
             raise
