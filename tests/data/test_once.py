@@ -170,8 +170,8 @@ def test_one_rank_reads_and_all_tokenise(tmp_path):
     script.write_text(SCRIPT)
     path = write(tmp_path / "a.jsonl")
     command = ["train", "--recipe", "demo", "--dataset_name", "null", "--train_file", path, "--max_steps", "2",
-               "--eval_strategy", "no", "--load_best_model_at_end", "false", "--metric_for_best_model", "null", "--logging_steps", "1",
-               "--track_emissions", "false", "--write_report", "false"]  # fmt: skip
+               "--eval_strategy", "no", "--load_best_model_at_end", "false", "--metric_for_best_model", "null",
+               "--logging_steps", "1", "--track_emissions", "false", "--write_report", "false"]  # fmt: skip
     crossrank(*command, "--output_dir", tmp_path / "one", ranks=3, script=script, SAID=str(said))
     assert sorted(said.read_text().splitlines()) == ["read 0", "tokenised 0", "tokenised 1", "tokenised 2"]
     (made,) = (tmp_path / "cache" / "tokens").glob("*/facts.json")
