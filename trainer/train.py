@@ -87,7 +87,7 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
         identity = freeze(config, model, data, sampler, pins(config, world))
     world.agree(lambda: identity.data | model_facts(model) | {"device": world.device.type} | (identity.exact or {}))
     opened, lock = claim(opened, config, world)
-    checkpoints = Checkpoints(opened.path / "checkpoints", config.save_total_limit)
+    checkpoints = Checkpoints(opened.path / "checkpoints", config.save_total_limit, world, config.ddp_timeout)
     with failures(config, world, opened.path):
         start = resume(config, world, opened, checkpoints, identity, {role: own.name for role, own in pairs.items()})
         forward = backend.prepare(model)

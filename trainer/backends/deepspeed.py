@@ -18,7 +18,8 @@ from torch import nn
 
 from trainer import ranks
 from trainer.backends.optim import parameter_groups, set_rate
-from trainer.backends.single import Single, add_moments
+from trainer.backends.share import Share
+from trainer.backends.single import SavedTensors, Single, add_moments
 from trainer.base.errors import UserError, unknown
 from trainer.config import Config
 from trainer.data.sampler import global_batch_size, num_forwards
@@ -53,6 +54,7 @@ class DeepSpeed(Single):
             raise UserError(f"the ranks' nodes see different DeepSpeed configs under the name {name}")
         self.settings = fill(settings, name, config, world.size)
         self.stage: int = self.settings["zero_optimization"]["stage"]
+        self.sharded = self.stage > 0
 
     def prepare(self, module: nn.Module) -> Callable[[Batch], torch.Tensor]:
         import deepspeed
@@ -100,38 +102,45 @@ class DeepSpeed(Single):
     def _shape(self, parameter: Any) -> torch.Size:
         return getattr(parameter, "ds_shape", parameter.shape)  # under stage 3 a parameter itself is empty
 
-    def _full(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
+    def _extent(self, parameter: Any) -> tuple[int, int]:
         if self.stage == 0:
-            return super()._full(parameter, kind)
-        if kind == "weight":
-            return safe_get_full_fp32_param(parameter)
-        return safe_get_full_optimizer_state(parameter, kind)
-
-    def _set_full(self, parameter: nn.Parameter, kind: str, full: torch.Tensor) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        if self.stage == 0:
-            return super()._set_full(parameter, kind, full)
+            return super()._extent(parameter)
         if self.stage == 3:
-            return self._set_shard(parameter, kind, full)
-        if kind != "weight":
-            return safe_set_full_optimizer_state(parameter, full, kind)
-        parameter.data.copy_(full)
-        return safe_set_full_fp32_param(parameter, full)
+            each = len(self._padded(parameter, "weight"))
+            first, last = (min(parameter.ds_numel, each * rank) for rank in (self.world.rank, self.world.rank + 1))
+            return first, last
+        if parameter._hp_mapping is None:  # it is on other ranks
+            return 0, 0
+        address = parameter._hp_mapping.lp_fragment_address
+        return address.start, address.start + address.numel
 
-    def _set_shard(self, parameter: Any, kind: str, full: torch.Tensor) -> None:
-        """This rank's part of a weight or moment under stage 3; DeepSpeed's own setter wants even parts."""
+    def _own(self, parameter: Any, kind: str) -> torch.Tensor:
+        if self.stage == 0:
+            return super()._own(parameter, kind)
+        if self.stage == 3:
+            start, stop = self._extent(parameter)
+            return self._padded(parameter, kind)[: stop - start]
+        own: torch.Tensor = parameter._hp_mapping.get_hp_fragment(None if kind == "weight" else kind)
+        return own
+
+    def _padded(self, parameter: Any, kind: str) -> torch.Tensor:
+        """Stage 3: this rank's part of a weight or moment, which is as long on every rank."""
+        wrapped: Any = self.optimizer
         key = None if kind == "weight" else kind
-        shard, _ = self.optimizer._get_fp32_opt_state_partition(  # type: ignore[attr-defined]
-            parameter, release_swap_buffers=False, optim_state_key=key
-        )
-        start = shard.numel() * self.world.rank
-        mine = full.flatten()[start : start + shard.numel()]
-        shard.data[: len(mine)].copy_(mine)
-        if kind == "weight":
-            parameter.ds_tensor.data[: len(mine)].copy_(mine)
+        shard, _ = wrapped._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
+        part: torch.Tensor = shard.data
+        return part
+
+    def _set_own(self, parameter: Any, kind: str, run: torch.Tensor) -> None:
+        super()._set_own(parameter, kind, run)
+        if self.stage == 3 and kind == "weight":
+            parameter.ds_tensor.data[: len(run)].copy_(run)
+
+    def load_state(self, saved: SavedTensors, num_updates: int) -> None:
+        super().load_state(saved, num_updates)
+        if self.stage in (1, 2):  # each rank has its part, and from now on all the weights
+            wrapped: Any = self.optimizer
+            wrapped.update_lp_params()
 
     def make_moments(self, num_updates: int) -> None:
         wrapped: Any = self.optimizer
@@ -142,7 +151,7 @@ class DeepSpeed(Single):
         self._link_moments()
         return None
 
-    def save_state(self) -> dict[str, torch.Tensor]:
+    def save_state(self) -> Share:
         self._link_moments()
         return super().save_state()
 

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
 
 from trainer import ranks
 from trainer.backends.optim import parameter_groups
+from trainer.backends.share import Share
 from trainer.backends.single import Single
 from trainer.config import Config
 from trainer.model.batch import Batch
@@ -42,6 +42,7 @@ def layer_classes(module: Any) -> set[str]:
 
 class FSDP(Single):
     name = "fsdp"
+    sharded = True
     replicated = False
 
     def __init__(self, world: World, config: Config) -> None:
@@ -72,7 +73,7 @@ class FSDP(Single):
     def _clip(self, limit: float) -> torch.Tensor:
         return nn.utils.clip_grad_norm_(self.module.parameters(), limit)  # the scale would have to be a DTensor
 
-    def save_state(self) -> dict[str, torch.Tensor]:
+    def save_state(self) -> Share:
         self._reshard()
         return super().save_state()
 
@@ -82,14 +83,18 @@ class FSDP(Single):
             if isinstance(part, FSDPModule):
                 part.reshard()
 
-    def _full(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
-        shard: Any = super()._full(parameter, kind)
-        return shard.full_tensor()
+    def _extent(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """Of the first dimension each rank has as many rows, the last ones fewer, or none; see torch.chunk."""
+        rows = len(parameter)
+        each = -(-rows // self.world.size)
+        first, last = (min(rows, each * rank) for rank in (self.world.rank, self.world.rank + 1))
+        width = parameter.numel() // rows
+        return first * width, last * width
 
-    def _set_full(self, parameter: nn.Parameter, kind: str, full: torch.Tensor) -> None:
-        shard: Any = super()._full(parameter, kind)
-        with torch.no_grad():
-            shard.to_local().copy_(distribute_tensor(full, shard.device_mesh, shard.placements).to_local())
+    def _own(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
+        shard: Any = super()._own(parameter, kind)
+        local: torch.Tensor = shard.to_local()
+        return local
 
     def full_weights(self, module: nn.Module) -> dict[str, torch.Tensor]:
         self._reshard()
