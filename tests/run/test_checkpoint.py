@@ -15,8 +15,8 @@ import torch
 from conftest import Ranks, crossrank, events, losses
 from safetensors.torch import load_file
 
-from trainer.backends.deepspeed import CONFIGS
 from trainer.backends.share import Share
+from trainer.backends.zero_settings import CONFIGS
 from trainer.cli import parse_train
 from trainer.ranks import World
 from trainer.run.checkpoint import Checkpoints

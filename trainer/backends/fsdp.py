@@ -19,6 +19,7 @@ from trainer.backends.share import Share
 from trainer.backends.single import Single
 from trainer.config import Config
 from trainer.model.batch import Batch
+from trainer.model.scattered import fill_buffers, lay_aside, sent
 from trainer.ranks import World
 
 
@@ -50,13 +51,37 @@ class FSDP(Single):
         ranks.form_group(world)
 
     def prepare(self, module: nn.Module) -> Callable[[Batch], torch.Tensor]:
+        values = lay_aside(module) if getattr(module, "hollow", False) else None
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         for part in outermost(module, layer_classes(module)):
             fully_shard(part, mp_policy=policy)
         self.root: Any = fully_shard(module, mp_policy=policy)
         self.module = module
+        if values is not None:
+            self._fill(values)
         self.optimizer = self._make_optimizer(parameter_groups(module, self.config))  # of the shards
         return module
+
+    @property
+    def scatters(self) -> bool:
+        return self.world.size > 1
+
+    @torch.no_grad()
+    def _fill(self, values: dict[str, torch.Tensor]) -> None:
+        """Gives a hollow module, which is sharded already, the values that rank 0 has laid aside."""
+        before = torch.__future__.get_swap_module_params_on_conversion()
+        torch.__future__.set_swap_module_params_on_conversion(True)  # what has two names stays one
+        try:
+            self.module.to_empty(device=self.world.device)
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(before)
+        for name, parameter in self.module.named_parameters():
+            full = sent(values.pop(name, None), parameter, self.world)
+            start, stop = self._extent(parameter)
+            own: Any = parameter
+            own.to_local().copy_(full.flatten()[start:stop].view_as(own.to_local()))
+        fill_buffers(self.module, values, self.world)
+        self.module.hollow = False  # type: ignore[assignment]
 
     def accumulate(self, last: bool) -> AbstractContextManager[object]:
         self.root.set_requires_gradient_sync(last)

@@ -173,6 +173,11 @@ class Single:
         """Whether each rank keeps, saves and reads a part of the weights and moments."""
         return self.sharded and self.world.size > 1
 
+    @property
+    def scatters(self) -> bool:
+        """Whether `prepare` takes a hollow model: see scattered.py."""
+        return False
+
     def _extent(self, parameter: nn.Parameter) -> tuple[int, int]:
         """From where to where in the flattened parameter what this rank keeps of it, and of its moments, reaches."""
         return 0, parameter.numel()
