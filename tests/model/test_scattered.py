@@ -3,8 +3,14 @@
 import json
 
 import pytest
+import torch
 from conftest import crossrank
 from families import SHAPES, save_encoder
+
+from trainer.config import Config
+from trainer.model.loading import load_for_training
+from trainer.model.scattered import lay_aside, load_scattered, stray
+from trainer.ranks import World
 
 SOME = ("bart", "qwen3", "roformer", "deberta-v2")
 OPTIONS = {
@@ -73,3 +79,37 @@ def test_it_is_the_same_model(tmp_path, backend, families):
     assert result.stdout.count("same: ") == 2 * len(cases)
     assert " 0 parameters" not in result.stderr
     assert "each rank loads the whole model" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"torch_compile": True}, "torch_compile needs them"),
+        ({"attn_implementation": "flash_attention_2"}, "attention flash_attention_2 may need them on the device"),
+    ],
+)
+def test_where_each_rank_needs_the_values_it_says_so(builtin_model, said, monkeypatch, fields, why):
+    config = Config(model_name_or_path=str(builtin_model), train_file="x", **fields)
+    world, loaded = World(0, 1, 0, torch.device("cpu")), []
+    monkeypatch.setattr("trainer.model.scattered.load_for_training", lambda *given: loaded.append(given) or whole)
+    whole = load_for_training(Config(model_name_or_path=str(builtin_model), train_file="x"), ("a", "b", "c"))
+    assert not load_scattered(config, world, ("a", "b", "c")).hollow
+    assert said[-1] == f"each rank loads the whole model before it is sharded: {why}"
+    assert len(loaded) == 1
+
+
+def test_a_hollow_model_keeps_its_ties_and_says_what_it_cannot_replace(tmp_path):
+    config = Config(model_name_or_path=str(save_encoder(tmp_path, "bart")), train_file="x", max_length=100)
+    model = load_for_training(config, ("a", "b", "c"))
+    before = [[name for name, own in model.named_parameters(remove_duplicate=False) if own is p] for p in
+              model.parameters()]  # fmt: skip
+    values = lay_aside(model)
+    assert all(own.is_meta for own in [*model.parameters(), *model.buffers()])
+    after = [[name for name, own in model.named_parameters(remove_duplicate=False) if own is p] for p in
+             model.parameters()]  # fmt: skip
+    assert before == after
+    assert max(map(len, after)) > 1
+    assert values.keys() >= {names[0] for names in after}
+    assert stray(model) is None
+    model.model.table = torch.ones(1)
+    assert stray(model) == "model.table is a tensor, and neither a parameter nor a buffer"
