@@ -178,11 +178,10 @@ class Trainer:
         if state.saved_step == state.step:
             return
         self.refuse_nonfinite()
+        output.checkpoints.wait()  # there is room for one copy, not for two
         energy = output.energy(state.totals.energy)
         saved = state.to_json(self.identity, self.world, self.backend.name, output.journal.num_events, energy)
-        tensors = self.backend.save_state()
-        if self.world.is_main:
-            output.checkpoints.save(state.step, tensors, saved)
+        output.checkpoints.save(state.step, self.backend.save_state(), saved)
         state.saved_step = state.step
 
     def evaluate_before(self) -> None:

@@ -29,7 +29,7 @@ from trainer.metrics import score_line
 from trainer.model.cross_encoder import CrossEncoder, checkpoint_activations, compile_layers, model_facts
 from trainer.model.loading import load_for_training
 from trainer.model.precision import check_bf16, settle_products
-from trainer.model.probe import examine
+from trainer.model.scattered import examine_on_main, fingerprint_on_main, load_scattered
 from trainer.ranks import World
 from trainer.run.about import about, note
 from trainer.run.checkpoint import Checkpoints, cannot_write
@@ -81,16 +81,16 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
     backend = make_backend(config, world)
     opened = open_run(config, world)
     pairs = read_pairs(config, world, preemption)
-    model = build_model(config, world, pairs["train"].label_names)
+    model = build_model(config, world, pairs["train"].label_names, backend.scatters)
     meter = Meter(config, world)  # from here on it is work, not looking for mistakes
     data = tokenize_splits(config, world, pairs, model, preemption)
     sampler = make_sampler(config, world, data["train"])
     schedule = Schedule(config, sampler.num_steps)
     with failures(config, world, opened.path):
-        identity = freeze(config, model, data, sampler, pins(config, world))
+        identity = freeze(config, world, model, data, sampler, pins(config, world))
     world.agree(lambda: identity.data | model_facts(model) | {"device": world.device.type} | (identity.exact or {}))
     opened, lock = claim(opened, config, world)
-    checkpoints = Checkpoints(opened.path / "checkpoints", config.save_total_limit)
+    checkpoints = Checkpoints(opened.path / "checkpoints", config.save_total_limit, world, config.ddp_timeout)
     with failures(config, world, opened.path):
         start = resume(config, world, opened, checkpoints, identity, {role: own.name for role, own in pairs.items()})
         forward = backend.prepare(model)
@@ -138,15 +138,18 @@ def read_pairs(config: Config, world: World, preemption: Preemption) -> dict[str
     return splits
 
 
-def build_model(config: Config, world: World, label_names: tuple[str, ...]) -> CrossEncoder:
-    """The encoder to start from, on the device."""
+def build_model(config: Config, world: World, label_names: tuple[str, ...], scatters: bool = False) -> CrossEncoder:
+    """The encoder to start from, on the device, or hollow, where the backend `scatters` it."""
     if config.step_form == "captured" and world.device.type == "cpu":
         raise UserError("step_form captured needs a CUDA device; say --step_form static, or leave it out")
     settle_products(config.tf32)
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention has no backward that repeats its bits
     if config.bf16 and (warning := check_bf16(world.device)):
         log.warning(warning)
-    model = load_for_training(config, label_names).to(world.device)
+    if scatters:
+        model = load_scattered(config, world, label_names)
+    else:
+        model = load_for_training(config, label_names).to(world.device)
     if model.note:
         log.info(model.note)
     if config.gradient_checkpointing:
@@ -186,20 +189,21 @@ def make_sampler(config: Config, world: World, train_split: Split) -> GlobalBatc
 
 def freeze(
     config: Config,
+    world: World,
     model: CrossEncoder,
     data: dict[str, Split],
     sampler: GlobalBatchSampler,
     exact: dict[str, Any] | None,
 ) -> Identity:
     """Freezes what training cannot change. What the run is, is settled then."""
-    examine(model, data["train"].tokens, config.attn_implementation is not None)
+    examine_on_main(model, world, data["train"].tokens, config.attn_implementation is not None)
     if config.weight_decay == 0:
         model.freeze_unused_rows(data["train"].tokens)
     if model.used_rows:
         _, table = model.used_rows
         log.info(f"{len(table.frozen):,} of {len(table.place):,} tokens are in no training pair: their rows are frozen")
     fingerprints: dict[str, str] = {role: split.tokens.fingerprint for role, split in data.items()}
-    return Identity(sampler, fingerprints, model.frozen_fingerprint, exact)
+    return Identity(sampler, fingerprints, fingerprint_on_main(model, world), exact)
 
 
 def open_journal(

@@ -11,9 +11,9 @@ from conftest import ROOT, crossrank, events, free_port, losses, weights_equal
 from safetensors.torch import load_file
 
 from benchmarks.encoders import make_tiny, tiny_config
-from trainer.backends.deepspeed import CONFIGS, fill, read_settings
 from trainer.backends.fsdp import layer_classes
 from trainer.backends.single import Single
+from trainer.backends.zero_settings import CONFIGS, fill, read_settings
 from trainer.base.errors import UserError
 from trainer.cli import parse_train
 from trainer.model.cross_encoder import CrossEncoder

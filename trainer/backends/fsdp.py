@@ -12,13 +12,14 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
 
 from trainer import ranks
 from trainer.backends.optim import parameter_groups
+from trainer.backends.share import Share
 from trainer.backends.single import Single
 from trainer.config import Config
 from trainer.model.batch import Batch
+from trainer.model.scattered import fill_buffers, lay_aside, sent
 from trainer.ranks import World
 
 
@@ -42,6 +43,7 @@ def layer_classes(module: Any) -> set[str]:
 
 class FSDP(Single):
     name = "fsdp"
+    sharded = True
     replicated = False
 
     def __init__(self, world: World, config: Config) -> None:
@@ -49,13 +51,37 @@ class FSDP(Single):
         ranks.form_group(world)
 
     def prepare(self, module: nn.Module) -> Callable[[Batch], torch.Tensor]:
+        values = lay_aside(module) if getattr(module, "hollow", False) else None
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         for part in outermost(module, layer_classes(module)):
             fully_shard(part, mp_policy=policy)
         self.root: Any = fully_shard(module, mp_policy=policy)
         self.module = module
+        if values is not None:
+            self._fill(values)
         self.optimizer = self._make_optimizer(parameter_groups(module, self.config))  # of the shards
         return module
+
+    @property
+    def scatters(self) -> bool:
+        return self.world.size > 1
+
+    @torch.no_grad()
+    def _fill(self, values: dict[str, torch.Tensor]) -> None:
+        """Gives a hollow module, which is sharded already, the values that rank 0 has laid aside."""
+        before = torch.__future__.get_swap_module_params_on_conversion()
+        torch.__future__.set_swap_module_params_on_conversion(True)  # what has two names stays one
+        try:
+            self.module.to_empty(device=self.world.device)
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(before)
+        for name, parameter in self.module.named_parameters():
+            full = sent(values.pop(name, None), parameter, self.world)
+            start, stop = self._extent(parameter)
+            own: Any = parameter
+            own.to_local().copy_(full.flatten()[start:stop].view_as(own.to_local()))
+        fill_buffers(self.module, values, self.world)
+        self.module.hollow = False  # type: ignore[assignment]
 
     def accumulate(self, last: bool) -> AbstractContextManager[object]:
         self.root.set_requires_gradient_sync(last)
@@ -72,7 +98,7 @@ class FSDP(Single):
     def _clip(self, limit: float) -> torch.Tensor:
         return nn.utils.clip_grad_norm_(self.module.parameters(), limit)  # the scale would have to be a DTensor
 
-    def save_state(self) -> dict[str, torch.Tensor]:
+    def save_state(self) -> Share:
         self._reshard()
         return super().save_state()
 
@@ -82,14 +108,18 @@ class FSDP(Single):
             if isinstance(part, FSDPModule):
                 part.reshard()
 
-    def _full(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
-        shard: Any = super()._full(parameter, kind)
-        return shard.full_tensor()
+    def _extent(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """Of the first dimension each rank has as many rows, the last ones fewer, or none; see torch.chunk."""
+        rows = len(parameter)
+        each = -(-rows // self.world.size)
+        first, last = (min(rows, each * rank) for rank in (self.world.rank, self.world.rank + 1))
+        width = parameter.numel() // rows
+        return first * width, last * width
 
-    def _set_full(self, parameter: nn.Parameter, kind: str, full: torch.Tensor) -> None:
-        shard: Any = super()._full(parameter, kind)
-        with torch.no_grad():
-            shard.to_local().copy_(distribute_tensor(full, shard.device_mesh, shard.placements).to_local())
+    def _own(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
+        shard: Any = super()._own(parameter, kind)
+        local: torch.Tensor = shard.to_local()
+        return local
 
     def full_weights(self, module: nn.Module) -> dict[str, torch.Tensor]:
         self._reshard()

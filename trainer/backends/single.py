@@ -1,13 +1,15 @@
 """One device: the reference. Other backends derive from it and change only what differs."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from trainer.backends.optim import make_optimizer, parameter_groups, set_rate
+from trainer.backends.share import Share
 from trainer.base.errors import UserError
 from trainer.config import Config
 from trainer.model.batch import Batch
@@ -26,6 +28,21 @@ def add_moments(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]
         }
 
 
+class SavedTensors(Protocol):
+    """The tensors of a checkpoint, in its files; on ranks other than 0 only if they are `shared`.
+
+    `run` gives numbers `start` to `stop` of a flattened tensor, 1-D on the CPU.
+    """
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+
+    @property
+    def shared(self) -> bool: ...
+
+    def run(self, key: str, start: int, stop: int) -> torch.Tensor: ...
+
+
 class Single:
     """How a model is wired to its ranks.
 
@@ -34,6 +51,7 @@ class Single:
     """
 
     name = "single"
+    sharded = False  # each rank keeps a part of the weights, or of the moments
     replicated = True  # every rank holds the full model, so a forward without `last` involves no other rank
 
     def __init__(self, world: World, config: Config) -> None:
@@ -70,35 +88,49 @@ class Single:
         """Sees to it that the step takes gradients of at most this norm, if it is not 0. Returns the one they have."""
         return self._clip(max_grad_norm if max_grad_norm > 0 else torch.inf)
 
-    def save_state(self) -> dict[str, torch.Tensor]:
-        """Weights and the optimizer's moments, in full, copied to the CPU of rank 0; empty elsewhere.
+    def save_state(self) -> Share:
+        """Weights and the optimizer's moments, copied to the CPU: what this rank keeps of them where they are sharded;
+        else all of them on rank 0, and nothing elsewhere.
 
-        Every backend saves the same, so each loads what another saved, on any number of ranks.
+        Every backend saves the same tensors, so each loads what another saved, on any number of ranks.
         """
-        state = {}
+        shapes, runs = {}, {}
         for name, parameter in self._trained():
+            start, stop = self._extent(parameter)
             for kind in KINDS:
-                full = self._full(parameter, kind)
-                if self.world.is_main:
-                    state[f"{kind}/{name}"] = full.detach().to("cpu", copy=True).contiguous()
-        return state
+                shapes[f"{kind}/{name}"] = tuple(self._shape(parameter))
+                if stop > start and (self.divides or self.world.is_main):
+                    copy = self._own(parameter, kind).detach().to("cpu", copy=True)
+                    runs[f"{kind}/{name}"] = start, copy.flatten()
+        return Share(shapes, runs, self.divides)
 
-    def load_state(self, state: dict[str, torch.Tensor], num_updates: int) -> None:
-        """The reverse: `state` on rank 0, after `num_updates` of the optimizer, into every rank's tensors."""
-        shapes = {name: list(self._shape(parameter)) for name, parameter in self.module.named_parameters()}
-        saved = {key.removeprefix("weight/"): list(v.shape) for key, v in state.items() if key.startswith("weight/")}
+    def load_state(self, saved: SavedTensors, num_updates: int) -> None:
+        """The reverse, after `num_updates` of the optimizer: where weights are sharded, each rank reads its own.
+
+        Where they are not, or the ranks do not see the same files, rank 0 reads, and sends a tensor at a time.
+        """
+        shapes = {name: tuple(self._shape(parameter)) for name, parameter in self.module.named_parameters()}
+        found = {key.removeprefix("weight/"): s for key, s in saved.shapes.items() if key.startswith("weight/")}
         # What is frozen is as it was at the start; only checkpoints of an older version hold it.
         trained = dict(self._trained())
-        same = saved == {name: shapes[name] for name in shapes if name in saved or name in trained}
+        same = found == {name: shapes[name] for name in shapes if name in found or name in trained}
         if not self.world.broadcast(not self.world.is_main or same):
             raise UserError("the checkpoint is of another model: its weights have other names or shapes")
         self.make_moments(num_updates)
         for name, parameter in trained.items():
+            start, stop = self._extent(parameter)
             for kind in KINDS:
-                full = state[f"{kind}/{name}"] if self.world.is_main else torch.empty(self._shape(parameter))
-                full = full.to(self.world.device)
-                self.world.broadcast_(full)
-                self._set_full(parameter, kind, full)
+                key = f"{kind}/{name}"
+                if self.divides and saved.shared:
+                    run = saved.run(key, start, stop)
+                else:
+                    size = math.prod(shapes[name])
+                    full = saved.run(key, 0, size) if self.world.is_main else torch.empty(size)
+                    full = full.to(self.world.device)
+                    self.world.broadcast_(full)
+                    run = full[start:stop]
+                if stop > start:
+                    self._set_own(parameter, kind, run)
 
     def full_weights(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """The full fp32 weights of `module`, a part of the prepared one, on the CPU of rank 0; empty elsewhere."""
@@ -136,13 +168,28 @@ class Single:
         """Of the full parameter."""
         return parameter.shape
 
-    def _full(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
-        """A parameter, or one of its moments, as one tensor on every rank."""
+    @property
+    def divides(self) -> bool:
+        """Whether each rank keeps, saves and reads a part of the weights and moments."""
+        return self.sharded and self.world.size > 1
+
+    @property
+    def scatters(self) -> bool:
+        """Whether `prepare` takes a hollow model: see scattered.py."""
+        return False
+
+    def _extent(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """From where to where in the flattened parameter what this rank keeps of it, and of its moments, reaches."""
+        return 0, parameter.numel()
+
+    def _own(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
+        """That part of a parameter, or of one of its moments, in whatever shape; no copy."""
         return parameter if kind == "weight" else self.optimizer.state[parameter].get(kind, torch.zeros_like(parameter))
 
-    def _set_full(self, parameter: nn.Parameter, kind: str, full: torch.Tensor) -> None:
-        with torch.no_grad():
-            self._full(parameter, kind).copy_(full)
+    @torch.no_grad()
+    def _set_own(self, parameter: nn.Parameter, kind: str, run: torch.Tensor) -> None:
+        own = self._own(parameter, kind)
+        own.copy_(run.view(own.shape))
 
     def make_moments(self, num_updates: int) -> None:
         """The optimizer's state before its first step, as if it had made `num_updates`."""

@@ -43,7 +43,10 @@ class CrossEncoder(nn.Module):
         note: for the user, where the model runs padded unasked.
         lora: where adapters are trained; `model` then has them, and what `save` writes as the model has them merged.
         objective: what its outputs mean; see metrics.activated.
+        hollow: whether its values are on rank 0 only, until the backend has sharded it; see scattered.py.
     """
+
+    hollow = False
 
     def __init__(
         self,
@@ -85,9 +88,11 @@ class CrossEncoder(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Frozen rows included, adapters not."""
+        """Frozen rows included, adapters not. Under ZeRO-3 a parameter itself is empty."""
         frozen = self.used_rows[1].frozen.numel() if self.used_rows else 0
-        return frozen + sum(p.numel() for name, p in self.model.named_parameters() if not is_adapter(name))
+        return frozen + sum(
+            getattr(p, "ds_numel", p.numel()) for name, p in self.model.named_parameters() if not is_adapter(name)
+        )
 
     def freeze_unused_rows(self, tokens: Tokens) -> None:
         """Before training on `tokens` without weight decay: see embedding.UsedRows."""
@@ -236,9 +241,13 @@ class CrossEncoder(nn.Module):
 
 
 def model_facts(model: CrossEncoder) -> dict[str, Any]:
-    """What ranks compare: each entry of config.json, the classes' names among them, and the SHA-256 of all weights."""
+    """What ranks compare: each entry of config.json, the classes' names among them, and the SHA-256 of all weights; of
+    a hollow model, of their names and shapes."""
     digest = hashlib.sha256()
     for name, value in sorted([*model.named_parameters(), *model.named_buffers()]):
+        if model.hollow:
+            digest.update(f"{name} {[*value.shape]} {value.requires_grad}\n".encode())
+            continue
         digest.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     settings = json.loads(model.model.config.to_json_string(use_diff=False))
     return {f"config.json's {name}": value for name, value in settings.items()} | {"model": digest.hexdigest()}

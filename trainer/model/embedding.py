@@ -28,13 +28,14 @@ class UsedRows(nn.Module):
     def __init__(self, table: nn.Embedding, used: np.ndarray) -> None:
         super().__init__()
         full = table.weight.detach()
-        mask = torch.from_numpy(used).to(full.device)
-        place = torch.cat([mask.nonzero(), (~mask).nonzero()]).flatten().argsort()
-        self.num_used = int(used.sum())
-        self.weight = nn.Parameter(full[mask])
+        mask = torch.from_numpy(used)
+        rows, others = (own.nonzero().flatten() for own in (mask, ~mask))
+        self.num_used = len(rows)
+        self.weight = nn.Parameter(full[rows.to(full.device)])
+        place = torch.cat([rows, others]).argsort()
         # Not saved: a checkpoint has their fingerprint, and a model all rows, by `full`.
-        self.register_buffer("frozen", full[~mask], persistent=False)
-        self.register_buffer("place", place, persistent=False)
+        self.register_buffer("frozen", full[others.to(full.device)], persistent=False)
+        self.register_buffer("place", place.to(full.device), persistent=False)
         # As in nn.Embedding, the padding token's row has no gradient.
         self.padding = None if table.padding_idx is None else int(place[table.padding_idx])
 

@@ -46,9 +46,10 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 @lean.further()
-def load_for_training(config: Config, label_names: Sequence[str]) -> CrossEncoder:
+def load_for_training(config: Config, label_names: Sequence[str], hollow: bool = False) -> CrossEncoder:
     """The encoder to start from, in fp32, with a head for these classes, or for one score where that is the objective;
-    new weights are drawn from `config.seed`."""
+    new weights are drawn from `config.seed`. One that is `hollow` has the same shape, and no values: see scattered.py.
+    """
     name = config.model_name_or_path
     if name == "builtin":
         settings, tokenizer = builtin.make_config(), builtin.make_tokenizer()
@@ -60,7 +61,7 @@ def load_for_training(config: Config, label_names: Sequence[str]) -> CrossEncode
         set_dropout(settings, config.dropout)
     if config.attn_implementation is not None:
         settings._attn_implementation = config.attn_implementation
-    model = _new_model(config, settings)
+    model = _hollow_model(config, settings) if hollow else _new_model(config, settings)
     if model is None:
         model, new = _load_weights(config, settings)
         _settle_head(model, [*new], old_names, names, name)
@@ -80,6 +81,11 @@ def _new_model(config: Config, settings: Any) -> Any | None:
             return builtin.make_model(settings, config.seed)
     torch.manual_seed(config.seed)  # also for the new head of an encoder that is loaded
     return _from_config(config, settings).float() if config.init == "random" else None
+
+
+def _hollow_model(config: Config, settings: Any) -> Any:
+    with torch.device("meta"):
+        return _from_config(config, settings).float()
 
 
 def _from_config(config: ModelConfig, settings: Any) -> Any:

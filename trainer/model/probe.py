@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from trainer.base.errors import UserError, first_line, out_of_memory
 from trainer.base.log import log
@@ -105,12 +106,21 @@ def freeze_unused(model: CrossEncoder, tokens: Tokens) -> list[str]:
     One backend would let weight decay have them, another not, and DDP would wait for them. They are found by a
     backward of some pairs, one by one: memory may allow no more. In a known family one pair tells.
     """
+    reached: set[nn.Parameter] = set()
+
+    def note(parameter: nn.Parameter) -> None:
+        reached.add(parameter)
+        parameter.grad = None  # at once: together they would be as large as the model
+
+    trained = [(name, p) for name, p in model.model.named_parameters() if p.requires_grad]
+    hooks = [parameter.register_post_accumulate_grad_hook(note) for _, parameter in trained]
     for row in _some(tokens)[: 8 if model.layout is None else 1]:
         model.train()(_batch(model, tokens, np.array([row]))).sum().backward()
-    unused = [(name, p) for name, p in model.model.named_parameters() if p.requires_grad and p.grad is None]
+    for hook in hooks:
+        hook.remove()
+    unused = [(name, p) for name, p in trained if p not in reached]
     for _, parameter in unused:
         parameter.requires_grad_(False)
-    model.zero_grad()
     return [name for name, _ in unused]
 
 

@@ -44,6 +44,6 @@ class Output:
         """Waits for what is still being written. Raises TrainingFailed if it could not be."""
         self.meter.close()
         try:
-            self.checkpoints.wait()  # a rank that fails exits at once, but not in the middle of a checkpoint
+            self.checkpoints.close()  # a rank that fails exits at once, but not in the middle of a checkpoint
         finally:
             self.journal.close()
