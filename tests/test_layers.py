@@ -27,6 +27,7 @@ ORDER = [
     "loop",
     "finish",
     "train",
+    "plan",
     "predict",
     "score",
     "cli",
