@@ -12,9 +12,10 @@ from trainer.base.log import log, start_log
 from trainer.config import Config
 from trainer.data.pairs import Pairs
 from trainer.data.tokens import Split
+from trainer.plan.answer import make
 from trainer.plan.devices import find_device
 from trainer.plan.gauge import measure
-from trainer.plan.plan import PlanConfig, Planner, make, planner
+from trainer.plan.plan import PlanConfig, Planner, planner
 from trainer.plan.show import draw, table
 from trainer.ranks import World
 from trainer.run.preempt import Preemption
