@@ -52,10 +52,10 @@ def state_bytes(own: Parameters, backend: str, ranks: int, sums: bool, copies: b
     return weights + gathered + gradients + moments + buckets + more + own.buffers
 
 
-def memory_of(device: Device, state: float, activations: float, num_steps: int, data: float = 0.0) -> Memory:
+def memory_of(device: Device, state: float, activations: float, num_shapes: int, data: float = 0.0) -> Memory:
     """`data`: bytes of tokens and text, which on a CPU lie in the same memory. The allocator's slack is on what comes
     and goes, in other sizes each step; kernels that a CPU's library makes for shapes are kept, 1,024 of them."""
     slack = (device.slack - 1) * (activations + (state if device.kind == "gpu" else 0.0))
-    slack += device.shapes * min(num_steps, STEPS_OF_SHAPES)
+    slack += device.shapes * num_shapes
     process = device.process + (data if device.kind == "cpu" else 0.0)
     return Memory(process, state, activations, slack, process + state + activations + slack)

@@ -7,6 +7,7 @@ it (timing.py, memory.py). Nothing is computed on the device that is planned for
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,12 @@ import numpy as np
 from trainer.base.errors import UserError
 from trainer.base.fields import Fields, option
 from trainer.config import Config
-from trainer.data.sampler import global_batch_size, num_forwards
+from trainer.data.sampler import deal, global_batch_size, num_forwards
 from trainer.data.tokens import Split
 from trainer.plan.costs import NAMES, Costs, features
 from trainer.plan.devices import Device, Link, find_device, find_link
 from trainer.plan.loads import Loads, evaluation_counts, heaviest_parts, loads_of, sampler_of
-from trainer.plan.memory import Memory, memory_of, state_bytes
+from trainer.plan.memory import STEPS_OF_SHAPES, Memory, memory_of, state_bytes
 from trainer.plan.timing import Place, control_seconds, of_micro_batches, optimizer_seconds, traffic
 from trainer.plan.trace import Subject
 
@@ -148,10 +149,19 @@ class Planner:
                     float(loads.tokens.mean()), float(loads.tokens.max(1).mean()), sent.sent, sent.seconds,
                     sent.hidden)  # fmt: skip
 
-    def num_steps(self, ranks: int) -> int:
-        return sampler_of(self.config, self.data["train"], ranks).num_steps
-
     # Memory.
+
+    def num_shapes(self, ranks: int, micro_batch: int) -> int:
+        """Numbers of tokens that the first rank computes in the first steps: a padded run meets some of them again."""
+        if self.device.shapes == 0:
+            return 0
+        lengths, found = self.data["train"].tokens.lengths, set()
+        for step in islice(sampler_of(self.config, self.data["train"], ranks).steps(), STEPS_OF_SHAPES):
+            of_rows = lengths[step.rows]
+            part = of_rows[deal(of_rows, ranks * num_forwards(micro_batch, len(of_rows), ranks))[0]]
+            longest = int(of_rows.max())
+            found.add(features(self.subject, part if len(part) else lengths[:1], micro_batch, True, longest)[1])
+        return len(found)
 
     def memory(self, ranks: int, micro_batch: int, backend: str, exact: bool = True) -> Memory:
         """Of the heaviest rank; `exact`: traced, not computed from coefficients."""
@@ -169,7 +179,7 @@ class Planner:
         state = state_bytes(own, backend, ranks, fast and ranks * forwards > 1, fast and config.bf16,
                             config.ddp_comm_hook == "bf16")  # fmt: skip
         data = sum(split.tokens.bytes_per_pair * len(split) for split in self.data.values())
-        return memory_of(self.device, state, activations, self.num_steps(ranks), data)
+        return memory_of(self.device, state, activations, self.num_shapes(ranks, micro_batch), data)
 
     def fits(self, memory: Memory, ranks: int) -> bool:
         """On a CPU the ranks of a machine share its memory."""
