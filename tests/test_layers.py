@@ -29,6 +29,7 @@ ORDER = [
     "finish",
     "train",
     "feed",
+    "plan",
     "predict",
     "score",
     "cli",

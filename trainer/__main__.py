@@ -29,6 +29,7 @@ USAGE = """usage: crossrank VERB ...
   evaluate   score a model on labelled pairs     crossrank evaluate MODEL_DIR --test_file pairs.parquet
   predict    classify new pairs                  crossrank predict MODEL_DIR --input pairs.jsonl
   report     model card and pictures of a run    crossrank report RUN_DIR [RUN_DIR ...]
+  plan       time and memory, before a run       crossrank plan --recipe allnli-100k --device rtx3090
   doctor     check this machine                  crossrank doctor --ranks 2
   launch     start a run: here, by torchrun      crossrank launch slurm --nodes 2 --gpus_per_node 4 -- train ...
              or in a Slurm job
@@ -105,6 +106,16 @@ def report(argv: list[str]) -> None:
     write([os.path.expanduser(run) for run in values["runs"]], target and os.path.expanduser(target))
 
 
+def plan(argv: list[str]) -> None:
+    from trainer.cli import parse_plan
+    from trainer.plan.plan import PlanConfig
+
+    config, asked = parse_plan(argv, PlanConfig)
+    from trainer.plan.verb import show_plan
+
+    show_plan(config, asked)
+
+
 def doctor(argv: list[str]) -> None:
     from trainer.cli import grouped, make_parser, parse
     from trainer.doctor import DoctorConfig, diagnose
@@ -125,6 +136,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "evaluate": evaluate,
     "predict": predict,
     "report": report,
+    "plan": plan,
     "doctor": doctor,
     "launch": launch,
 }
@@ -135,6 +147,7 @@ INTERNAL = {
     "agent": ("launcher.agent", "main"),
     "preflight": ("launcher.preflight", "main"),
     "meet": ("trainer.doctor", "meet"),
+    "gauge": ("trainer.plan.gauge", "main"),
 }
 
 
@@ -171,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise UserError(unknown("verb", verb, VERBS))
-        if verb in ("train", "evaluate", "predict", "report"):
+        if verb in ("train", "evaluate", "predict", "report", "plan"):
             folders.provide()
         VERBS[verb](rest)
     except UserError as error:

@@ -7,9 +7,10 @@ them (base/fields.py), as those of YAML files and of Python do: one way in.
 import argparse
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 from trainer.base.environment import read_place
 from trainer.base.errors import UserError, unknown
@@ -18,6 +19,7 @@ from trainer.base.log import log, start_log
 from trainer.config import GROUPS, Config, DataConfig, read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
+Own = TypeVar("Own")
 
 
 class Parser(argparse.ArgumentParser):
@@ -114,18 +116,32 @@ def _joined(argv: list[str], options: dict[str, argparse.Action]) -> list[str]:
     return joined
 
 
+def parse_plan(argv: list[str], group: Callable[..., Own]) -> tuple[Config, Own]:
+    """The Config of the run that `crossrank plan ARGV` plans, and the plan's own fields, `group`."""
+    what = "Memory, time, scaling and cost of a run before it is queued."
+    kind: Any = group
+    given = parse(train_parser(asks_for_help(argv), "plan", (kind, *GROUPS), what), argv)
+    own = {name: given.pop(name) for name in kinds(kind) if name in given}
+    return resolved(given), group(**checked(own, kind))
+
+
 def asks_for_help(argv: list[str]) -> bool:
     return "--help" in argv or "-h" in argv
 
 
-def train_parser(explained: bool = True) -> Parser:
+def train_parser(
+    explained: bool = True,
+    verb: str = "train",
+    groups: tuple[type, ...] = GROUPS,
+    what: str = "Fine-tune a cross-encoder on sentence pairs.",
+) -> Parser:
+    """Of a verb that takes the fields of a run."""
     parser = make_parser(
-        "crossrank train",
-        GROUPS,
+        f"crossrank {verb}",
+        groups,
         explained,
-        usage="crossrank train [--recipe NAME] [--config FILE.yaml] [--field value ...]",
-        description="Fine-tune a cross-encoder on sentence pairs. Precedence: a field's default < recipe < config "
-        "file < command line.",
+        usage=f"crossrank {verb} [--recipe NAME] [--config FILE.yaml] [--field value ...]",
+        description=f"{what} Precedence: a field's default < recipe < config file < command line.",
     )
     parser.add_argument("--recipe", help="named settings shipped with crossrank, such as demo or allnli-100k")
     parser.add_argument("--config", help="YAML file of fields, such as the config.yaml of an earlier run")
@@ -134,7 +150,11 @@ def train_parser(explained: bool = True) -> Parser:
 
 def parse_train(argv: list[str], fields: dict[str, Any] | None = None) -> Config:
     """The Config of `crossrank train ARGV`, over which `fields` go. Raises UserError; SystemExit(0) after --help."""
-    given = parse(train_parser(asks_for_help(argv)), argv)
+    return resolved(parse(train_parser(asks_for_help(argv)), argv), fields)
+
+
+def resolved(given: dict[str, Any], fields: dict[str, Any] | None = None) -> Config:
+    """The Config of the options `given`, recipe and config file among them, over which `fields` go."""
     recipe, config = given.pop("recipe", None), given.pop("config", None)
     values: dict[str, Any] = {}
     if recipe is not None:

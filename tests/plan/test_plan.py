@@ -1,0 +1,208 @@
+"""A plan's counts against a real model's, its dealing against a step's, its file formats and its errors."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from trainer.__main__ import main
+from trainer.base.errors import UserError
+from trainer.base.yaml_files import dump
+from trainer.cli import parse_plan
+from trainer.data.sampler import Step
+from trainer.model.loading import load_for_training
+from trainer.model.precision import autocast
+from trainer.plan.costs import NAMES, features
+from trainer.plan.devices import Device, find_device, find_link, table
+from trainer.plan.gauge import PEAK_SIZES, device_file
+from trainer.plan.loads import loads_of, sampler_of
+from trainer.plan.plan import PARTS, PlanConfig
+from trainer.plan.timing import Place, traffic
+from trainer.plan.verb import prepared
+from trainer.ranks import World
+from trainer.step.plain import PlainStep
+
+DEMO = ["--recipe", "demo", "--max_train_samples", "900", "--max_eval_samples", "50", "--max_test_samples", "50"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def own():
+    config, asked = parse_plan([*DEMO, "--bf16", "true", "--per_device_train_batch_size", "16"], PlanConfig)
+    return prepared(config, asked)
+
+
+def rows_of(own, count, seed=0):
+    return np.random.default_rng(seed).choice(len(own.data["train"]), count, replace=False)
+
+
+@pytest.mark.parametrize("unpad", [True, False])
+def test_flops_and_parameters_are_those_of_the_real_model(own, unpad):
+    config = dataclasses.replace(own.config, unpad=unpad)
+    planned, split = prepared(config, own.asked), own.data["train"]
+    model = load_for_training(config, split.pairs.label_names).train()
+    model.freeze_unused_rows(split.tokens)
+    rows = rows_of(own, 13)
+    batch = model.batch(split.tokens, split.pairs.label, rows, CPU, seed=1, step=1)
+    with FlopCounterMode(display=False) as counter, autocast(CPU, True):
+        model(batch).float().sum().backward()
+    counted = planned.subject.count(split.tokens.lengths[rows])
+    assert counted.flops == counter.get_total_flops()
+    assert planned.parameters.total == model.num_parameters
+    assert planned.parameters.trained == sum(p.numel() for p in model.parameters() if p.grad is not None)
+    # And of any micro-batch, by the coefficients.
+    by_features = np.array(features(planned.subject, split.tokens.lengths[rows], 16, True)) @ planned.costs.training
+    found = dict(zip(NAMES, by_features, strict=True))
+    assert found["linear"] + found["attention"] == pytest.approx(counted.flops, rel=1e-6)
+    assert found["operations"] == pytest.approx(counted.operations, rel=0.03)
+    assert found["moved"] == pytest.approx(counted.moved, rel=0.05)
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 8])
+def test_ranks_get_the_tokens_that_a_run_would_deal_them(own, ranks):
+    split = own.data["train"]
+    loads = loads_of(own.config, own.subject, own.costs, split, ranks, 4)
+    sampler = sampler_of(own.config, split, ranks)
+    step = object.__new__(PlainStep)  # only its dealing
+    vars(step).update(split=split, micro_batch_size=4, world=World(0, ranks, 0, torch.device("cpu")), _dealt=None)
+    assert len(loads.tokens) == sampler.steps_per_epoch
+    for number in (0, 5, len(loads.tokens) - 1):
+        current: Step = sampler.at(number)
+        dealt = [step.micro_batches(current, rank) for rank in range(ranks)]
+        expected = [sum(int(split.tokens.lengths[rows].sum()) for rows in parts) for parts in dealt]
+        assert loads.tokens[number].tolist() == expected
+    assert loads.num_steps == sampler.num_steps
+
+
+def test_peak_is_of_what_is_alive(own):
+    """Twice the pairs keep twice the activations; to compute them again takes more products."""
+    lengths = np.full(16, 30)
+    once, twice = (own.subject.count(np.tile(lengths, times)).peak for times in (4, 8))
+    assert 1.7 < twice / once < 2.1
+    less = prepared(dataclasses.replace(own.config, gradient_checkpointing=True), own.asked)
+    assert less.subject.count(lengths).linear > 1.2 * own.subject.count(lengths).linear
+
+
+def test_json_has_its_keys_and_adds_up(tmp_path, capsys):
+    picture = tmp_path / "plan.svg"
+    argv = ["plan", *DEMO, "--json", "--nodes", "2", "--gpus_per_node", "2", "--device", "h100", "--price", "2.5"]
+    assert main([*argv, "--picture", str(picture)]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert set(plan) == {"format", "model", "data", "run", "memory", "step", "seconds", "energy_kwh", "device_hours",
+                         "cost", "scaling", "choice"}  # fmt: skip
+    assert set(plan["step"]["parts"]) == set(PARTS)
+    assert plan["step"]["seconds"] == pytest.approx(sum(plan["step"]["parts"].values()))
+    memory = plan["memory"]
+    assert memory["total"] == sum(memory[name] for name in ("process", "state", "activations", "slack"))
+    assert memory["fits"]
+    assert plan["run"]["ranks"] == 4
+    assert [world["ranks"] for world in plan["scaling"]] == [2**power for power in range(11)]
+    assert plan["scaling"][0]["efficiency"] == 1
+    assert plan["cost"] == pytest.approx(2.5 * plan["device_hours"])
+    assert picture.read_text().startswith("<?xml")
+
+
+def small(tmp_path, **changed):
+    """A file of the CPU with other values."""
+    entries = table()["devices"]["cpu"] | {
+        name: {"value": value, "source": "a test"} for name, value in changed.items()
+    }
+    path = tmp_path / "device.yaml"
+    path.write_text(dump({"devices": {"small": entries}}))
+    return str(path)
+
+
+def test_what_cannot_fit_says_what_would(tmp_path, capsys):
+    device = small(tmp_path, memory=16e6, process=1e6, shapes=0)
+    argv = ["plan", *DEMO, "--device", device, "--train_batch_size", "256", "--per_device_train_batch_size", "256"]
+    assert main(argv) == 2
+    said = capsys.readouterr()
+    assert "DOES NOT FIT" in said.out
+    assert "what fits: --per_device_train_batch_size" in said.err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--device", "h1000"], "unknown device 'h1000'; known are rtx3090, a100, h100, h200, cpu"),
+        (["--link", "string"], "known are nvlink4, nvlink3, pcie4, ethernet1"),
+        (["--nodes", "0"], "nodes must be above 0, got 0"),
+        (["--gpus_per_node", "-2"], "gpus_per_node must be above 0, got -2"),
+        (["--device", "absent.yaml"], "absent.yaml"),
+        (["--picture", "plan.gif", "--json"], "must end with .svg or .png"),
+    ],
+)
+def test_bad_input_is_one_clear_error(options, said, capsys):
+    assert main(["plan", *DEMO, *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_files_of_devices_are_checked_field_by_field(tmp_path):
+    good, _ = find_device(small(tmp_path, memory=1e9))
+    assert good == dataclasses.replace(find_device("cpu")[0], memory=1e9)
+    with pytest.raises(UserError, match="bandwidth must be above 0"):
+        find_device(small(tmp_path, bandwidth=-1))
+    with pytest.raises(UserError, match="unknown field 'bandwith'"):
+        find_device(small(tmp_path, bandwith=1))
+    entries = dict(table()["devices"]["cpu"])
+    for broken, said in ((entries | {"slack": 1.2}, "slack must be {value"),
+                         ({k: v for k, v in entries.items() if k != "watts"}, "lacks watts")):  # fmt: skip
+        (tmp_path / "broken.yaml").write_text(dump({"devices": {"x": broken}}))
+        with pytest.raises(UserError, match=said):
+            find_device(str(tmp_path / "broken.yaml"))
+
+
+def test_every_number_of_the_table_has_a_source():
+    for name in table()["devices"]:
+        assert isinstance(find_device(name)[0], Device)
+    for name in table()["links"]:
+        assert find_link(name).bandwidth > 0
+    assert find_link("infiniband400x8").bandwidth == 8 * find_link("infiniband400").bandwidth == 400e9
+    assert find_link("100Mbit").bandwidth == 12.5e6
+
+
+def test_what_is_measured_is_read_back(own, tmp_path):
+    """Seconds that known rates would give lead back to them."""
+    rates = {"products": 2e11, "bytes": 8e9, "operation": 2e-5}
+    counts = [own.subject.count(np.full(pairs, length)) for pairs, length in ((16, 30), (4, 12), (8, 60), (2, 20))]
+    seconds = [c.linear / 2e11 + c.attention / 2e10 + c.moved / 8e9 + c.operations * 2e-5 for c in counts]
+    rank = {"seconds": seconds, "products": rates["products"], "optimizer": 32 * 1000 / 9e9, "trained": 1000,
+            "process": 10**8, "peaks": [1.5e8] * 6, "all_reduce": []}  # fmt: skip
+    found = {"ranks": [rank], "counts": [[getattr(c, name) for name in NAMES] for c in counts], "state": 1e7,
+             "activations": 2e7, "threads": 1}  # fmt: skip
+    shared = [2.5 * own for own in seconds]
+    both = [rank | {"seconds": shared, "all_reduce": [1e-3 + size / 1e9 for size in PEAK_SIZES]}] * 2
+    path = tmp_path / "measured.yaml"
+    path.write_text(dump(device_file({1: found, 2: found | {"ranks": both}}, own.config)))
+    device, _ = find_device(str(path))
+    assert device.linear_bf16 * device.linear_reached == pytest.approx(2e11)
+    assert device.bandwidth * device.bandwidth_reached == pytest.approx(8e9, rel=1e-3)
+    assert device.bandwidth * device.optimizer_reached == pytest.approx(9e9)
+    assert device.operation == pytest.approx(2e-5, rel=1e-3)
+    assert device.share(2) == pytest.approx(0.4, rel=1e-3)
+    assert device.share(4) == pytest.approx(0.2, rel=1e-3)
+    assert find_link("loopback", str(path)).bandwidth == pytest.approx(1e9, rel=1e-3)
+    assert main(["plan", *DEMO, "--device", str(path), "--gpus_per_node", "2", "--json"]) == 0
+
+
+def test_traffic_is_that_of_a_ring(own):
+    place = Place(2, 1, find_link("loopback"), find_link("100Mbit"))
+    parameters, device = own.parameters, own.device
+    sent = traffic(parameters, device, place, "ddp", "plain", 1e9, False)
+    assert sent.sent == 4 * parameters.trained  # 2 (P - 1) / P of it
+    assert sent.seconds > sent.sent / 12.5e6 > sent.hidden > 0
+    assert traffic(parameters, device, place, "ddp", "plain", 1e9, True).sent == sent.sent / 2
+    alone = Place(1, 1, find_link("loopback"), find_link("loopback"))
+    assert traffic(parameters, device, alone, "single", "plain", 1.0, False).sent == 0
+
+
+@pytest.mark.full
+def test_this_machine_is_measured(tmp_path, capsys):
+    path = tmp_path / "here.yaml"
+    argv = ["plan", *DEMO, "--measure", str(path), "--gpus_per_node", "2", "--json", "--eval_strategy", "no"]
+    assert main(argv) == 0
+    assert json.loads(capsys.readouterr().out)["step"]["seconds"] > 0
+    assert find_device(str(path))[0].kind == "cpu"

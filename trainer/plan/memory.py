@@ -1,0 +1,61 @@
+"""Bytes of a rank: its process, the state of training, and what the heaviest micro-batch of the run keeps.
+
+Weights, gradients and AdamW's two moments are fp32: 16 bytes a trained parameter and 4 a frozen one (Rajbhandari et al.
+2020 for what each stage of ZeRO shards). Beyond the formulas DeepSpeed keeps buckets, in bytes a parameter of the first
+50 M, as measured by benchmarks.backends.
+"""
+
+from dataclasses import dataclass
+
+from trainer.plan.devices import Device
+from trainer.plan.trace import Parameters
+
+STEPS_OF_SHAPES = 60  # until the cache of kernels is full: by what is resident after 20, 40 and 100 steps
+BUCKET = 50e6  # elements, of ds_configs/
+BUCKETS = {"zero1": 2.2, "zero2": 2.2, "zero3": 10.9}
+SHARDS_WEIGHTS = ("fsdp", "zero3")
+SHARDS_GRADIENTS = ("fsdp", "zero3")  # zero2 frees others' gradients only after its bucket: measured as zero1
+SHARDS_MOMENTS = ("fsdp", "zero1", "zero2", "zero3")
+BACKENDS = ("single", "ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank.
+
+    Attributes:
+        process: before the model is there.
+        state: weights, gradients, moments, buffers of the backend.
+        activations: of the heaviest micro-batch, beyond the gradients.
+        slack: what the allocator holds besides.
+        total: all of them.
+    """
+
+    process: float
+    state: float
+    activations: float
+    slack: float
+    total: float
+
+
+def state_bytes(own: Parameters, backend: str, ranks: int, sums: bool, copies: bool, bf16_hook: bool) -> float:
+    """Weights, gradients, moments and what the backend or a static step keeps beside them.
+
+    `sums`: whether a static step adds gradients up in a tensor of its own; `copies`: whether it keeps weights in bf16.
+    """
+    weights = 4.0 * own.held / (ranks if backend in SHARDS_WEIGHTS else 1)
+    gathered = 8.0 * own.largest_layer if backend in SHARDS_WEIGHTS and ranks > 1 else 0.0  # one in use, one prefetched
+    gradients = 4.0 * own.trained / (ranks if backend in SHARDS_GRADIENTS else 1)
+    moments = 8.0 * own.trained / (ranks if backend in SHARDS_MOMENTS else 1)
+    buckets = BUCKETS.get(backend, 0.0) * min(own.trained, BUCKET)
+    more = 4.0 * own.trained * sums + 2.0 * (own.held - own.tail) * copies + 2.0 * own.trained * bf16_hook
+    return weights + gathered + gradients + moments + buckets + more + own.buffers
+
+
+def memory_of(device: Device, state: float, activations: float, num_shapes: int, data: float = 0.0) -> Memory:
+    """`data`: bytes of tokens and text, which on a CPU lie in the same memory. The allocator's slack is on what comes
+    and goes, in other sizes each step; kernels that a CPU's library makes for shapes are kept, 1,024 of them."""
+    slack = (device.slack - 1) * (activations + (state if device.kind == "gpu" else 0.0))
+    slack += device.shapes * num_shapes
+    process = device.process + (data if device.kind == "cpu" else 0.0)
+    return Memory(process, state, activations, slack, process + state + activations + slack)

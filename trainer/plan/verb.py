@@ -1,0 +1,57 @@
+"""`crossrank plan`: reads the data as a run does, makes the plan, and shows it."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+from trainer.base.errors import UserError
+from trainer.base.log import log, start_log
+from trainer.config import Config
+from trainer.data.load import ALONE
+from trainer.data.pairs import Pairs
+from trainer.data.tokens import Split
+from trainer.plan.answer import make
+from trainer.plan.devices import find_device
+from trainer.plan.gauge import measure
+from trainer.plan.plan import PlanConfig, Planner, planner
+from trainer.plan.show import draw, table
+from trainer.run.preempt import Preemption
+from trainer.train import read_pairs, tokenize_splits
+
+
+def show_plan(config: Config, asked: PlanConfig) -> None:
+    """Prints the plan, and draws its picture. Raises UserError for a run that does not fit, with what would."""
+    start_log(is_main=True)
+    if asked.json:
+        log.setLevel(logging.WARNING)
+    picture = asked.picture or (config.output_dir and str(Path(config.output_dir) / "plan.svg"))
+    if picture and not picture.endswith((".svg", ".png")):
+        raise UserError(f"picture {picture}: its name must end with .svg or .png")
+    if asked.measure is not None:
+        measure(config, Path(asked.measure), asked.gpus_per_node)
+        asked = dataclasses.replace(asked, device=asked.measure, measure=None)
+    find_device(asked.device)  # for its errors, before anything is read
+    own = prepared(config, asked)
+    plan = make(own)
+    print(json.dumps(plan, indent=1) if asked.json else table(plan))
+    if picture:
+        draw(plan, Path(picture))
+    if not plan["memory"]["fits"]:
+        need, limit = plan["memory"]["total"] / 1e9, plan["memory"]["limit"] / 1e9
+        would = "; or ".join(plan["choice"]["would_fit"])
+        raise UserError(f"a rank needs {need:.1f} GB, and {own.device.title} has {limit:.1f} GB; what fits: {would}")
+
+
+def prepared(config: Config, asked: PlanConfig) -> Planner:
+    """With the real data, tokenised by the real tokenizer; of the model no weights are read."""
+    pairs = read_pairs(config, ALONE, Preemption(ALONE, []))
+    names = pairs["train"].label_names
+    own = planner(config, asked, names, {})
+    own = dataclasses.replace(own, data=splits(config, own, pairs))
+    own.settle()
+    return own
+
+
+def splits(config: Config, own: Planner, pairs: dict[str, Pairs]) -> dict[str, Split]:
+    return tokenize_splits(config, ALONE, pairs, own.subject.model, Preemption(ALONE, []))
