@@ -1,6 +1,7 @@
 """What users choose of how a run is trained: the same run on any ranks, through any backend, interrupted or not."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from trainer.cli import parse_train
 from trainer.ranks import World
 from trainer.report.card import card
 from trainer.report.read import read_run
+from trainer.run.verified import load
 from trainer.train import prepare, train
 
 # All of them at once. By this threshold no evaluation is better than the first: it stops at step 8 of 12.
@@ -34,7 +36,8 @@ def results(folder: Path) -> dict:
 
 def saved(folder: Path, step: int = 8) -> dict[str, torch.Tensor]:
     """A checkpoint's weights and moments."""
-    return load_file(folder / "checkpoints" / f"step-{step:06}" / "tensors.safetensors")
+    tensors = load(folder / "checkpoints" / f"step-{step:06}").tensors
+    return {key: tensors.run(key, 0, math.prod(shape)).reshape(shape) for key, shape in tensors.shapes.items()}
 
 
 def told(folder: Path) -> list[dict]:

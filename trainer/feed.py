@@ -18,7 +18,7 @@ import torch.distributed as dist
 from trainer.base.errors import TrainingFailed, UserError, first_line
 from trainer.data.pairs import Rows, Texts
 from trainer.data.tokenize import in_memory
-from trainer.data.tokens import Encoder, Tokens
+from trainer.data.tokens import Encoder, Tokens, nothing_of
 from trainer.ranks import World
 
 PART, END, MISTAKE, FAILURE = range(4)  # what comes next
@@ -81,8 +81,7 @@ class Feed:
         own = Texts(rows.name, rows.row[self._mine], list(premise), list(hypothesis))
         tokens = self._gathered(in_memory(own, self.encoder), len(rows))
         if len(nothing := np.flatnonzero(tokens.lengths == 0)):
-            what = "the tokenizer makes no token of this pair, not even a special one"
-            raise UserError(f"{rows.at(nothing[0])}: {what}")
+            raise nothing_of(rows, int(nothing[0]))
         return tokens
 
     def _sent(self, parts: Iterator[Read]) -> Iterator[Fed]:

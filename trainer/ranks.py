@@ -171,6 +171,9 @@ def _connected() -> Iterator[None]:
         raise TrainingFailed("the connection to rank 0 broke off; look for what ended that one") from None
 
 
+ALONE = World(0, 1, 0, torch.device("cpu"))  # a process that has no others
+
+
 def _boot() -> str:
     """What tells hosts of one name apart: the running kernel's own number."""
     with suppress(OSError):

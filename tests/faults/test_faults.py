@@ -202,10 +202,10 @@ def test_asked_to_stop_while_it_evaluates(whole, tmp_path):
 def test_asked_to_stop_while_it_tokenises(tmp_path):
     script = tmp_path / "slow.py"
     script.write_text(
-        "import sys, time\nfrom trainer import __main__\nfrom trainer.data import tokens\ntokens.CHUNK = 10\n"
-        "bar = tokens.tqdm.update\n"
+        "import sys, time\nfrom trainer import __main__\nfrom trainer.data import tokenize, tokens\ntokens.CHUNK = 10\n"
+        "bar = tokenize.tqdm.update\n"
         "def slow(self, n):\n    time.sleep(0.1)\n    return bar(self, n)\n"
-        "tokens.tqdm.update = slow\nsys.exit(__main__.main(sys.argv[1:]))\n"
+        "tokenize.tqdm.update = slow\nsys.exit(__main__.main(sys.argv[1:]))\n"
     )
     cache = tmp_path / "cache"
     ranks = Ranks(["train", *RUN, "--output_dir", tmp_path / "run"], 0, None, script, {"CROSSRANK_CACHE": str(cache)})

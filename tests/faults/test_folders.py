@@ -97,11 +97,11 @@ def test_no_bars_in_a_log(tmp_path):
         (tmp_path / "pairs" / f"{split}.jsonl").write_text(rows)
     script = tmp_path / "slow.py"
     script.write_text(
-        "import sys, time\nfrom trainer.data import tokens\ntokens.CHUNK = 50\n"
-        "class Slow(tokens.tqdm):\n"
+        "import sys, time\nfrom trainer.data import tokenize, tokens\ntokens.CHUNK = 50\n"
+        "class Slow(tokenize.tqdm):\n"
         "    def __init__(self, *args, **given):\n        super().__init__(*args, **given | {'delay': 0})\n"
         "    def update(self, n):\n        time.sleep(0.2)\n        return super().update(n)\n"
-        "tokens.tqdm = Slow\nfrom trainer import __main__\nsys.exit(__main__.main(sys.argv[1:]))\n"
+        "tokenize.tqdm = Slow\nfrom trainer import __main__\nsys.exit(__main__.main(sys.argv[1:]))\n"
     )
     run = ["train", *RUN[2:], "--model_name_or_path", "builtin", "--dataset_name", tmp_path / "pairs",
            "--write_report", "false", "--output_dir", tmp_path / "run"]  # fmt: skip

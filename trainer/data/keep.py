@@ -3,14 +3,13 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trainer.data.pairs import Pairs, Spooled
-from trainer.data.stored import locked, store, stored
+from trainer.data.stored import Check, locked, prune, reopened, store, stored
 from trainer.rows.places import Place, parts_of
 
 FORMAT = 1
@@ -18,7 +17,7 @@ ARRAYS = ("row", "label", "source", "values", "of_class")
 FACTS = ("label_names", "source_names", "num_dropped", "num_available", "columns", "split", "mapped", "said", "files")
 
 
-def kept(pairs: Pairs, folder: Path, check: Callable[[], None]) -> Path:
+def kept(pairs: Pairs, folder: Path, check: Check) -> Path:
     """The folder of these pairs; one that is there and sound is taken. Raises OSError."""
     assert isinstance(pairs.texts, Spooled)
     facts = {name: getattr(pairs, name) for name in FACTS}
@@ -33,14 +32,16 @@ def kept(pairs: Pairs, folder: Path, check: Callable[[], None]) -> Path:
     with locked(path, check):
         if stored(path) is None:
             store(path, arrays, facts)
+            prune(folder)
     return path
 
 
 def opened(path: Path) -> Pairs:
-    """Those of a folder that this process or another one of the node has just written or looked at."""
-    held = stored(path, verify=None)
-    if held is None:
-        raise FileNotFoundError(2, "the cache of the pairs is gone", str(path))
+    """Those of a folder that this process or another one of the node has just written or looked at.
+
+    Raises UserError.
+    """
+    held = reopened(path)
     facts: dict[str, Any] = held.facts
     name = Place(facts["name"])
     name.parts = tuple((own, start) for own, start in facts["parts"])

@@ -10,8 +10,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from trainer.base.errors import UserError
 from trainer.base.fields import mapped
 from trainer.base.folders import caches
@@ -21,21 +19,15 @@ from trainer.data.keep import kept, opened
 from trainer.data.mix import Mix
 from trainer.data.pairs import Pairs, Spooled
 from trainer.data.sources import columns_of, origins_of, spool_of
-from trainer.data.stored import no_room
+from trainer.data.stored import Check, nothing
 from trainer.data.team import team_of
 from trainer.labels.label_map import check_known
 from trainer.options import Objective
-from trainer.ranks import World
+from trainer.ranks import ALONE, World
 from trainer.rows.places import listed
 from trainer.rows.splits import Role, named_sets
 
 LONGEST_TITLE = 100  # characters of several names together
-ALONE = World(0, 1, 0, torch.device("cpu"))
-Check = Callable[[], None]
-
-
-def nothing() -> None:
-    pass
 
 
 def load_splits(
@@ -68,11 +60,7 @@ def _once(world: World, load: Callable[[], dict[str, Pairs]], check: Check) -> d
     def make() -> dict[str, str]:
         return {role: str(kept(own, cache / "pairs", check)) for role, own in load().items()}
 
-    try:
-        paths = team.once("pairs", make, check)
-        splits = {role: opened(Path(path)) for role, path in paths.items()}
-    except OSError as error:
-        raise no_room(cache, error) from None
+    splits = {role: opened(Path(path)) for role, path in team.once("pairs", make, check).items()}
     for role, pairs in splits.items():
         if world.is_main and role != "train" and isinstance(pairs.texts, Spooled):
             pairs.texts.hold()  # the end of the run shows some of them

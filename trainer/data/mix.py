@@ -9,13 +9,14 @@ import hashlib
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from trainer.base.errors import UserError
 from trainer.base.fields import mapped
-from trainer.data.pairs import Pairs
+from trainer.data.pairs import SOME, Pairs, counted
 
 
 @dataclass(frozen=True)
@@ -52,18 +53,21 @@ class Mix:
     @property
     def sizes(self) -> list[int]:
         """Pairs of each source in an epoch."""
-        counts = np.bincount(self.codes, minlength=len(self.names)).tolist()
-        return [math.floor(w) * count + _part(w, count) for w, count in zip(self.weights, counts, strict=True)]
+        return [math.floor(w) * count + _part(w, count) for w, count in zip(self.weights, self.counts, strict=True)]
 
-    @property
-    def often(self) -> np.ndarray:
-        """(pairs,) how often an epoch has each pair, on average."""
-        share = np.array(self.sizes) / np.bincount(self.codes, minlength=len(self.names))
-        return np.asarray(share[self.codes])
+    @cached_property
+    def counts(self) -> list[int]:
+        """Pairs of each source."""
+        return [int(count) for count in counted(self.codes, len(self.names))]
+
+    def of_classes(self, label: np.ndarray, num_classes: int) -> np.ndarray:
+        """(classes,) how many pairs an epoch has of each, on average; `label` (pairs,)."""
+        share = np.array(self.sizes) / self.counts  # how often it has a pair of each source
+        return counted(label, num_classes, lambda part: share[self.codes[part]])
 
     def describe(self) -> str:
         """How many of each source an epoch has."""
-        each = zip(self.names, self.sizes, np.bincount(self.codes).tolist(), strict=True)
+        each = zip(self.names, self.sizes, self.counts, strict=True)
         return ", ".join(f"{size:,} from the {count:,} of {name}" for name, size, count in each)
 
     def rows(self, seed: int, epoch: int) -> np.ndarray:
@@ -76,11 +80,14 @@ class Mix:
                 chosen.append(own[_permutation(len(own), seed, epoch, number)[:size]])
         return np.sort(np.concatenate(chosen))
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """Another one is another order."""
         weights = ", ".join(f"{name}={weight}" for name, weight in zip(self.names, self.weights, strict=True))
-        return f"{weights}; {hashlib.sha256(self.codes.astype('<i8').tobytes()).hexdigest()[:16]}"
+        digest = hashlib.sha256()
+        for start in range(0, len(self.codes), SOME):  # as 64 bits, whatever type they are kept in
+            digest.update(self.codes[start : start + SOME].astype("<i8").tobytes())
+        return f"{weights}; {digest.hexdigest()[:16]}"
 
 
 def _part(weight: Fraction, size: int) -> int:

@@ -1,6 +1,6 @@
 """Sentence pairs as plain arrays: those of a split, and those that are to be predicted."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,17 @@ from trainer.data.spool import Spool, open_spool
 from trainer.rows.places import at, rows_at
 
 SHOWN = 8  # sources that a line says
+SOME = 1 << 20  # pairs that are looked at together
+
+
+def counted(codes: np.ndarray, size: int, weights: Callable[[slice], np.ndarray] | None = None) -> np.ndarray:
+    """(size,) how often each number below `size` is in `codes` (n,), or the sum of their `weights`.
+
+    Some at a time, since numpy's bincount makes 64 bits of each.
+    """
+    parts = (slice(start, start + SOME) for start in range(0, len(codes), SOME))
+    found = [np.bincount(codes[part], weights and weights(part), minlength=size) for part in parts]
+    return np.asarray(sum(found, np.zeros(size, int)))
 
 
 @dataclass(frozen=True)
@@ -71,9 +82,10 @@ class Spooled:
 
     def between(self, start: int, end: int) -> Iterator[tuple[list[str], list[str]]]:
         """As Texts has it."""
-        rows = self.row[start:end]
-        for spool, first, low, high in zip(self.spools, self.starts, *self._cuts(rows), strict=False):
-            yield from spool.texts(rows[low:high] - first)
+        for begin in range(start, end, SOME):
+            rows = self.row[begin : min(begin + SOME, end)].astype(np.int64)
+            for spool, first, low, high in zip(self.spools, self.starts, *self._cuts(rows), strict=False):
+                yield from spool.texts(rows[low:high] - first)
 
     def some(self, numbers: Sequence[int]) -> list[tuple[str, str]]:
         """As Texts has it."""
@@ -132,19 +144,23 @@ class Pairs(Rows):
     @property
     def targets(self) -> np.ndarray:
         """(n,) class numbers, or 0 and 1, or where the labels have no names the numbers that they are."""
-        return self.label if self.values is None or self.label_names else self.values[self.label]
+        return self.targets_of(slice(None))
+
+    def targets_of(self, numbers: slice | int) -> np.ndarray:
+        """Those of some pairs."""
+        return self.label[numbers] if self.values is None or self.label_names else self.values[self.label[numbers]]
 
     def target(self, number: int) -> str:
         """What the pair is labelled with."""
-        return repr(self.label_names[self.label[number]]) if self.label_names else f"{self.targets[number]:g}"
+        return repr(self.label_names[self.label[number]]) if self.label_names else f"{self.targets_of(number):g}"
 
     @cached_property
     def sizes(self) -> dict[str, int]:
         """How many pairs each source has, in the order of their first ones; empty = there are no sources."""
         if self.source is None:
             return {}
-        counts = np.bincount(self.source, minlength=len(self.source_names)).tolist()
-        return dict(zip(self.source_names, counts, strict=True))
+        counts = counted(self.source, len(self.source_names)).tolist()
+        return dict(zip(self.source_names, map(int, counts), strict=True))
 
     def source_of(self, number: int) -> str | None:
         """What the pair's source is called."""

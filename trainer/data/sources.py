@@ -9,8 +9,9 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,9 +24,9 @@ from trainer.base.folders import caches
 from trainer.base.log import log
 from trainer.config import DataConfig
 from trainer.data import builtin
-from trainer.data.spool import FORMAT, Spool
+from trainer.data.spool import FORMAT, TEXTS, Spool
 from trainer.data.spooling import Columns, Reading, write_spool
-from trainer.data.stored import locked, stored
+from trainer.data.stored import Check, locked, prune, stored
 from trainer.labels.values import read_labels
 from trainer.options import Objective
 from trainer.rows.columns import LABELS, candidates
@@ -43,11 +44,13 @@ class Origin:
         name: what it is called.
         read: opens it; None where it has no split of the role that can be used.
         paths: its files and folders, by which the cache knows it; none = it has to be opened for that.
+        known_as: what else tells it from others of this name.
     """
 
     name: str
     read: Callable[[], Reading | None]
     paths: tuple[Path, ...] = ()
+    known_as: tuple[str | None, ...] = ()
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -64,7 +67,7 @@ def columns_of(config: DataConfig, objective: Objective) -> Columns:
     return Columns(config.premise_column, config.hypothesis_column, candidates(config.label_column, LABELS[objective]))
 
 
-def spool_of(origin: Origin, columns: Columns, role: Role, verify: bool, check: Callable[[], None]) -> Spool | None:
+def spool_of(origin: Origin, columns: Columns, role: Role, verify: bool, check: Check) -> Spool | None:
     """The rows of a source, from the cache if it has them and `verify` does not ask for more.
 
     None where there is no such split. Raises UserError where they cannot be read, or change while they are; OSError
@@ -76,26 +79,29 @@ def spool_of(origin: Origin, columns: Columns, role: Role, verify: bool, check: 
         if reading is None:
             return None
         before = reading.identity
-    about = [FORMAT, role, [str(path.absolute()) for path in origin.paths] or origin.name, repr(columns)]
-    if before is None:
-        about.append(os.getpid())
-    path = caches(os.environ)["CROSSRANK_CACHE"] / "texts" / f"{_short(about)}-{_short(before)}"
+    paths = [str(path.absolute()) for path in origin.paths]
+    title = _short([FORMAT, role, paths or [origin.name, *origin.known_as], repr(columns)])
+    place = caches(os.environ)["CROSSRANK_CACHE"] / "texts"
     if before is None:  # nobody can have it from the cache
-        atexit.register(shutil.rmtree, path, ignore_errors=True)
+        place = Path(tempfile.mkdtemp(prefix="crossrank-"))
+        atexit.register(shutil.rmtree, place, ignore_errors=True)
+    path = place / f"{title}-{_short(before)}"
     with locked(path, check):
-        held = stored(path) if before is not None else None
+        held = stored(path, unread=[TEXTS]) if before is not None else None
         if held is not None and not verify:
             return Spool(held)
         reading = reading or origin.read()
         if reading is None:
             return None
-        made = write_spool(path, reading, columns, {})
-    if before is not None and _stamps(origin.paths) not in (None, before):
+        made = write_spool(path, reading, columns)
+    if origin.paths and before is not None and _stamps(origin.paths) != before:
+        shutil.rmtree(path, ignore_errors=True)
         raise UserError(f"{made.place}: it changed while it was read; start again when it is complete")
     if held is not None and held.facts["sha256"] != made.sha256:
         log.warning(f"{made.place}: not what it was when it was first read, though size and modification time are the "
                     "same; what it holds now is taken")  # fmt: skip
-    _remove_older(path)
+    prune(place)
+    prune(place, days=1, beginning=f"{title}-")  # what these files once held, which nobody has used today
     return made
 
 
@@ -117,14 +123,6 @@ def _stamps(paths: tuple[Path, ...]) -> list[tuple[str, int, int]] | None:
             if not file.is_dir():
                 found.append((str(file.absolute()), known.st_size, known.st_mtime_ns))
     return found or None
-
-
-def _remove_older(path: Path) -> None:
-    """The texts of files of these names that are no more what they were. Who uses them has them open."""
-    own, _, _ = path.name.partition("-")
-    for other in path.parent.glob(f"{own}-*"):
-        if other != path and other.is_dir():
-            shutil.rmtree(other, ignore_errors=True)
 
 
 def _of_files(config: DataConfig, role: Role) -> Iterator[Origin]:
@@ -170,7 +168,7 @@ def _of_data_sets(config: DataConfig, role: Role, objective: Objective) -> Itera
         else:
             folder = (Path(name),) if is_saved(Path(name)) else ()
             read = partial(_read_data_set, config, name, configuration, role, objective)
-            yield replace(Origin(title, read), paths=folder)
+            yield Origin(title, read, folder, (name, configuration, config.dataset_revision))
 
 
 def _read_builtin(role: Role) -> Reading:

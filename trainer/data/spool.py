@@ -4,6 +4,8 @@ Files are read in parts, checked, and written as an Arrow file of the two texts,
 the labels mean, and which pairs are used, is decided later, on codes alone: see join.py.
 """
 
+import json
+import shutil
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,16 +17,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from trainer.data.stored import Stored, stored
+from trainer.base.errors import UserError
+from trainer.data.stored import Stored, reopened, stored
 from trainer.labels.values import Labels
 from trainer.rows.faults import Faults
 from trainer.rows.places import Place
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = "SemEval_set"  # a column of SICK.txt
 SOURCES = ("source", "genre")
 CODED = (*SOURCES, SPLITS)
 TEXTS = "texts"  # the Arrow file, as an array of bytes
+LISTS = "lists"  # JSON, as an array of bytes
 
 
 @dataclass(frozen=True)
@@ -60,27 +64,39 @@ class Spool:
 
     @property
     def labels(self) -> Labels:
-        return Labels(self.place, self.held.facts["labels"], self.held.arrays["label"])
+        return Labels(self.place, self._lists["labels"], self.held.arrays["label"])
+
+    @cached_property
+    def _lists(self) -> dict[str, Any]:
+        """Distinct labels and sources, which may be as many as there are rows: for the process that joins sources."""
+        return dict(json.loads(self.held.arrays[LISTS].tobytes()))
 
     @property
     def splits(self) -> list[str]:
         """Names of splits that a column says; empty = no such column."""
-        return list(self.held.facts["coded"].get(SPLITS, []))
+        return list(self._lists["coded"].get(SPLITS, []))
 
     def coded(self, name: str) -> tuple[list[str], np.ndarray] | None:
         """The distinct values of a column in the order of their first rows, and each row's place among them."""
-        values = self.held.facts["coded"].get(name)
+        values = self._lists["coded"].get(name)
         return None if values is None else (values, self.held.arrays[name])
 
     @cached_property
     def faults(self) -> Faults:
         """Rows that have no text, and why."""
-        return {int(row): what for row, what in self.held.facts["faults"].items()}
+        return {int(row): what for row, what in self._lists["faults"].items()}
 
     @cached_property
     def _starts(self) -> list[int]:
         """The first row of each batch of the Arrow file."""
         return list(self.held.facts["starts"])
+
+    def verify(self) -> None:
+        """Before all texts are used. Raises UserError where they are damaged, and removes them."""
+        if stored(self.held.path, verify=True, quiet=True) is None:
+            shutil.rmtree(self.held.path, ignore_errors=True)
+            raise UserError(f"the cache of the texts of {self.place} was damaged, and is removed; start the same "
+                            "command again")  # fmt: skip
 
     @cached_property
     def mapped(self) -> Any:
@@ -114,8 +130,5 @@ class Spool:
 
 
 def open_spool(path: Path) -> Spool:
-    """One that this process or another one of the node has read or written just now. Raises OSError."""
-    held = stored(path, verify=None)
-    if held is None:
-        raise FileNotFoundError(2, "the cache of the texts is gone", str(path))
-    return Spool(held)
+    """One that this process or another one of the node has read or written just now. Raises UserError."""
+    return Spool(reopened(path))

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from trainer.base.errors import UserError
 from trainer.base.files import naming, remove_remains
-from trainer.data.spool import CODED, FORMAT, SOURCES, TEXTS, Spool
+from trainer.data.spool import CODED, FORMAT, LISTS, SOURCES, TEXTS, Spool
 from trainer.data.stored import blocks, store
 from trainer.labels.values import read_labels
 from trainer.rows.columns import HYPOTHESIS, PREMISE, Wanted, candidates, column_named, text_columns
@@ -171,12 +171,14 @@ class _Writer:
             "places": list(self.reading.places),
             "sizes": self.sizes,
             "columns": list(self.columns),
-            "labels": list(self.labels),
             "own_names": self.reading.own_names.get(self.columns[2]),
-            "coded": self._coded(),
             "starts": self.starts,
-            "faults": {str(row): what for row, what in self.faults.items()},
         }
+
+    def lists(self) -> np.ndarray:
+        faults = {str(row): what for row, what in self.faults.items()}
+        lists = {"labels": list(self.labels), "coded": self._coded(), "faults": faults}
+        return np.frombuffer(json.dumps(lists).encode(), np.uint8)
 
 
 def _whole(texts: pa.ChunkedArray) -> pa.Array:
@@ -189,8 +191,8 @@ def _as_names(column: pa.ChunkedArray) -> pa.Array:
     return pa.array([str(value) for value in values_of(column)], pa.large_string())
 
 
-def write_spool(path: Path, reading: Reading, columns: Columns, facts: dict[str, Any]) -> Spool:
-    """Reads a source into the folder `path`; `facts` are kept with it. Nobody else may be writing it.
+def write_spool(path: Path, reading: Reading, columns: Columns) -> Spool:
+    """Reads a source into the folder `path`. Nobody else may be writing it.
 
     Raises UserError where a file cannot be read, or lacks a column; OSError where nothing can be written.
     """
@@ -205,8 +207,10 @@ def write_spool(path: Path, reading: Reading, columns: Columns, facts: dict[str,
             if not writer.num_rows:
                 raise UserError(f"{Place.joined(reading.places, writer.sizes)}: no rows")
             parts = {name: folder / f"{name}.part" for name in writer.files}
-            facts = {**writer.facts(), **facts, "sha256": writer.sha256(parts)}
+            facts = {**writer.facts(), "sha256": writer.sha256(parts)}
             kinds: dict[str, Any] = {name: (np.int32, [part]) for name, part in parts.items()}
-            return Spool(store(path, {}, facts, kinds | {TEXTS: (np.uint8, [folder / f"{TEXTS}.part"])}))
+            return Spool(
+                store(path, {LISTS: writer.lists()}, facts, kinds | {TEXTS: (np.uint8, [folder / f"{TEXTS}.part"])})
+            )
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -6,8 +6,11 @@ many processes share one copy in the system's memory, and none reads what it doe
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import os
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,11 @@ FACTS = "facts.json"
 # Bytes of a folder up to which every start reads all of it to look for damage: a fifth of a second.
 SMALL = 1 << 28
 BLOCK = 1 << 24
+Check = Callable[[], None]
+
+
+def nothing() -> None:
+    """What is called while work goes on, where nobody may stop it."""
 
 
 @dataclass(frozen=True)
@@ -101,27 +109,40 @@ def blocks(path: Path) -> Iterator[bytes]:
             yield block
 
 
-def stored(path: Path, verify: bool | None = False, quiet: bool = False) -> Stored | None:
+def reopened(path: Path) -> Stored:
+    """A folder that this process or another one of the node has just written or looked at. Raises UserError."""
+    found = stored(path, verify=None)
+    if found is None:
+        raise UserError(f"the cache {path} went away while it was used; start the same command again")
+    return found
+
+
+def stored(path: Path, verify: bool | None = False, quiet: bool = False, unread: Collection[str] = ()) -> Stored | None:
     """The folder, None where it is not there or is damaged, which is said unless that is `quiet`.
 
     Sizes are always looked at. The bytes are where there are few, where `verify` asks for it, and where a file has
     another modification time than it was written with, as copies have; with `verify` None they are not, since another
-    process of this node has just done so. Raises OSError where it may not be read.
+    process of this node has just done so. Those of arrays that are `unread` are only where `verify` asks for it.
+
+    Raises OSError where it may not be read.
     """
     if not path.exists():
         return None
     try:
         facts = json_object((path / FACTS).read_bytes())
         listed = facts.pop("arrays")
-        total = sum(_size(own) for own in listed.values())
+        total = sum(_size(own) for name, own in listed.items() if name not in unread)
         for name, own in listed.items():
             file = path / f"{name}.bin"
             found = file.stat()
             if found.st_size != _size(own):
                 raise ValueError(f"{file.name} has {found.st_size} bytes, not {_size(own)}")
             doubtful = total <= SMALL or found.st_mtime_ns != own["mtime_ns"]
-            if verify or (doubtful and verify is not None):
+            if verify or (doubtful and verify is not None and name not in unread):
                 _check(file, own["sha256"])
+        if verify is not None:
+            with suppress(OSError):  # it was used today: see prune
+                os.utime(path)
         return Stored(path, {name: _mapped(path / f"{name}.bin", own) for name, own in listed.items()}, facts)
     except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         if not quiet:
@@ -149,7 +170,7 @@ def _mapped(path: Path, fact: dict[str, Any]) -> np.ndarray:
 
 
 @contextmanager
-def locked(path: Path, check: Callable[[], None]) -> Iterator[None]:
+def locked(path: Path, check: Check) -> Iterator[None]:
     """Nobody else builds `path` meanwhile; `check` is called while this waits, and may raise. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f"{path.name}.lock"))
@@ -163,6 +184,14 @@ def locked(path: Path, check: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def prune(folder: Path, days: float = 30, beginning: str = "") -> None:
+    """Removes what nobody has used for so many days, of the folders in it whose names begin so."""
+    for path in folder.glob(f"{beginning}*"):
+        with suppress(OSError):
+            if path.is_dir() and time.time() - path.stat().st_mtime > days * 86400:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def no_room(path: Path, error: OSError) -> UserError:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.base.errors import UserError
+from trainer.data.stored import no_room
 from trainer.ranks import World
 
 
@@ -17,6 +19,7 @@ class Team:
 
     world: World
     members: list[int]
+    folder: Path
 
     @property
     def leads(self) -> bool:
@@ -26,14 +29,25 @@ class Team:
     def once(self, name: str, make: Callable[[], Any], check: Callable[[], None]) -> Any:
         """What `make`, called by the first member, returns: JSON. The others call `check` while they wait.
 
-        A run says each name once.
+        A run says each name once. Raises on all members the UserError that it raises, and one for its OSError.
         """
+        title = f"{name} of rank {self.members[0]}"
         if not self.leads:
-            return self.world.wait_for(f"{name} of rank {self.members[0]}", check)
-        value = make()
+            told = self.world.wait_for(title, check)
+            if "error" in told:
+                raise UserError(told["error"])
+            return told["value"]
+        try:
+            told = {"value": make()}
+        except UserError as error:
+            told = {"error": str(error)}
+        except OSError as error:
+            told = {"error": str(no_room(self.folder, error))}
         if len(self.members) > 1:
-            self.world.say(f"{name} of rank {self.members[0]}", value)
-        return value
+            self.world.say(title, told)
+        if "error" in told:
+            raise UserError(told["error"])
+        return told["value"]
 
     def each(self, name: str, value: Any, check: Callable[[], None]) -> list[Any]:
         """Every member's JSON value, for the first one; nothing for the others, who do not wait."""
@@ -49,11 +63,11 @@ def team_of(world: World, folder: Path) -> Team:
     Whether nodes share the folder is tried: rank 0 makes a file there, and the first rank of every node looks for it.
     """
     if world.size == 1:
-        return Team(world, [0])
+        return Team(world, [0], folder)
     nodes = world.nodes()
     own = next(node for node in nodes if world.rank in node)
     if len(nodes) == 1:
-        return Team(world, own)
+        return Team(world, own, folder)
     name = world.broadcast(f".seen-{uuid.uuid4().hex}")
     if world.is_main:
         with suppress(OSError):
@@ -65,4 +79,4 @@ def team_of(world: World, folder: Path) -> Team:
         with suppress(OSError):
             os.unlink(folder / name)
     sharing = [rank for node in nodes if seen[node[0]] for rank in node]
-    return Team(world, sorted(sharing) if seen[own[0]] else own)
+    return Team(world, sorted(sharing) if seen[own[0]] else own, folder)

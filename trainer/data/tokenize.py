@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from trainer.base.errors import UserError
 from trainer.base.files import naming, remove_remains
 from trainer.data.pairs import Pairs, Spooled, Texts
-from trainer.data.stored import locked, no_room, smallest, store, stored
+from trainer.data.stored import Check, locked, no_room, nothing, prune, reopened, smallest, store, stored
 from trainer.data.team import Team
 from trainer.data.tokens import Encoder, Tokens, nothing_of, of_stored
 
@@ -22,11 +23,6 @@ from trainer.data.tokens import Encoder, Tokens, nothing_of, of_stored
 MANY = 1 << 16
 ROWS = 1 << 22  # lengths that are in memory at once
 PARTS = ("ids", "types", "lengths")
-Check = Callable[[], None]
-
-
-def nothing() -> None:
-    pass
 
 
 def tokenize(
@@ -46,20 +42,14 @@ def tokenize(
         verify: whether to look for damage in a large cache, too.
         check: called now and then; it may raise to stop.
 
-    Raises UserError where the cache cannot be written, or a pair has no token.
+    Raises UserError, on every rank of the team, where the cache cannot be written, or a pair has no token.
     """
-    try:
-        with ExitStack() as stack:
-            plan = team.once(f"tokens of {name}", lambda: _plan(pairs, encoder, folder, verify, check, stack), check)
-            path = Path(plan["path"])
-            if not plan["found"]:
-                _build(pairs, encoder, path, team, name, progress, check)
-            held = stored(path, verify=None)
-    except OSError as error:
-        raise no_room(folder, error) from None
-    if held is None:
-        raise no_room(folder, FileNotFoundError(2, "it is gone", str(path)))
-    return of_stored(held)
+    with ExitStack() as stack:
+        plan = team.once(f"tokens of {name}", lambda: _plan(pairs, encoder, folder, verify, check, stack), check)
+        path = Path(plan["path"])
+        if not plan["found"]:
+            _build(pairs, encoder, path, team, name, progress, check)
+        return of_stored(reopened(path))
 
 
 def _plan(pairs: Pairs, encoder: Encoder, folder: Path, verify: bool, check: Check, stack: ExitStack) -> dict[str, Any]:
@@ -74,6 +64,9 @@ def _plan(pairs: Pairs, encoder: Encoder, folder: Path, verify: bool, check: Che
     if not found:
         stack.enter_context(locked(path, check))
         found = stored(path, verify, quiet=True) is not None
+    if not found:
+        for spool in pairs.texts.spools:
+            spool.verify()
     return {"path": str(path), "found": found}
 
 
@@ -82,16 +75,21 @@ def _build(pairs: Pairs, encoder: Encoder, path: Path, team: Team, name: str, pr
     work = Path(team.once(f"work on {name}", lambda: _work_folder(path), check))
     together = len(pairs) >= MANY and len(team.members) > 1
     members = team.members if together else team.members[:1]
-    own: dict[str, Any] = {}
+    problem: str | None = None
     try:
         if team.world.rank in members:
             # Pairs that lie side by side, as many of them to each.
             number, count = members.index(team.world.rank), len(members)
             own_pairs = range(len(pairs) * number // count, len(pairs) * (number + 1) // count)
-            with naming(work):
-                own = _write_share(pairs, encoder, own_pairs, work, team.world.rank, progress, check)
-        shares = team.each(f"share of {name}", own, check) if together else [own]
-        team.once(f"end of {name}", lambda: _join(pairs, encoder, path, work, members, shares), check)
+            try:
+                with naming(work):
+                    _write_share(pairs, encoder, own_pairs, work, team.world.rank, progress, check)
+            except UserError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = str(no_room(team.folder, error))
+        problems = team.each(f"share of {name}", problem, check) if together else [problem]
+        team.once(f"end of {name}", lambda: _join(pairs, encoder, path, work, members, problems), check)
     finally:
         if team.leads:
             shutil.rmtree(work, ignore_errors=True)
@@ -108,8 +106,8 @@ def _work_folder(path: Path) -> str:
 
 def _write_share(
     pairs: Pairs, encoder: Encoder, own: range, work: Path, rank: int, progress: bool, check: Check
-) -> dict[str, Any]:
-    """The tokens of pairs `own` as files; what is known of them beside, as JSON."""
+) -> None:
+    """The tokens of pairs `own` as files, and what is known of them."""
     files = {name: (work / f"{name}.{rank}").open("wb") for name in PARTS}
     share = Share(encoder)
     with bar(len(own), progress) as shown:
@@ -118,7 +116,7 @@ def _write_share(
                 files[name].write(array.tobytes())
     for file in files.values():
         file.close()
-    return share.facts()
+    (work / f"facts.{rank}").write_text(json.dumps(share.facts()))
 
 
 def bar(total: int, progress: bool) -> Any:
@@ -166,9 +164,12 @@ class Share:
 
 
 def _join(
-    pairs: Pairs, encoder: Encoder, path: Path, work: Path, members: list[int], shares: list[dict[str, Any]]
-) -> bool:
-    """Writes the folder `path`."""
+    pairs: Pairs, encoder: Encoder, path: Path, work: Path, members: list[int], problems: list[str | None]
+) -> None:
+    """Writes the folder `path`. Raises UserError for the first of the members' problems."""
+    if problem := next(filter(None, problems), None):
+        raise UserError(problem)
+    shares = [json.loads((work / f"facts.{rank}").read_text()) for rank in members]
     kind = smallest(sum(share["num_tokens"] for share in shares))
     small = smallest(max(share["longest"] for share in shares))
     offsets, short = work / "offsets", work / "short"
@@ -187,7 +188,7 @@ def _join(
     used = np.unique(np.concatenate([np.array(share["used"], np.int32) for share in shares]))
     facts = {"num_cut": sum(share["num_cut"] for share in shares), "fingerprint": encoder.fingerprint(pairs)}
     store(path, {"used": used}, facts, files)
-    return True
+    prune(path.parent)
 
 
 def _numbers(parts: list[Path]) -> Iterator[np.ndarray]:

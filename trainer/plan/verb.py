@@ -8,7 +8,6 @@ from pathlib import Path
 from trainer.base.errors import UserError
 from trainer.base.log import log, start_log
 from trainer.config import Config
-from trainer.data.load import ALONE
 from trainer.data.pairs import Pairs
 from trainer.data.tokens import Split
 from trainer.plan.answer import make
@@ -16,6 +15,7 @@ from trainer.plan.devices import find_device
 from trainer.plan.gauge import measure
 from trainer.plan.plan import PlanConfig, Planner, planner
 from trainer.plan.show import draw, table
+from trainer.ranks import ALONE
 from trainer.run.preempt import Preemption
 from trainer.train import read_pairs, tokenize_splits
 

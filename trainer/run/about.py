@@ -19,7 +19,7 @@ import torch
 from trainer.base.files import write_json
 from trainer.config import Config, DataConfig
 from trainer.data.mix import Mix
-from trainer.data.pairs import Pairs
+from trainer.data.pairs import Pairs, counted
 from trainer.data.sampler import GlobalBatchSampler
 from trainer.data.tokens import Split
 from trainer.metrics import activated
@@ -91,10 +91,10 @@ def of_split(split: Split) -> dict[str, Any]:
         "columns": list(pairs.columns),
         "statistics": [*texts, label_statistics(pairs)],
         "samples": [
-            [premise[: SHOWN + 1], hypothesis[: SHOWN + 1], pairs.targets[i].item()]
+            [premise[: SHOWN + 1], hypothesis[: SHOWN + 1], pairs.targets_of(i).item()]
             for i, (premise, hypothesis) in enumerate(first[:3])
         ],
-        "labels": np.bincount(pairs.label, minlength=len(pairs.label_names)).tolist() if pairs.label_names else [],
+        "labels": counted(pairs.label, len(pairs.label_names)).tolist() if pairs.label_names else [],
         "mapped": pairs.mapped,
         "lengths": np.bincount(tokens.lengths).tolist(),
     }
@@ -126,7 +126,7 @@ def text_statistics(texts: list[str]) -> dict[str, Any]:
 
 def label_statistics(pairs: Pairs) -> dict[str, Any]:
     """Shares of the classes that occur, or how large the targets are."""
-    labels = pairs.targets[:FIRST]
+    labels = pairs.targets_of(slice(FIRST))
     if not pairs.label_names:
         targets = labels.astype(np.float64)
         return {"type": "float", "min": targets.min(), "mean": targets.mean(), "max": targets.max()}

@@ -11,7 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from trainer.base.errors import UserError
 from trainer.config import Config
 from trainer.data.mix import Mix
-from trainer.data.pairs import Pairs
+from trainer.data.pairs import Pairs, counted
 from trainer.data.tokens import Split
 from trainer.model.batch import IGNORED, Batch
 
@@ -30,12 +30,12 @@ class Loss:
     def __init__(self, config: Config, split: Split, device: torch.device) -> None:
         self.objective, self.smoothing = config.objective, config.label_smoothing_factor
         values = split.pairs.values
-        self.targets = None if values is None else torch.from_numpy(values).to(device)
+        self.targets = None if values is None else torch.tensor(values, device=device)
         self.pos_weight = None if config.pos_weight is None else torch.tensor(config.pos_weight, device=device)
         self.weight: torch.Tensor | None = None  # (classes,)
-        self.of_rows: np.ndarray | None = None  # (pairs,) each one's part of the divisor
-        if (weights := class_weights(config, split.pairs)) is not None:
-            self.weight, self.of_rows = torch.from_numpy(weights).to(device), weights[split.pairs.label]
+        self.labels, self.weights = split.pairs.label, class_weights(config, split.pairs)
+        if self.weights is not None:
+            self.weight = torch.tensor(self.weights, device=device)
 
     def __call__(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Summed over the pairs of a batch that have a label, in fp32, given their logits (pairs, outputs)."""
@@ -62,7 +62,7 @@ class Loss:
 
     def divisor(self, rows: np.ndarray) -> float:
         """Of a step of these rows of the data set: their number, or the sum of their labels' weights."""
-        return float(len(rows) if self.of_rows is None else self.of_rows[rows].sum(dtype=np.float64))
+        return float(len(rows) if self.weights is None else self.weights[self.labels[rows]].sum(dtype=np.float64))
 
 
 def class_weights(config: Config, pairs: Pairs) -> np.ndarray | None:
@@ -77,8 +77,7 @@ def class_weights(config: Config, pairs: Pairs) -> np.ndarray | None:
         return np.array(config.class_weights, np.float64).astype(np.float32)
     # n / (classes * n of the class), as scikit-learn's, of the pairs that an epoch has.
     mix = Mix.of(config.source_weights, pairs)
-    often = None if mix is None else mix.often
-    counts = np.bincount(pairs.label, weights=often, minlength=len(names))
+    counts = counted(pairs.label, len(names)) if mix is None else mix.of_classes(pairs.label, len(names))
     if lost := [name for name, count in zip(names, counts, strict=True) if count == 0]:
         raise UserError(f"class_weights balanced: {pairs.name} has no pair of {', '.join(lost)}; give a number for "
                         f"each of {', '.join(names)}")  # fmt: skip
