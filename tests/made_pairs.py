@@ -5,11 +5,10 @@ from dataclasses import replace
 import numpy as np
 
 from trainer.data.pairs import Pairs, Texts
-from trainer.data.team import Team
+from trainer.data.team import alone
 from trainer.data.tokenize import in_memory
 from trainer.data.tokenize import tokenize as on_disk
 from trainer.data.tokens import Encoder
-from trainer.ranks import ALONE
 
 
 def made_pairs(texts, labels=None, names=("a", "b", "c"), source=None, place="test"):
@@ -27,7 +26,7 @@ def tokenize(pairs, tokenizer, max_length, folder=None):
     encoder = Encoder(tokenizer, max_length)
     if folder is None:
         return replace(in_memory(pairs, encoder), fingerprint=encoder.fingerprint(pairs))
-    return on_disk(pairs, encoder, folder, Team(ALONE, [0], folder), "train")
+    return on_disk(pairs, encoder, alone(folder), "train")
 
 
 def texts_of(pairs):

@@ -10,10 +10,9 @@ from trainer.base.fields import Fields, option
 from trainer.base.files import write_json
 from trainer.base.log import log
 from trainer.config import DataConfig
-from trainer.data.load import load_scored
-from trainer.data.team import team_of
+from trainer.data.load import data_team, load_scored
 from trainer.data.tokenize import tokenize
-from trainer.data.tokens import Split, cache_folder, targets_of
+from trainer.data.tokens import Split, targets_of
 from trainer.evaluate import evaluate, predicted, write_predictions
 from trainer.metrics import fixed, num_pairs, score_names
 from trainer.model.loading import check_folder
@@ -36,10 +35,9 @@ def evaluate_model(folder: str, data: DataConfig, inference: InferenceConfig, ou
     world = ranks.start(inference.ddp_timeout)
     predictor = Predictor(folder, inference, world)
     objective = predictor.objective
-    cache = cache_folder()
-    team, splits = team_of(world, cache), {}
-    for role, pairs in load_scored(data, predictor.model.classes, True, objective, world).items():
-        tokens = tokenize(pairs, predictor.encoder, cache, team, role, data.verify_data, world.is_main)
+    team, splits = data_team(world, data), {}
+    for role, pairs in load_scored(data, predictor.model.classes, True, objective, team).items():
+        tokens = tokenize(pairs, predictor.encoder, team, role, data.verify_data, world.is_main)
         predictor.model.check(pairs, tokens)
         splits[role] = Split(pairs.split, pairs, tokens)
     world.agree(lambda: {role: split.tokens.fingerprint for role, split in splits.items()})

@@ -16,13 +16,13 @@ from trainer.base.fields import rule
 from trainer.base.files import write_json
 from trainer.base.log import log
 from trainer.config import Config
-from trainer.data.load import load_splits
+from trainer.data.load import data_team, load_splits
 from trainer.data.mix import Mix
 from trainer.data.pairs import Pairs
 from trainer.data.sampler import GlobalBatchSampler, global_batch_size, total_steps
-from trainer.data.team import team_of
+from trainer.data.team import Team
 from trainer.data.tokenize import tokenize
-from trainer.data.tokens import Encoder, Split, cache_folder
+from trainer.data.tokens import Encoder, Split
 from trainer.finish import finish
 from trainer.loop import Trainer
 from trainer.metrics import score_line
@@ -80,10 +80,11 @@ def prepare(config: Config, world: World, preemption: Preemption | None = None) 
     agree_on_run(config, world)
     backend = make_backend(config, world)
     opened = open_run(config, world)
-    pairs = read_pairs(config, world, preemption)
+    team = data_team(world, config)
+    pairs = read_pairs(config, team, preemption)
     model = build_model(config, world, pairs["train"].label_names, backend.scatters)
     meter = Meter(config, world)  # from here on it is work, not looking for mistakes
-    data = tokenize_splits(config, world, pairs, model, preemption)
+    data = tokenize_splits(config, team, pairs, model, preemption)
     sampler = make_sampler(config, world, data["train"])
     schedule = Schedule(config, sampler.num_steps)
     with failures(config, world, opened.path):
@@ -125,8 +126,8 @@ def agree_on_run(config: Config, world: World) -> None:
     world.agree(lambda: {own.name: getattr(config, own.name) for own in shared} | versions() | {"code": code_hash()})
 
 
-def read_pairs(config: Config, world: World, preemption: Preemption) -> dict[str, Pairs]:
-    splits = load_splits(config, config.objective, world, preemption.check_this_rank)
+def read_pairs(config: Config, team: Team, preemption: Preemption) -> dict[str, Pairs]:
+    splits = load_splits(config, config.objective, team, preemption.check_this_rank)
     needs = [name for name in ("eval_on_start", "load_best_model_at_end", "early_stopping_patience")
              if getattr(config, name)]  # fmt: skip
     if "dev" not in splits and needs:
@@ -160,14 +161,13 @@ def build_model(config: Config, world: World, label_names: tuple[str, ...], scat
 
 
 def tokenize_splits(
-    config: Config, world: World, pairs: dict[str, Pairs], model: CrossEncoder, preemption: Preemption
+    config: Config, team: Team, pairs: dict[str, Pairs], model: CrossEncoder, preemption: Preemption
 ) -> dict[str, Split]:
     """Says the size of each split, and every pair that was dropped or cut."""
-    encoder, folder, check = Encoder(model.tokenizer, model.max_length), cache_folder(), preemption.check_this_rank
-    team = team_of(world, folder)
+    encoder, check = Encoder(model.tokenizer, model.max_length), preemption.check_this_rank
     data: dict[str, Split] = {}
     for role, own in pairs.items():
-        tokens = tokenize(own, encoder, folder, team, role, config.verify_data, world.is_main, check)
+        tokens = tokenize(own, encoder, team, role, config.verify_data, team.world.is_main, check)
         data[role] = Split(own.split, own, tokens)
     for split in data.values():
         log.info(split.describe(model.max_length))

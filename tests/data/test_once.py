@@ -50,12 +50,12 @@ def test_a_cached_file_is_not_read(tmp_path, reads):
     again = load(path, max_train_samples=7)
     assert texts_of(again) == texts_of(pairs)[:7]
     assert reads == [[str(path)]]
-    tokens = tokenize(pairs, make_tokenizer(), 64, tmp_path / "tokens")
+    tokens = tokenize(pairs, make_tokenizer(), 64, tmp_path / "other")
     path.touch()  # the same, as far as nobody looks
     touched = load(path)
     assert len(reads) == 2
-    assert tokenize(touched, make_tokenizer(), 64, tmp_path / "tokens").fingerprint == tokens.fingerprint
-    assert len(list((tmp_path / "tokens").glob("*/facts.json"))) == 1
+    assert tokenize(touched, make_tokenizer(), 64, tmp_path / "other").fingerprint == tokens.fingerprint
+    assert len(list((tmp_path / "other").glob("tokens/*/facts.json"))) == 1
     write(path, ROWS[:50])
     assert len(load(path)) == 50
     texts = tmp_path / "cache" / "texts"

@@ -99,7 +99,7 @@ def test_real_tokenizer(allnli, roberta_tokenizer, tmp_path):
 
 
 def cached_file(folder):
-    (file,) = folder.glob("*/ids.bin")
+    (file,) = folder.glob("tokens/*/ids.bin")
     return file
 
 
@@ -114,7 +114,7 @@ def test_cache_is_used_and_keyed(pairs, tokenizer, tmp_path, said):
     assert in_memory.fingerprint == first.fingerprint
     assert all((getattr(first, n) == getattr(in_memory, n)).all() for n in ("ids", "offsets", "types", "lengths"))
     tokenize(pairs, tokenizer, 32, tmp_path)
-    assert len(list(tmp_path.glob("*/facts.json"))) == 2
+    assert len(list(tmp_path.glob("tokens/*/facts.json"))) == 2
     assert not said
 
 
@@ -184,12 +184,12 @@ def test_one_process_reads_others_wait(builtin_model, tmp_path):
     """Three runs that begin together; what two of them have tokenised at once is the same."""
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in builtin_pairs("train")))
-    command = [sys.executable, "-c", WRITER, str(builtin_model), str(data), str(tmp_path / "tokens")]
+    command = [sys.executable, "-c", WRITER, str(builtin_model), str(data), str(tmp_path / "cache")]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     outputs = [process.communicate()[0] for process in running]
     assert [process.returncode for process in running] == [0, 0, 0]
     assert "".join(outputs).split().count("read") == 1
-    assert len(list((tmp_path / "tokens").glob("*/facts.json"))) == 1
+    assert len(list((tmp_path / "cache").glob("tokens/*/facts.json"))) == 1
 
 
 def test_batches_lay_pairs_end_to_end(pairs, tokenizer, tmp_path):

@@ -20,10 +20,10 @@ from trainer.data.mix import Mix
 from trainer.data.pairs import Pairs, Spooled
 from trainer.data.sources import columns_of, origins_of, spool_of
 from trainer.data.stored import Check, nothing
-from trainer.data.team import team_of
+from trainer.data.team import Team, alone, team_of
 from trainer.labels.label_map import check_known
 from trainer.options import Objective
-from trainer.ranks import ALONE, World
+from trainer.ranks import World
 from trainer.rows.places import listed
 from trainer.rows.splits import Role, named_sets
 
@@ -31,13 +31,14 @@ LONGEST_TITLE = 100  # characters of several names together
 
 
 def load_splits(
-    config: DataConfig, objective: Objective = "cross_entropy", world: World = ALONE, check: Check = nothing
+    config: DataConfig, objective: Objective = "cross_entropy", team: Team | None = None, check: Check = nothing
 ) -> dict[str, Pairs]:
     """The train split and what there is of dev and test, with one set of classes. Raises UserError.
 
-    Every rank takes part; `check` is called now and then while one reads and the others wait, and may raise to stop.
+    Every rank of the team takes part, None = there are no others; `check` is called now and then while one reads and
+    the others wait, and may raise to stop.
     """
-    return _once(world, lambda: _splits(config, objective, check), check)
+    return _once(team, lambda: _splits(config, objective, check), check)
 
 
 def load_scored(
@@ -45,24 +46,35 @@ def load_scored(
     classes: Sequence[str] | None,
     of_model: bool = False,
     objective: Objective = "cross_entropy",
-    world: World = ALONE,
+    team: Team | None = None,
     check: Check = nothing,
 ) -> dict[str, Pairs]:
     """What there is of dev and test: the test sets are "test", "test 2", "test 3" and so on. As load_splits else."""
-    return _once(world, lambda: _scored(config, classes, of_model, objective, check), check)
+    return _once(team, lambda: _scored(config, classes, of_model, objective, check), check)
 
 
-def _once(world: World, load: Callable[[], dict[str, Pairs]], check: Check) -> dict[str, Pairs]:
-    """What `load` returns, called by one rank of a team; see team.py."""
-    cache = caches(os.environ)["CROSSRANK_CACHE"]
-    team = team_of(world, cache)
+def data_team(world: World, config: DataConfig) -> Team:
+    """The ranks that share this one's cache, and read what it reads. Every rank takes part."""
+    items = [config.files(role) for role in ("train", "dev", "test")]
+    asked = [[os.path.realpath(item) for item in own or []] for own in items]
+    return team_of(world, cache_folder(), [*asked, config.dataset_name])
+
+
+def cache_folder() -> Path:
+    """$CROSSRANK_CACHE, or crossrank/ in $XDG_CACHE_HOME or ~/.cache."""
+    return caches(os.environ)["CROSSRANK_CACHE"]
+
+
+def _once(given: Team | None, load: Callable[[], dict[str, Pairs]], check: Check) -> dict[str, Pairs]:
+    """What `load` returns, called by one rank of the team; see team.py."""
+    team = given or alone(cache_folder())
 
     def make() -> dict[str, str]:
-        return {role: str(kept(own, cache / "pairs", check)) for role, own in load().items()}
+        return {role: str(kept(own, team.folder / "pairs", check)) for role, own in load().items()}
 
     splits = {role: opened(Path(path)) for role, path in team.once("pairs", make, check).items()}
     for role, pairs in splits.items():
-        if world.is_main and role != "train" and isinstance(pairs.texts, Spooled):
+        if team.world.is_main and role != "train" and isinstance(pairs.texts, Spooled):
             pairs.texts.hold()  # the end of the run shows some of them
     return splits
 

@@ -190,8 +190,12 @@ def prune(folder: Path, days: float = 30, beginning: str = "") -> None:
     """Removes what nobody has used for so many days, of the folders in it whose names begin so."""
     for path in folder.glob(f"{beginning}*"):
         with suppress(OSError):
-            if path.is_dir() and time.time() - path.stat().st_mtime > days * 86400:
+            if time.time() - path.stat().st_mtime < days * 86400:
+                continue
+            if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
+            elif path.suffix == ".safetensors":  # of an older version
+                path.unlink()
 
 
 def no_room(path: Path, error: OSError) -> UserError:

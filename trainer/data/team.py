@@ -1,6 +1,6 @@
 """The ranks that share a cache folder: those of a node, or of all nodes where its file system is one."""
 
-import os
+import json
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer.base.errors import UserError
 from trainer.data.stored import no_room
-from trainer.ranks import World
+from trainer.ranks import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -57,26 +57,44 @@ class Team:
         return [value, *(self.world.wait_for(f"{name} of rank {rank}", check) for rank in self.members[1:])]
 
 
-def team_of(world: World, folder: Path) -> Team:
-    """This rank's. Every rank takes part.
+def alone(folder: Path) -> Team:
+    """That of a process that has no others."""
+    return Team(ALONE, [0], folder)
 
-    Whether nodes share the folder is tried: rank 0 makes a file there, and the first rank of every node looks for it.
+
+def team_of(world: World, folder: Path, asked: Any = None) -> Team:
+    """This rank's: those that see the same folder, and ask for the same, which is JSON. Every rank takes part.
+
+    Whether they see it is tried, first on all ranks, then on those of a host that do not see rank 0's: hosts may share
+    a file system, and containers of one name may not.
     """
     if world.size == 1:
         return Team(world, [0], folder)
-    nodes = world.nodes()
-    own = next(node for node in nodes if world.rank in node)
-    if len(nodes) == 1:
-        return Team(world, own, folder)
+    makers = [0] * world.size
+    seen = _seen(world, folder, makers)
+    if not all(seen):
+        for node in world.nodes():
+            unseen = [rank for rank in node if not seen[rank]]
+            for rank in unseen:
+                makers[rank] = unseen[0]
+        seen = _seen(world, folder, makers)
+    told = world.broadcast(world.gather_values(asked))
+    # Who sees nobody's file is alone.
+    keys = [(maker if sees else rank, json.dumps(own))
+            for rank, (maker, sees, own) in enumerate(zip(makers, seen, told, strict=True))]  # fmt: skip
+    return Team(world, [rank for rank, key in enumerate(keys) if key == keys[world.rank]], folder)
+
+
+def _seen(world: World, folder: Path, makers: list[int]) -> list[bool]:
+    """By rank, whether it sees a file that the rank in its place in `makers` has made in the folder."""
     name = world.broadcast(f".seen-{uuid.uuid4().hex}")
-    if world.is_main:
+    own = folder / f"{name}-{world.rank}"
+    if world.rank in makers:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / name).touch()
+            own.touch()
     world.barrier()
-    seen = world.broadcast(world.gather_values((folder / name).exists()))
-    if world.is_main:
-        with suppress(OSError):
-            os.unlink(folder / name)
-    sharing = [rank for node in nodes if seen[node[0]] for rank in node]
-    return Team(world, sorted(sharing) if seen[own[0]] else own, folder)
+    seen = world.broadcast(world.gather_values((folder / f"{name}-{makers[world.rank]}").exists()))
+    with suppress(OSError):
+        own.unlink(missing_ok=True)
+    return list(seen)

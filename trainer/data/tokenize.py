@@ -28,14 +28,13 @@ PARTS = ("ids", "types", "lengths")
 def tokenize(
     pairs: Pairs,
     encoder: Encoder,
-    folder: Path,
     team: Team,
     name: str,
     verify: bool = False,
     progress: bool = False,
     check: Check = nothing,
 ) -> Tokens:
-    """The tokens of a split, from the cache in `folder` if it has them. Every rank of the team takes part.
+    """The tokens of a split, from the team's cache if it has them. Every rank of the team takes part.
 
     Args:
         name: of the split; a run says each once.
@@ -45,21 +44,21 @@ def tokenize(
     Raises UserError, on every rank of the team, where the cache cannot be written, or a pair has no token.
     """
     with ExitStack() as stack:
-        plan = team.once(f"tokens of {name}", lambda: _plan(pairs, encoder, folder, verify, check, stack), check)
+        plan = team.once(f"tokens of {name}", lambda: _plan(pairs, encoder, team, verify, check, stack), check)
         path = Path(plan["path"])
         if not plan["found"]:
             _build(pairs, encoder, path, team, name, progress, check)
         return of_stored(reopened(path))
 
 
-def _plan(pairs: Pairs, encoder: Encoder, folder: Path, verify: bool, check: Check, stack: ExitStack) -> dict[str, Any]:
+def _plan(pairs: Pairs, encoder: Encoder, team: Team, verify: bool, check: Check, stack: ExitStack) -> dict[str, Any]:
     """Where the tokens are, and whether they are there; if not, nobody else builds them until `stack` is closed."""
     assert isinstance(pairs.texts, Spooled)
     sources = [spool.sha256 for spool in pairs.texts.spools]
     digest = hashlib.sha256(json.dumps([encoder.digest.hexdigest(), sources]).encode())
     for array in (pairs.row, pairs.label, *([] if pairs.values is None else [pairs.values])):
         digest.update(np.ascontiguousarray(array).data)
-    path = folder / digest.hexdigest()[:32]
+    path = team.folder / "tokens" / digest.hexdigest()[:32]
     found = stored(path, verify) is not None
     if not found:
         stack.enter_context(locked(path, check))

@@ -6,16 +6,13 @@ is named by everything that decides its content: see stored.py.
 """
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trainer.base.errors import UserError
-from trainer.base.folders import caches
 from trainer.data.pairs import SOME, Pairs, Rows, Spooled, Texts
 from trainer.data.stored import Stored
 
@@ -94,11 +91,6 @@ def targets_of(pairs: Pairs) -> str:
     if not names:
         return f"scores from {values[0]:g} to {values[-1]:g}"
     return f"{np.mean(pairs.label):.1%} labelled 1" + (f", {names[1]}" if names[1] != "1" else "")
-
-
-def cache_folder() -> Path:
-    """In $CROSSRANK_CACHE, or crossrank/ in $XDG_CACHE_HOME or ~/.cache."""
-    return caches(os.environ)["CROSSRANK_CACHE"] / "tokens"
 
 
 def _backend(tokenizer: Any, max_length: int) -> Any:

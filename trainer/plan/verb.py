@@ -8,7 +8,9 @@ from pathlib import Path
 from trainer.base.errors import UserError
 from trainer.base.log import log, start_log
 from trainer.config import Config
+from trainer.data.load import cache_folder
 from trainer.data.pairs import Pairs
+from trainer.data.team import alone
 from trainer.data.tokens import Split
 from trainer.plan.answer import make
 from trainer.plan.devices import find_device
@@ -45,7 +47,7 @@ def show_plan(config: Config, asked: PlanConfig) -> None:
 
 def prepared(config: Config, asked: PlanConfig) -> Planner:
     """With the real data, tokenised by the real tokenizer; of the model no weights are read."""
-    pairs = read_pairs(config, ALONE, Preemption(ALONE, []))
+    pairs = read_pairs(config, alone(cache_folder()), Preemption(ALONE, []))
     names = pairs["train"].label_names
     own = planner(config, asked, names, {})
     own = dataclasses.replace(own, data=splits(config, own, pairs))
@@ -54,4 +56,4 @@ def prepared(config: Config, asked: PlanConfig) -> Planner:
 
 
 def splits(config: Config, own: Planner, pairs: dict[str, Pairs]) -> dict[str, Split]:
-    return tokenize_splits(config, ALONE, pairs, own.subject.model, Preemption(ALONE, []))
+    return tokenize_splits(config, alone(cache_folder()), pairs, own.subject.model, Preemption(ALONE, []))
