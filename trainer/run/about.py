@@ -96,7 +96,7 @@ def of_split(split: Split) -> dict[str, Any]:
         ],
         "labels": counted(pairs.label, len(pairs.label_names)).tolist() if pairs.label_names else [],
         "mapped": pairs.mapped,
-        "lengths": np.bincount(tokens.lengths).tolist(),
+        "lengths": counted(tokens.lengths, int(tokens.lengths.max()) + 1).tolist(),
     }
 
 
