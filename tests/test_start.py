@@ -181,8 +181,10 @@ def test_a_shape_has_no_numbers(builtin_model):
     with NothingDrawn(), torch.device("meta"):
         made = torch.nn.Embedding(7, 5).weight
         numbers = torch.arange(9)
+        kinds = [torch.arange(9, dtype=kind, device="meta").dtype for kind in (None, torch.float32)]
     assert (made.shape, made.dtype, made.device) == (plain.shape, plain.dtype, plain.device)
     assert (numbers.shape, numbers.dtype) == ((9,), torch.int64)
+    assert kinds == [torch.int64, torch.float32]
     with NothingDrawn():
         assert torch.arange(3).tolist() == [0, 1, 2]
         assert torch.nn.init.normal_(torch.zeros(9)).abs().sum() > 0

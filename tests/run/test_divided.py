@@ -13,6 +13,7 @@ from conftest import crossrank, losses
 from safetensors.torch import load_file, save_file
 
 from trainer.base import tensor_files
+from trainer.base.errors import TrainingFailed
 from trainer.run.parts import Damaged, Tensors, index_of, part_names
 from trainer.run.verified import load
 
@@ -149,6 +150,10 @@ def test_any_runs_of_a_tensor_are_read(tmp_path):
         for start in range(len(full[key]) + 1):
             for stop in range(start, len(full[key]) + 1):
                 assert torch.equal(tensors.run(key, start, stop), full[key][start:stop])
+    gap = places.copy()
+    gap[0, 1] = 0
+    with pytest.raises(TrainingFailed, match="do not make up b"):
+        index_of({"a": (5, 2), "b": (3,)}, gap)
     index["tensors"]["b"]["runs"][1][0] = 1
     with pytest.raises(ValueError, match="do not make up b"):
         Tensors.of(tmp_path, index, shared=True)
