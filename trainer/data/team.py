@@ -1,6 +1,5 @@
-"""The ranks that share a cache folder: those of a node, or of all nodes where its file system is one."""
+"""The ranks that share a cache folder: mostly those of a node, or of all nodes where its file system is one."""
 
-import os
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -46,23 +45,43 @@ class Team:
 def team_of(world: World, folder: Path) -> Team:
     """This rank's. Every rank takes part.
 
-    Whether nodes share the folder is tried: rank 0 makes a file there, and the first rank of every node looks for it.
+    Who shares the folder is tried: the first rank of every node makes a file there, and each rank is in the team of the
+    first one whose file it sees. A node's ranks that see none have other file systems than its first one, as containers
+    have: they try again among themselves. Where that one can make no file, they are taken to share what it has.
     """
     if world.size == 1:
         return Team(world, [0])
-    nodes = world.nodes()
-    own = next(node for node in nodes if world.rank in node)
-    if len(nodes) == 1:
-        return Team(world, own)
-    name = world.broadcast(f".seen-{uuid.uuid4().hex}")
-    if world.is_main:
+    name, left = world.broadcast(f".seen-{uuid.uuid4().hex}"), world.nodes()
+    teams: dict[int, list[int]] = {}
+    while left:
+        seen = _seen(world, folder, name, [node[0] for node in left])
+        for node in left:
+            able = seen[node[0]] is not None
+            for rank in node:
+                lead = seen[rank] if able else node[0]
+                if lead is not None:
+                    teams.setdefault(lead, []).append(rank)
+        placed = {rank for members in teams.values() for rank in members}
+        left = [others for node in left if (others := [rank for rank in node if rank not in placed])]
+    return Team(world, sorted(next(members for members in teams.values() if world.rank in members)))
+
+
+def _seen(world: World, folder: Path, name: str, leads: list[int]) -> list[int | None]:
+    """By rank, the first of the `leads` whose file it sees. Every rank takes part."""
+    own = folder / f"{name}-{world.rank}"
+    if world.rank in leads:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / name).touch()
+            own.touch()
     world.barrier()
-    seen = world.broadcast(world.gather_values((folder / name).exists()))
-    if world.is_main:
-        with suppress(OSError):
-            os.unlink(folder / name)
-    sharing = [rank for node in nodes if seen[node[0]] for rank in node]
-    return Team(world, sorted(sharing) if seen[own[0]] else own)
+    first = next((rank for rank in sorted(leads) if _exists(folder / f"{name}-{rank}")), None)
+    seen: list[int | None] = world.broadcast(world.gather_values(first))
+    with suppress(OSError):
+        own.unlink()
+    return seen
+
+
+def _exists(path: Path) -> bool:
+    with suppress(OSError):  # a folder that may not be entered
+        return path.exists()
+    return False
