@@ -36,7 +36,7 @@ def test_a_rank_that_no_longer_votes(tmp_path):
 
 
 @pytest.mark.parametrize(("launcher", "limit", "said"), [
-    ({}, 100, "among 500 ranks rank 0 needs 1,0"),
+    ({}, 100, r"among 500 ranks rank 0 needs 1,\d+"),
     ({"TORCHELASTIC_USE_AGENT_STORE": "True"}, 100, f"among 500 ranks torchrun needs {500 + SPARE}"),
 ])  # fmt: skip
 def test_too_few_descriptors(launcher, limit, said, monkeypatch):
