@@ -4,21 +4,29 @@ Arguments: the soft limit of open files to start with, and a folder: for tempora
 orders were drawn.
 """
 
+import errno
 import os
 import resource
 import signal
 import sys
 import tempfile
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
 from trainer import ranks
+from trainer.backends.share import Share
 from trainer.base.errors import Preempted, TrainingFailed
 from trainer.data import sampler
-from trainer.run import preempt
+from trainer.data.team import team_of
+from trainer.meeting import more_connections
+from trainer.run import preempt, verified
+from trainer.run.checkpoint import Checkpoints
 from trainer.run.preempt import MOST, Preemption
 
 
@@ -55,6 +63,48 @@ size = world.size
 expected = [[rank, rank + 1] if rank + 1 < size else [rank] for rank in range(0, size, 2)]
 assert world.nodes() == expected, world.nodes()
 assert world.num_nodes() == len(expected)
+
+# Connections of their own, with fewer open files than they need.
+resource.setrlimit(
+    resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 2, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+)
+group = more_connections(rank, size, timedelta(seconds=600))
+ones = torch.ones(1)
+dist.all_reduce(ones, group=group)
+assert ones == size
+
+# Teams: one folder of several hosts, two whose ranks have file systems of their own, and one that nobody can make.
+half, last = size // 2, size - 2
+folders = ["all" if other < half else f"own{other % 2}" if other < last else "none" for other in range(size)]
+place = Path("/dev/null") if rank >= last else Path(sys.argv[2])
+members = team_of(world, place / "teams" / folders[rank]).members
+assert members == [other for other in range(size) if folders[other] == folders[rank]], (rank, members)
+world.barrier()
+assert rank >= last or not os.listdir(place / "teams" / folders[rank])
+
+# A checkpoint's manifest that one of the ranks cannot read, when it comes to that.
+content = verified.content
+
+
+def unreadable(path: Path) -> bytes:
+    asked.append(path)
+    if world.rank == 3 and len(asked) == 2:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+    return content(path)
+
+
+checkpoints = Checkpoints(Path(sys.argv[2]) / "checkpoints", None, world)
+checkpoints.save(1, Share.of({"a": torch.ones(2)}), {})
+checkpoints.wait()
+asked, verified.content = [], unreadable
+try:
+    verified.load(checkpoints.folder / "step-000001", world)
+except OSError as error:
+    if error.errno != errno.EIO:
+        raise
+else:
+    sys.exit("rank 3 could not read it")
+verified.content = content
 
 # A deal and an order, of which the ranks take their shares.
 sampler.MAPPED = 1000

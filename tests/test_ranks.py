@@ -4,11 +4,13 @@ import resource
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import crossrank
 
 from trainer.base.errors import UserError
+from trainer.feed import Feed
 from trainer.meeting import SPARE, allow_files
-from trainer.ranks import _by_host
+from trainer.ranks import World, _by_host
 
 WORK = Path(__file__).parent / "ranks_work.py"
 
@@ -34,7 +36,7 @@ def test_a_rank_that_no_longer_votes(tmp_path):
 
 
 @pytest.mark.parametrize(("launcher", "limit", "said"), [
-    ({}, 100, "among 500 ranks rank 0 needs 1,0"),
+    ({}, 100, r"among 500 ranks rank 0 needs 1,\d+"),
     ({"TORCHELASTIC_USE_AGENT_STORE": "True"}, 100, f"among 500 ranks torchrun needs {500 + SPARE}"),
 ])  # fmt: skip
 def test_too_few_descriptors(launcher, limit, said, monkeypatch):
@@ -43,6 +45,14 @@ def test_too_few_descriptors(launcher, limit, said, monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
     with pytest.raises(UserError, match=f"{said}.* open files, and 100 are allowed; say ulimit -n"):
         allow_files(0, 500)
+
+
+def test_who_evaluates_makes_no_more_connections():
+    """Of ranks that have not even met."""
+    feed = Feed(None, World(0, 500, 0, torch.device("cpu")), 60)
+    assert "group" not in vars(feed)
+    with pytest.raises(ValueError, match="process group"):
+        feed.group  # noqa: B018
 
 
 def test_hosts_of_one_name():

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -33,10 +34,17 @@ import crossrank
 crossrank.main()
 """
 DORMANT = """
-import sys
+import os, sys
 from trainer.base import dynamo
 dynamo.postpone()
 import torch
+if (child := os.fork()) == 0:
+    assert torch._dynamo.utils.get_optimize_ddp_mode() == "ddp_optimizer"
+    assert "torch._dynamo.config" not in sys.modules
+    assert torch._dynamo.utils.detect_fake_mode([]) is None  # as torch.fx does
+    assert torch._dynamo.utils is sys.modules["torch._dynamo.utils"]
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
 noted = lambda x: x
 assert torch.compiler.allow_in_graph(noted) is noted
 weight = torch.ones(2, requires_grad=True)
@@ -81,6 +89,21 @@ def test_the_first_step_needs_little(builtin_model, tmp_path):
 
 def test_dynamo_sleeps_until_something_is_compiled():
     python("-c", DORMANT)
+
+
+def test_imports_as_python_has_them(monkeypatch):
+    """Where the user says so, and for code that a model brings."""
+    before = [*sys.meta_path]
+    monkeypatch.setenv("CROSSRANK_LEAN_IMPORTS", "0")
+    with lean.imports():
+        assert sys.meta_path == before
+    assert not lean._own.is_set()
+    monkeypatch.setattr(lean, "_own", threading.Event())
+    lean._own.set()
+    with lean.further():
+        assert len(sys.meta_path) == len(before) + 1
+    with lean.further(foreign=True):
+        assert sys.meta_path == before
 
 
 @pytest.fixture
@@ -181,8 +204,10 @@ def test_a_shape_has_no_numbers(builtin_model):
     with NothingDrawn(), torch.device("meta"):
         made = torch.nn.Embedding(7, 5).weight
         numbers = torch.arange(9)
+        kinds = [torch.arange(9, dtype=kind, device="meta").dtype for kind in (None, torch.float32)]
     assert (made.shape, made.dtype, made.device) == (plain.shape, plain.dtype, plain.device)
     assert (numbers.shape, numbers.dtype) == ((9,), torch.int64)
+    assert kinds == [torch.int64, torch.float32]
     with NothingDrawn():
         assert torch.arange(3).tolist() == [0, 1, 2]
         assert torch.nn.init.normal_(torch.zeros(9)).abs().sum() > 0

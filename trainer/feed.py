@@ -8,6 +8,7 @@ Texts and tokens travel in a group of their own, which a thread may use while th
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from trainer.base.errors import TrainingFailed, UserError, first_line
 from trainer.data.pairs import Rows, Texts
 from trainer.data.tokenize import in_memory
 from trainer.data.tokens import Encoder, Tokens, nothing_of
+from trainer.meeting import more_connections
 from trainer.ranks import World
 
 PART, END, MISTAKE, FAILURE = range(4)  # what comes next
@@ -49,10 +51,12 @@ class Feed:
     """
 
     def __init__(self, encoder: Encoder, world: World, timeout: int) -> None:
-        self.encoder, self.world = encoder, world
-        self.group: Any = None
-        if world.size > 1:
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        self.encoder, self.world, self.patience = encoder, world, timedelta(seconds=timeout)
+
+    @cached_property
+    def group(self) -> Any:
+        """Made when it is first asked for: who evaluates has the tokens from the cache, and needs no connections."""
+        return more_connections(self.world.rank, self.world.size, self.patience)
 
     def tokens(self, pairs: Texts) -> Tokens:
         """Of pairs that every rank has. Raises UserError naming one of which nothing is left."""

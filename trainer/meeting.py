@@ -56,19 +56,31 @@ def meet(rank: int, size: int, device: torch.device, patience: timedelta) -> Non
     ) from failures[0]
 
 
-def allow_files(rank: int, size: int) -> None:
-    """Lets this process open what it takes to meet `size` ranks. Raises UserError where it may not.
+def more_connections(rank: int, size: int, patience: timedelta) -> Any:
+    """A group of all ranks with connections of its own, over gloo: for a thread that talks beside the main one.
+
+    Every rank takes part. Raises UserError, see `allow_files`.
+    """
+    allow_files(rank, size, met=True)
+    return dist.new_group(backend="gloo", timeout=patience)
+
+
+def allow_files(rank: int, size: int, met: bool = False) -> None:
+    """Lets this process open what it takes to connect `size` ranks, which have `met` already, or have not.
+
+    Raises UserError where it may not.
 
     gloo connects all pairs of ranks: it has an option to connect only those that talk (TORCH_GLOO_LAZY_INIT), but there
     ranks may wait for ever for one that has died. Whoever has the store is connected to all once more: rank 0, or the
     torchrun beside it, whose limit is the one that it has handed down.
     """
-    mine = rank == 0 and not _torchrun_has_store()
+    store = rank == 0 and not met
+    mine = store and not _torchrun_has_store()
     needed = (size - 1) + (size if mine else 0) + len(os.listdir("/dev/fd")) + SPARE
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (2**31 if limit == resource.RLIM_INFINITY else limit for limit in limits)
     who = "rank 0" if rank == 0 else "a rank"
-    if rank == 0 and _torchrun_has_store() and soft < size + SPARE:
+    if store and _torchrun_has_store() and soft < size + SPARE:
         who, needed, hard = "torchrun", size + SPARE, soft
     if hard < needed:
         raise UserError(

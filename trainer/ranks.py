@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from trainer.base.environment import check_host, number, read_place
-from trainer.base.errors import TrainingFailed, UserError
+from trainer.base.errors import RankGone, TrainingFailed, UserError
 from trainer.base.log import start_log
 from trainer.meeting import keep_freed_memory, meet, meet_through_slurm, wiring
 
@@ -164,11 +164,11 @@ class World:
 
 @contextmanager
 def _connected() -> Iterator[None]:
-    """Raises TrainingFailed where the store is gone, and with it rank 0."""
+    """Raises RankGone where the store is gone, and with it rank 0."""
     try:
         yield
     except dist.DistError:
-        raise TrainingFailed("the connection to rank 0 broke off; look for what ended that one") from None
+        raise RankGone("the connection to rank 0 broke off; look for what ended that one") from None
 
 
 ALONE = World(0, 1, 0, torch.device("cpu"))  # a process that has no others

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from trainer import ranks
 from trainer.backends import make_backend
-from trainer.base.errors import Preempted, TrainingFailed, UserError, first_line, out_of_memory
+from trainer.base.errors import Preempted, RankGone, TrainingFailed, UserError, first_line, out_of_memory
 from trainer.base.fields import rule
 from trainer.base.files import write_json
 from trainer.base.log import log
@@ -226,16 +226,21 @@ def open_journal(
 
 def complete(trainer: Trainer) -> dict[str, Any]:
     """From the first step that is left to results.json, and whatever comes in between."""
+    gone = False
     try:
         with failures(trainer.config, trainer.world, trainer.output.folder, trainer.state):
-            settle_step(trainer)
-            trainer.loop()
-            trainer.settle(None)
-            return finish(trainer)
-    except Preempted:
-        save_and_stop(trainer)
+            try:
+                settle_step(trainer)
+                trainer.loop()
+                trainer.settle(None)
+                return finish(trainer)
+            except Preempted:
+                save_and_stop(trainer)
+    except (RankGone, torch.distributed.DistError):  # the second of NCCL, in words that change
+        gone = True
+        raise
     finally:
-        trainer.output.close()
+        trainer.output.close(gone)
 
 
 def settle_step(trainer: Trainer) -> None:
@@ -265,7 +270,7 @@ def failures(config: Config, world: World, folder: Path, state: State | None = N
         if "does not have a deterministic implementation" in str(error):
             raise TrainingFailed(f"exact_shards: {first_line(error)}; leave exact_shards out for this model") from None
         if reason := ranks.explain(error, world, config.ddp_timeout):
-            raise TrainingFailed(f"step {state.step}: {reason}" if state else reason) from None
+            raise RankGone(f"step {state.step}: {reason}" if state else reason) from None
         raise
 
 

@@ -134,6 +134,17 @@ def test_a_step_is_skipped_on_the_device(monkeypatch):
     assert all(torch.equal(a, b) for name in state for a, b in zip(state[name], before[name], strict=True))
 
 
+def test_what_is_saved_is_not_made_anew(monkeypatch):
+    config = parse_train(["--recipe", "demo", "--output_dir", "x"])
+    module, backend = torch.nn.Linear(3, 2), Single(World(0, 1, 0, torch.device("cpu")), config)
+    backend.prepare(module)
+    before = backend.save_state().runs
+    backend.make_moments(3)
+    monkeypatch.setattr(torch, "zeros_like", lambda like: pytest.fail("as large as the moment that there is"))
+    after = backend.save_state().runs
+    assert all(torch.equal(after[key][1], before[key][1]) for key in before | after)
+
+
 CONFIG = ["--recipe", "demo", "--deepspeed", "zero2"]
 
 

@@ -126,6 +126,12 @@ def test_a_full_disk(tmp_path):
     assert len(load(path)) == len(ROWS) * 400
 
 
+def test_what_is_gone_is_not_for_want_of_room(tmp_path):
+    error = FileNotFoundError(2, "No such file or directory", str(tmp_path / "pairs"))
+    assert f"has lost a file: {tmp_path / 'pairs'}: No such" in str(stored.no_room(tmp_path, error))
+    assert "cannot be written" in str(stored.no_room(tmp_path, OSError(28, "No space left on device", str(tmp_path))))
+
+
 def test_many_rows_without_text(tmp_path, monkeypatch):
     """Without a label they are left out, but not without end."""
     rows = [row | ({"premise": None, "label": -1} if place % 2 else {}) for place, row in enumerate(ROWS)]

@@ -176,6 +176,7 @@ def test_files_of_killed_runs_do_not_add_up(files):
     for seed in range(9):
         make(seed=seed).order(0)
         (files / f".x.npy.host.{seed}").touch()
+        assert len([*files.glob("*.npy")]) == min(seed + 1, KEPT)
         assert len(orders(files)) <= KEPT + 1
     assert make(seed=8).at(12).rows.tolist() == epoch_order(100, 8, 0)[96:].tolist()
 

@@ -15,7 +15,7 @@ from trainer.base.errors import TrainingFailed, UserError
 from trainer.config import Config
 from trainer.data.builtin import LABEL_NAMES, make_tokenizer, pairs
 from trainer.model.loading import load_for_training
-from trainer.model.probe import seen_padding
+from trainer.model.probe import examine, seen_padding
 from trainer.model.settings import longest_input
 
 ROWS = pairs("dev")[:30]
@@ -291,7 +291,20 @@ def test_an_end_that_is_not_found(tmp_path):
 @pytest.mark.parametrize("family", ["bert", "convbert", "deberta"])
 def test_a_model_that_sees_padding(family, tmp_path):
     model = start(save_encoder(tmp_path, family), attn_implementation="eager" if family == "bert" else None)
-    assert (seen_padding(model.eval(), tokenize(labelled(PAIRS), model.tokenizer, 100)) > 0) == (family == "convbert")
+    seen = seen_padding(model.eval(), tokenize(labelled(PAIRS), model.tokenizer, 100), "cpu")
+    assert (seen > 0) == (family == "convbert")
+
+
+def test_padding_is_looked_for_as_on_the_runs_device(tmp_path):
+    """On the CPU, where a sharded model is looked at, a difference that a GPU's rounding would hide counts for none."""
+    model = start(save_encoder(tmp_path, "bert"), attn_implementation="eager")
+    tokens = tokenize(labelled(PAIRS), model.tokenizer, 100)
+    model.model.classifier.register_forward_hook(lambda module, args, out: out * (1 + 1e-5 * len(out)))
+    assert 1e-5 < seen_padding(model.eval(), tokens, "cpu") < 1e-3
+    for device, expected in ((None, True), ("cpu", True), ("cuda", False)):
+        model.one_length = False
+        examine(model, tokens, True, device)
+        assert model.one_length == expected, device
 
 
 def labelled(texts):

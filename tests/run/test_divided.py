@@ -4,15 +4,24 @@ costs no checkpoint that was complete."""
 import json
 import os
 import shutil
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import crossrank, losses
 from safetensors.torch import load_file, save_file
+from torch._C._distributed_c10d import HashStore
 
+from trainer.backends.share import Share
 from trainer.base import tensor_files
+from trainer.base.errors import TrainingFailed
+from trainer.ranks import World
+from trainer.run import post
+from trainer.run.checkpoint import Checkpoints
 from trainer.run.parts import Damaged, Tensors, index_of, part_names
 from trainer.run.verified import load
 
@@ -106,6 +115,70 @@ def test_one_rank_cannot_write_and_then_none_sees_the_others_files(whole, tmp_pa
         assert torch.equal(*(own.run(key, 1, int(np.prod(shape))) for own in (last, reference))), key
 
 
+@pytest.fixture
+def two(tmp_path, monkeypatch):
+    """The checkpoints of two ranks, here in one process, with what they say to each other."""
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(post, "LAST_CALL", 0.1)
+    worlds = [World(rank, 2, rank, torch.device("cpu")) for rank in range(2)]
+    made = [Checkpoints(tmp_path / "checkpoints", None, world) for world in worlds]
+    for own, world in zip(made, worlds, strict=True):
+        own.post = post.Post("of both", world, 600)
+    yield made
+    dist.destroy_process_group()
+
+
+def begin(rank: Checkpoints) -> None:
+    """To write this rank's half of `a`, as `save` does."""
+    number = rank.world.rank
+    share = Share({"a": (6,)}, {"a": (3 * number, torch.full((3,), number + 1.0))}, divided=True)
+    work, last = (rank._write_part, ()) if number else (partial(rank._write, 7), (np.array([[[0, 3]], [[3, 3]]]),))
+    state = () if number else ({},)
+    rank.pending = rank.thread.submit(work, share, *state, *last, rank.post)
+
+
+def test_an_error_of_all_ranks_waits_for_a_slow_part(two, tmp_path, monkeypatch):
+    """Each has its checkpoint in the end, and none leaves before that: a launcher would end the others."""
+    write = tensor_files.write
+
+    def slow(path, tensors):
+        time.sleep(0.5 if path.name == part_names(2)[1] else 0)
+        return write(path, tensors)
+
+    monkeypatch.setattr(tensor_files, "write", slow)
+    for rank in two:
+        begin(rank)
+    two[1].close()
+    assert load(tmp_path / "checkpoints/step-000007").tensors.run("a", 2, 4).tolist() == [1, 2]
+    two[0].close()
+
+
+def test_a_part_that_never_comes_is_said(two, tmp_path, said):
+    begin(two[0])
+    two[0].close(gone=True)
+    assert not [*(tmp_path / "checkpoints").iterdir()]
+    assert said == [
+        "a checkpoint is given up: rank 1 did not write its part of a checkpoint; those before it are whole"
+    ]
+
+
+def test_a_rank_without_memory_tells_rank_0(two, monkeypatch):
+    write = tensor_files.write
+
+    def full(path, tensors):
+        if path.name == part_names(2)[1]:
+            raise MemoryError("no 3 numbers")
+        return write(path, tensors)
+
+    monkeypatch.setattr(tensor_files, "write", full)
+    for rank in two:
+        begin(rank)
+    with pytest.raises(TrainingFailed, match="rank 1 could not write its part of a checkpoint: MemoryError: no 3"):
+        two[0].close()
+    with pytest.raises(MemoryError):
+        two[1].close()
+
+
 @pytest.mark.parametrize("file", ["tensors-00001-of-00002.safetensors", "index.json"])
 def test_a_damaged_part_is_seen(whole, tmp_path, file):
     folder = Path(shutil.copytree(whole / "checkpoints/step-000012", tmp_path / "step-000012"))
@@ -149,6 +222,10 @@ def test_any_runs_of_a_tensor_are_read(tmp_path):
         for start in range(len(full[key]) + 1):
             for stop in range(start, len(full[key]) + 1):
                 assert torch.equal(tensors.run(key, start, stop), full[key][start:stop])
+    gap = places.copy()
+    gap[0, 1] = 0
+    with pytest.raises(TrainingFailed, match="do not make up b"):
+        index_of({"a": (5, 2), "b": (3,)}, gap)
     index["tensors"]["b"]["runs"][1][0] = 1
     with pytest.raises(ValueError, match="do not make up b"):
         Tensors.of(tmp_path, index, shared=True)

@@ -184,7 +184,10 @@ class Single:
 
     def _own(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
         """That part of a parameter, or of one of its moments, in whatever shape; no copy."""
-        return parameter if kind == "weight" else self.optimizer.state[parameter].get(kind, torch.zeros_like(parameter))
+        if kind == "weight":
+            return parameter
+        moment: torch.Tensor | None = self.optimizer.state[parameter].get(kind)
+        return torch.zeros_like(parameter) if moment is None else moment
 
     @torch.no_grad()
     def _set_own(self, parameter: nn.Parameter, kind: str, run: torch.Tensor) -> None:

@@ -19,6 +19,23 @@ from typing import Any
 NAME = "torch._dynamo"
 
 
+class Utils:
+    """Its module of that name: what DDP asks for is answered, all else wakes it."""
+
+    def __init__(self, dormant: "Dormant") -> None:
+        self._dormant = dormant
+
+    def get_optimize_ddp_mode(self) -> str:
+        """A setting that only the real one has, and by default makes DDP what it is without it."""
+        asleep = sys.modules.get(NAME) is self._dormant
+        return "ddp_optimizer" if asleep else self._dormant.wake().utils.get_optimize_ddp_mode()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._dormant.wake().utils, name)
+
+
 class Dormant(types.ModuleType):
     """The module in place of torch._dynamo."""
 
@@ -26,7 +43,7 @@ class Dormant(types.ModuleType):
         super().__init__(NAME)
         self.finder = finder
         self.told: list[tuple[str, Any]] = []
-        self.utils = types.SimpleNamespace(get_optimize_ddp_mode=self._ddp_mode)
+        self.utils = Utils(self)
 
     def graph_break(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -56,11 +73,6 @@ class Dormant(types.ModuleType):
     def assume_constant_result(self, fn: Any) -> Any:
         self.told.append(("assume_constant_result", fn))
         return fn
-
-    def _ddp_mode(self) -> str:
-        """Its setting optimize_ddp, which only the real one has, and by default makes DDP what it is without it."""
-        asleep = sys.modules.get(NAME) is self
-        return "ddp_optimizer" if asleep else self.wake().utils.get_optimize_ddp_mode()
 
     def wake(self) -> Any:
         """The real one."""

@@ -1,4 +1,4 @@
-"""The three ways in which a run ends early, and the words in which it says so."""
+"""The ways in which a run ends early, and the words in which it says so."""
 
 import difflib
 import re
@@ -15,6 +15,10 @@ class TrainingFailed(RuntimeError):
     """The run cannot continue, through no mistake in the input; printed without a traceback."""
 
 
+class RankGone(TrainingFailed):
+    """Another rank has ended, or does not answer: nothing more will come from it."""
+
+
 class Preempted(Exception):
     """The ranks have agreed to stop, since one was asked to; the message is for the user."""
 
@@ -25,7 +29,7 @@ def out_of_memory(error: Exception) -> bool:
     return own or bool(re.search(r"out of memory|CU[A-Z]+_STATUS_\w*ALLOC\w*_FAILED", str(error)))
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """A library's error, cut to what fits into a line of ours."""
     first, *others = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {first}" + (f" {others[0].strip()}" if first.endswith(":") and others else "")

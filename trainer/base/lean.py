@@ -1,13 +1,14 @@
 """How the command line imports torch and transformers: only what a run comes to, and each file once.
 
 Nothing here changes what a module does, and all of it is only sooner or later: what does not fit another version of a
-library is imported as that has it.
+library is imported as that has it. CROSSRANK_LEAN_IMPORTS=0 imports everything as Python does, at its own pace.
 """
 
 import gc
 import importlib.abc
 import importlib.machinery
 import inspect
+import os
 import re
 import sys
 import threading
@@ -39,6 +40,9 @@ _own = threading.Event()  # set in a process of our own
 @contextmanager
 def imports() -> Iterator[None]:
     """Around the imports of a process of our own."""
+    if os.environ.get("CROSSRANK_LEAN_IMPORTS") == "0":
+        yield
+        return
     _own.set()
     after = AfterLoading()
     dynamo.postpone()
@@ -54,9 +58,12 @@ def imports() -> Iterator[None]:
 
 
 @contextmanager
-def further() -> Iterator[None]:
-    """Around what imports more of transformers, in a process whose imports began like that."""
-    with waiting(*LATER) if _own.is_set() else nullcontext():
+def further(foreign: bool = False) -> Iterator[None]:
+    """Around what imports more of transformers, in a process whose imports began like that.
+
+    `foreign`: it also imports code that a model brings, which may do with a name what no stand-in can.
+    """
+    with waiting(*LATER) if _own.is_set() and not foreign else nullcontext():
         yield
 
 

@@ -65,5 +65,5 @@ def _remove_old(newest: Path) -> None:
     """All but the newest, and what killed writers left; only who holds the lock may."""
     files = [path for path in newest.parent.iterdir() if path.name != "lock" and path != newest]
     orders = sorted((path for path in files if path.suffix == ".npy"), key=lambda path: path.stat().st_mtime)
-    for path in {*files} - {*orders[len(orders) - KEPT + 1 :]}:
+    for path in {*files} - {*orders[1 - KEPT :]}:
         path.unlink(missing_ok=True)

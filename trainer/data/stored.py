@@ -199,8 +199,11 @@ def prune(folder: Path, days: float = 30, beginning: str = "") -> None:
 
 
 def no_room(path: Path, error: OSError) -> UserError:
-    """What to say where a cache cannot be written."""
-    reason = error.strerror or str(error)
-    return UserError(f"the cache of the data cannot be written: {error.filename or path}: {reason}; it takes about as "
+    """What to say where a cache cannot be written, or what was written there is not there any more."""
+    place, reason = error.filename or path, error.strerror or str(error)
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"the cache of the data has lost a file: {place}: {reason}; let nothing clear it while a run "
+                         "begins, or set CROSSRANK_CACHE to another folder")  # fmt: skip
+    return UserError(f"the cache of the data cannot be written: {place}: {reason}; it takes about as "
                      "much room as the text, and half of that again for its tokens: set CROSSRANK_CACHE to a folder "
                      "that has it")  # fmt: skip

@@ -1,6 +1,5 @@
-"""The ranks that share a cache folder: those of a node, or of all nodes where its file system is one."""
+"""The ranks that share a cache folder: mostly those of a node, or of all nodes where its file system is one."""
 
-import json
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -63,38 +62,47 @@ def alone(folder: Path) -> Team:
 
 
 def team_of(world: World, folder: Path, asked: Any = None) -> Team:
-    """This rank's: those that see the same folder, and ask for the same, which is JSON. Every rank takes part.
+    """This rank's: those that share the folder, and ask for the same, which is JSON. Every rank takes part.
 
-    Whether they see it is tried, first on all ranks, then on those of a host that do not see rank 0's: hosts may share
-    a file system, and containers of one name may not.
+    Who shares the folder is tried: the first rank of every node makes a file there, and each rank is in the team of the
+    first one whose file it sees. A node's ranks that see none have other file systems than its first one, as containers
+    have: they try again among themselves. Where that one can make no file, they are taken to share what it has.
     """
     if world.size == 1:
         return Team(world, [0], folder)
-    makers = [0] * world.size
-    seen = _seen(world, folder, makers)
-    if not all(seen):
-        for node in world.nodes():
-            unseen = [rank for rank in node if not seen[rank]]
-            for rank in unseen:
-                makers[rank] = unseen[0]
-        seen = _seen(world, folder, makers)
+    name, left = world.broadcast(f".seen-{uuid.uuid4().hex}"), world.nodes()
+    teams: dict[int, list[int]] = {}
+    while left:
+        seen = _seen(world, folder, name, [node[0] for node in left])
+        for node in left:
+            able = seen[node[0]] is not None
+            for rank in node:
+                lead = seen[rank] if able else node[0]
+                if lead is not None:
+                    teams.setdefault(lead, []).append(rank)
+        placed = {rank for members in teams.values() for rank in members}
+        left = [others for node in left if (others := [rank for rank in node if rank not in placed])]
+    members = next(members for members in teams.values() if world.rank in members)
     told = world.broadcast(world.gather_values(asked))
-    # Who sees nobody's file is alone.
-    keys = [(maker if sees else rank, json.dumps(own))
-            for rank, (maker, sees, own) in enumerate(zip(makers, seen, told, strict=True))]  # fmt: skip
-    return Team(world, [rank for rank, key in enumerate(keys) if key == keys[world.rank]], folder)
+    return Team(world, sorted(rank for rank in members if told[rank] == told[world.rank]), folder)
 
 
-def _seen(world: World, folder: Path, makers: list[int]) -> list[bool]:
-    """By rank, whether it sees a file that the rank in its place in `makers` has made in the folder."""
-    name = world.broadcast(f".seen-{uuid.uuid4().hex}")
+def _seen(world: World, folder: Path, name: str, leads: list[int]) -> list[int | None]:
+    """By rank, the first of the `leads` whose file it sees. Every rank takes part."""
     own = folder / f"{name}-{world.rank}"
-    if world.rank in makers:
+    if world.rank in leads:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             own.touch()
     world.barrier()
-    seen = world.broadcast(world.gather_values((folder / f"{name}-{makers[world.rank]}").exists()))
+    first = next((rank for rank in sorted(leads) if _exists(folder / f"{name}-{rank}")), None)
+    seen: list[int | None] = world.broadcast(world.gather_values(first))
     with suppress(OSError):
-        own.unlink(missing_ok=True)
-    return list(seen)
+        own.unlink()
+    return seen
+
+
+def _exists(path: Path) -> bool:
+    with suppress(OSError):  # a folder that may not be entered
+        return path.exists()
+    return False

@@ -45,11 +45,15 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return tokenizer
 
 
-@lean.further()
 def load_for_training(config: Config, label_names: Sequence[str], hollow: bool = False) -> CrossEncoder:
     """The encoder to start from, in fp32, with a head for these classes, or for one score where that is the objective;
     new weights are drawn from `config.seed`. One that is `hollow` has the same shape, and no values: see scattered.py.
     """
+    with lean.further(config.trust_remote_code):
+        return _for_training(config, label_names, hollow)
+
+
+def _for_training(config: Config, label_names: Sequence[str], hollow: bool) -> CrossEncoder:
     name = config.model_name_or_path
     if name == "builtin":
         settings, tokenizer = builtin.make_config(), builtin.make_tokenizer()
@@ -106,9 +110,13 @@ def _blaming_config(name: str) -> Iterator[None]:
         ) from None
 
 
-@lean.further()
 def load_trained(config: ModelConfig) -> CrossEncoder:
     """A trained model's folder. Raises UserError if it has no head."""
+    with lean.further(config.trust_remote_code):
+        return _trained(config)
+
+
+def _trained(config: ModelConfig) -> CrossEncoder:
     path = Path(config.model_name_or_path)
     check_folder(config.model_name_or_path)
     settings, tokenizer = _load_settings(config), load_tokenizer(config)

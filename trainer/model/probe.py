@@ -16,18 +16,21 @@ from trainer.model.cross_encoder import CrossEncoder
 OTHER_RUN = "so another number of ranks, or of micro-batches, gives another run"
 
 
-def examine(model: CrossEncoder, tokens: Tokens, attention_is_given: bool) -> None:
+def examine(model: CrossEncoder, tokens: Tokens, attention_is_given: bool, device: str | None = None) -> None:
     """Settles how a model is trained, and says what a user would not expect.
 
-    `attention_is_given`: whether the user chose the attention implementation. Raises UserError where the model cannot
-    take the pairs.
+    Args:
+        attention_is_given: whether the user chose the attention implementation.
+        device: kind of the one that it is trained on; None = where it is.
+
+    Raises UserError where the model cannot take the pairs.
     """
     name = model.model.config.model_type
     try:
         if unused := freeze_unused(model, tokens):
             log.info(f"{len(unused)} tensors get no gradient, such as {unused[0]}: they are frozen")
         if model.layout is None:
-            _examine_dropout(model, tokens, attention_is_given)
+            _examine_dropout(model, tokens, attention_is_given, device or next(model.parameters()).device.type)
     except (ValueError, IndexError, TypeError, NotImplementedError, RuntimeError) as error:
         if out_of_memory(error):
             raise
@@ -35,17 +38,17 @@ def examine(model: CrossEncoder, tokens: Tokens, attention_is_given: bool) -> No
         raise UserError(f"{name} cannot take these pairs ({first_line(error)}); {advice}") from None
 
 
-def _examine_dropout(model: CrossEncoder, tokens: Tokens, attention_is_given: bool) -> None:
+def _examine_dropout(model: CrossEncoder, tokens: Tokens, attention_is_given: bool, device: str) -> None:
     name = model.model.config.model_type
-    if size := seen_padding(model.eval(), tokens):
+    if size := seen_padding(model.eval(), tokens, device):
         model.one_length = True
         log.warning(f"{name} sees padding: a pair's scores depend on its batch, by up to {size:.0e} of the largest, so "
                     "other programs, and another --per_device_eval_batch_size, give others")  # fmt: skip
     model.draws = not key_dropout(model, tokens, attention_is_given)
     if not model.draws:
         # Some dropout's coordinates, as those of relative positions, can depend on the longest pair.
-        model.one_length = model.one_length or seen_padding(model.train(), tokens) > 0
-        if seen_padding(model, tokens):
+        model.one_length = model.one_length or seen_padding(model.train(), tokens, device) > 0
+        if seen_padding(model, tokens, device):
             log.warning(f"{name}: a pair's dropout depends on its batch, {OTHER_RUN}")
 
 
@@ -82,14 +85,15 @@ def _random_state() -> list[Any]:
 
 
 @torch.no_grad()
-def seen_padding(model: CrossEncoder, tokens: Tokens) -> float:
+def seen_padding(model: CrossEncoder, tokens: Tokens, device: str) -> float:
     """How much pairs' scores differ from those that each has by itself when they are in one batch, as convolutions
-    make them, relative to the largest; 0 = not, but for rounding."""
+    make them, relative to the largest; 0 = not, but for rounding on this kind of device: a run is the same whether it
+    is looked at there or, sharded, on the CPU."""
     rows = _some(tokens)
     together = model(_batch(model, tokens, rows))  # the longest first
     alone = torch.cat([model(_batch(model, tokens, rows[i : i + 1])) for i in range(len(rows))])
     # TF32 rounds more than some models differ.
-    noise = 1e-3 if alone.device.type == "cuda" else 1e-5
+    noise = 1e-3 if device == "cuda" else 1e-5
     difference = float((together - alone).abs().max() / alone.abs().max())
     return difference if difference > noise else 0.0
 

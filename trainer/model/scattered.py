@@ -71,7 +71,7 @@ def examine_on_main(model: CrossEncoder, world: World, tokens: Tokens, attention
         return
     found: dict[str, Any] | None = None
     if world.is_main:
-        examine(model, tokens, attention_is_given)
+        examine(model, tokens, attention_is_given, world.device.type)
         found = {
             "trained": [name for name, p in model.named_parameters() if p.requires_grad],
             "attention": model.model.config._attn_implementation,

@@ -25,7 +25,7 @@ class NothingDrawn(TorchFunctionMode):
         if func in DRAWS and (tensor := args[0] if args else kwargs["tensor"]).is_meta:
             return tensor
         if func is torch.arange and [*map(type, args)] == [int] and str(kwargs.get("device")) == "meta":
-            return torch.empty(args[0], **{"dtype": torch.int64} | kwargs)
+            return torch.empty(args[0], **kwargs | {"dtype": kwargs.get("dtype") or torch.int64})
         if func is torch.empty_like and args and {*kwargs} <= {"dtype", "device"}:
             like = args[0]
             if like.is_meta and like.is_contiguous():

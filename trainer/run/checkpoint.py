@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 
 from trainer.backends.share import Share, collected
 from trainer.base import tensor_files
-from trainer.base.errors import TrainingFailed, UserError, named
+from trainer.base.errors import TrainingFailed, UserError, first_line, named
 from trainer.base.files import remove_remains, replacing
 from trainer.base.log import log
 from trainer.ranks import World
@@ -88,10 +88,10 @@ class Checkpoints:
             if failure := self.world.broadcast(failure):
                 raise TrainingFailed(failure)
 
-    def close(self) -> None:
-        """The same of this rank alone, at the end: others may have died, and their parts are not waited for."""
+    def close(self, gone: bool = False) -> None:
+        """The same of this rank alone, at the end: where another one is `gone`, its part is not waited for."""
         pending, self.pending = self.pending, None
-        if self.post is not None:
+        if self.post is not None and gone:
             self.post.hurry()
         if pending is not None and (failure := _failure(pending, self.folder)):
             raise TrainingFailed(failure)
@@ -183,10 +183,14 @@ class Checkpoints:
             name = part_name(self.world.rank, self.world.size)
             try:
                 written = tensor_files.write(folder / name, share.arrays())
-            except OSError as error:
-                post.tell(self.world.rank, {"error": str(cannot_write(self.folder, error))})
+            except BaseException as error:  # memory too: rank 0 would wait for a part that never comes
+                told = f"rank {self.world.rank} could not write its part of a checkpoint: {first_line(error)}"
+                if isinstance(error, OSError):
+                    told = str(cannot_write(self.folder, error))
+                post.tell(self.world.rank, {"error": told})
                 raise
             post.tell(self.world.rank, {"file": name, "described": written})
+            post.see_out()
 
 
 def _failure(pending: Future[None], folder: Path) -> str | None:
@@ -197,8 +201,9 @@ def _failure(pending: Future[None], folder: Path) -> str | None:
         return str(cannot_write(folder, error))
     except TrainingFailed as error:  # another rank's
         return str(error)
-    except Abandoned:
-        pass
+    except Abandoned as missing:
+        if str(missing):
+            log.warning(f"a checkpoint is given up: {missing}; those before it are whole")
     return None
 
 

@@ -40,10 +40,13 @@ class Output:
                 log.warning(f"emissions.csv cannot be written: {reason(error)}")
         return rows
 
-    def close(self) -> None:
-        """Waits for what is still being written. Raises TrainingFailed if it could not be."""
+    def close(self, gone: bool = False) -> None:
+        """Waits for what is still being written, by this rank or, unless one is `gone`, by another.
+
+        Raises TrainingFailed if it could not be.
+        """
         self.meter.close()
         try:
-            self.checkpoints.close()  # a rank that fails exits at once, but not in the middle of a checkpoint
+            self.checkpoints.close(gone)  # a rank that fails exits at once, but not in the middle of a checkpoint
         finally:
             self.journal.close()

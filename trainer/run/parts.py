@@ -6,7 +6,7 @@ import math
 import os
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -36,13 +36,24 @@ def part_names(size: int) -> list[str]:
 
 
 def index_of(shapes: dict[str, tuple[int, ...]], places: np.ndarray) -> dict[str, Any]:
-    """index.json: by key the shape, and [start, stop, rank] of each run that is not empty; see Share.places."""
+    """index.json: by key the shape, and [start, stop, rank] of each run that is not empty; see Share.places.
+
+    Raises TrainingFailed where the runs do not make up a tensor: nobody could load that.
+    """
     tensors = {}
     for number, (key, shape) in enumerate(shapes.items()):
         own = places[:, number]
         runs = [[int(own[rank, 0]), int(own[rank].sum()), int(rank)] for rank in np.flatnonzero(own[:, 1])]
+        if not make_up(runs, shape):
+            raise TrainingFailed(f"the ranks' runs do not make up {key}: no checkpoint was written of this step")
         tensors[key] = {"shape": list(shape), "runs": runs}
     return {"files": part_names(len(places)), "tensors": tensors}
+
+
+def make_up(runs: Sequence[Sequence[Any]], shape: Sequence[int]) -> bool:
+    """Whether each of the runs, which begin with start and stop, follows on the one before, up to the last number."""
+    ends = [0, *(run[1] for run in runs)]
+    return [run[0] for run in runs] == ends[:-1] and ends[-1] == math.prod(shape)
 
 
 class Tensors:
@@ -71,8 +82,7 @@ class Tensors:
         shapes = {key: tuple(own["shape"]) for key, own in found.items()}
         runs = {key: [(start, stop, files[rank]) for start, stop, rank in own["runs"]] for key, own in found.items()}
         for key, own in runs.items():
-            ends = [0, *(stop for _, stop, _ in own)]
-            if [start for start, _, _ in own] != ends[:-1] or ends[-1] != math.prod(shapes[key]):
+            if not make_up(own, shapes[key]):
                 raise ValueError(f"its runs do not make up {key}")
         return cls(path, runs, shapes, shared)
 

@@ -17,11 +17,11 @@ from trainer.base.errors import TrainingFailed
 from trainer.ranks import World
 
 Message = dict[str, Any]
-LAST_CALL = 5.0  # seconds that others have, when this rank ends in the middle of a checkpoint
+LAST_CALL = 5.0  # seconds that others have, when one of them is gone in the middle of a checkpoint
 
 
 class Abandoned(Exception):
-    """Nobody will say anything any more."""
+    """Nobody will say anything any more; on rank 0 it says what is missing."""
 
 
 class Post:
@@ -62,19 +62,23 @@ class Post:
         others = range(1, self.world.size)
         if not self._until(lambda: self.store.add(f"{self.name}/told", 0) == self.world.size):  # with rank 0's word
             missing = [rank for rank in others if not self.store.check([f"{self.name}/{rank}"])]
+            what = f"rank {', '.join(map(str, missing))} did not write its part of a checkpoint"
             if self.last_call is not None:
-                raise Abandoned
+                raise Abandoned(what)
             raise TrainingFailed(
-                f"rank {', '.join(map(str, missing))} did not write its part of a checkpoint within "
-                f"{self.patience:.0f} s (ddp_timeout); the checkpoints before it are whole"
+                f"{what} within {self.patience:.0f} s (ddp_timeout); the checkpoints before it are whole"
             )
         said = [self.hear(rank) for rank in others]
         if errors := [message["error"] for message in said if "error" in message]:
             raise TrainingFailed(errors[0])
         return {message["file"]: message["described"] for message in said}
 
+    def see_out(self) -> None:
+        """Until rank 0 has the checkpoint, or has given it up: when one rank ends, launchers end the others."""
+        self._until(lambda: self.store.check([f"{self.name}/end"]))
+
     def hurry(self) -> None:
-        """This rank is about to end."""
+        """Some rank is gone: what others say now comes soon, or never."""
         self.last_call = time.monotonic() + LAST_CALL
 
     @staticmethod
@@ -87,8 +91,10 @@ class Post:
             if post is not None:
                 with suppress(Abandoned):
                     post.tell("folder", {"error": ""})
+                    post.tell("end", {})
             raise
         if post is not None:
+            post.tell("end", {})
             for who in ("folder", "told", *range(1, post.world.size)):
                 post.store.delete_key(f"{post.name}/{who}")
 

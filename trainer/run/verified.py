@@ -52,8 +52,8 @@ def load(path: Path, world: World = ALONE) -> Checkpoint:
     digest, files, divided = together(world, lambda: _read_manifest(path) if world.is_main else ("", {}, False))
     digest = world.broadcast(digest)
     shared = world.all(world.is_main or _digest(path) == digest)
-    if shared and not world.is_main:
-        _, files, divided = _read_manifest(path)
+    if shared:
+        _, files, divided = together(world, lambda: _read_manifest(path))
     order = sorted(files)
     mine = order[world.rank :: world.size] if shared else order
     together(world, lambda: _verify(path, {name: files[name] for name in mine}))
