@@ -78,7 +78,7 @@ def test_every_command(folder, monkeypatch):
         else:
             assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
         done.append(command)
-    assert len(done) == 11
+    assert len(done) == 12
     for snippet in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         result = subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True, text=True,
                                 env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.base import lean
 from trainer.base.errors import UserError
 from trainer.base.fields import mapped, typed
 
@@ -125,9 +124,7 @@ class Schedule:
 def _factor(kind: str, rate: float, warmup: int, num_steps: int, values: dict[str, Any]) -> Callable[[int], float]:
     """transformers' own function from a step to a part of the rate."""
     import torch
-
-    with lean.further():
-        from transformers import get_scheduler
+    from transformers import get_scheduler
 
     # It asks an optimizer for the rate, of which some settings are a part; of a rate of 0 everything is.
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate or 1.0)

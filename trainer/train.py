@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import transformers.optimization  # noqa: F401 - for schedules.py; here, before other threads import anything
 from safetensors import SafetensorError
 
 from trainer import ranks

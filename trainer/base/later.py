@@ -111,7 +111,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def take_away(roots: Sequence[str]) -> None:
     """Takes the stand-ins of `roots` and below out of sys.modules and out of the packages that hold them."""
-    for name, module in [item for item in sys.modules.items() if isinstance(item[1], Waiting)]:
+    for name, module in [item for item in list(sys.modules.items()) if isinstance(item[1], Waiting)]:
         if not any(f"{name}.".startswith(f"{root}.") for root in roots):
             continue
         del sys.modules[name]
