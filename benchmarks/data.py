@@ -3,8 +3,8 @@
     python -m benchmarks.data --pairs 100000 1000000 --ranks 1 2 4 [--before OTHER_CHECKOUT]
 
 The pairs are those of --data, repeated, each premise with a number of its own so that no two are alike, in shards of a
-million rows. With --long_words a premise is one word of 144 characters, which no tokenizer has to think about: text of
-many gigabytes is then tokenised in minutes. A run takes three steps of a tiny model. Memory is the largest that a rank
+million rows. With --long_words a premise is one word of 144 characters, and the tokenizer one of entire words: text of many
+gigabytes is then tokenised in minutes. A run takes three steps of a tiny model. Memory is the largest that a rank
 has had, looked at ten times a second: RSS counts what ranks share once for each, PSS divides it among them, private is
 what is a rank's own.
 """
@@ -49,6 +49,31 @@ def write_pairs(folder: Path, data: Path, count: int, long_words: bool) -> Path:
             parts.append(part.set_column(0, "premise", text))
         parquet.write_table(pa.concat_tables(parts), place / f"train-{shard:05d}-of-{shards:05d}.parquet")
     (place / "ready").touch()
+    return place
+
+
+def word_model(folder: Path, pairs: Path) -> Path:
+    """The builtin model with a tokenizer of the hypotheses' first words, which takes any other for unknown."""
+    from pyarrow import parquet
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+    from trainer.data.builtin import make_config
+
+    place, config = folder / "word-model", make_config()
+    texts = parquet.read_table(sorted(pairs.glob("*.parquet"))[0], columns=["hypothesis"])["hypothesis"]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    words = list(
+        dict.fromkeys([*special, *(word for text in texts.slice(0, 1000).to_pylist() for word in text.split())])
+    )
+    own = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words[: config.vocab_size])}, unk_token="[UNK]"))
+    own.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    own.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), special, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=own, model_max_length=128, **names).save_pretrained(place)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(place)
     return place
 
 
@@ -107,7 +132,7 @@ def measure(root: Path, pairs: Path, ranks: int, cache: Path, form: Path) -> dic
 
 
 FORM = """
-model_name_or_path: builtin
+model_name_or_path: {model}
 train_batch_size: 64
 logging_steps: 1
 save_strategy: "no"
@@ -127,9 +152,10 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     form = chosen.folder / "form.yaml"
     chosen.folder.mkdir(parents=True, exist_ok=True)
-    form.write_text(FORM)
     for count in chosen.pairs:
         pairs = write_pairs(chosen.folder, chosen.data, count, chosen.long_words)
+        model = word_model(chosen.folder, pairs) if chosen.long_words else "builtin"
+        form.write_text(FORM.format(model=model))
         for ranks in chosen.ranks:
             for name, root in {"before": chosen.before, "now": common.ROOT}.items():
                 if root is None:
