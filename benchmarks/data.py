@@ -3,8 +3,8 @@
     python -m benchmarks.data --pairs 100000 1000000 --ranks 1 2 4 [--before OTHER_CHECKOUT]
 
 The pairs are those of --data, repeated, each premise with a number of its own so that no two are alike, in shards of a
-million rows. With --long_words a premise is one word of 144 characters, and the tokenizer one of entire words: text of many
-gigabytes is then tokenised in minutes. A run takes three steps of a tiny model. Memory is the largest that a rank
+million rows. With --long_words a premise is one word of 144 characters, and the tokenizer one of entire words: text of
+many gigabytes is then tokenised in minutes. A run takes three steps of a tiny model. Memory is the largest that a rank
 has had, looked at ten times a second: RSS counts what ranks share once for each, PSS divides it among them, private is
 what is a rank's own.
 """
