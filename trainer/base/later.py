@@ -106,7 +106,33 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def end(self) -> None:
         take_away(self.roots)
+        for root in self.roots:
+            load_by_attribute(root)
         self.roots = []
+
+
+_by_attribute: set[str] = set()  # modules that their packages load when they are asked for them
+
+
+def load_by_attribute(name: str) -> None:
+    """Has the package of a module load it when it is asked for that attribute.
+
+    Libraries say torch.distributed.tensor without an import where another library, which now waits, has imported it.
+    """
+    package = sys.modules.get(name.rpartition(".")[0])
+    if package is None or name in _by_attribute:
+        return
+    _by_attribute.add(name)
+    before = vars(package).get("__getattr__")
+
+    def __getattr__(own: str) -> Any:
+        if f"{package.__name__}.{own}" == name:
+            return importlib.import_module(name)
+        if before is not None:
+            return before(own)
+        raise AttributeError(f"module {package.__name__!r} has no attribute {own!r}")
+
+    package.__getattr__ = __getattr__  # type: ignore[method-assign]
 
 
 def take_away(roots: Sequence[str]) -> None:
