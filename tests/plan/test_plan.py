@@ -12,14 +12,15 @@ from trainer.__main__ import main
 from trainer.base.errors import UserError
 from trainer.base.yaml_files import dump
 from trainer.cli import parse_plan
-from trainer.data.sampler import Step
+from trainer.data.sampler import Step, global_batch_size
 from trainer.model.loading import load_for_training
 from trainer.model.precision import autocast
+from trainer.plan.asked import PlanConfig
 from trainer.plan.costs import NAMES, features
 from trainer.plan.devices import Device, find_device, find_link, table
 from trainer.plan.gauge import PEAK_SIZES, device_file
 from trainer.plan.loads import loads_of, sampler_of
-from trainer.plan.plan import PARTS, PlanConfig
+from trainer.plan.plan import PARTS
 from trainer.plan.timing import Place, traffic
 from trainer.plan.verb import prepared
 from trainer.ranks import World
@@ -64,8 +65,8 @@ def test_flops_and_parameters_are_those_of_the_real_model(own, unpad):
 @pytest.mark.parametrize("ranks", [1, 3, 8])
 def test_ranks_get_the_tokens_that_a_run_would_deal_them(own, ranks):
     split = own.data["train"]
-    loads = loads_of(own.config, own.subject, own.costs, split, ranks, 4)
-    sampler = sampler_of(own.config, split, ranks)
+    sampler = sampler_of(own.config, split, global_batch_size(own.config, ranks))
+    loads = loads_of(sampler, split.tokens.lengths, own.subject, own.costs, ranks, 4)
     step = object.__new__(PlainStep)  # only its dealing
     vars(step).update(split=split, micro_batch_size=4, world=World(0, ranks, 0, torch.device("cpu")), _dealt=None)
     assert len(loads.tokens) == sampler.steps_per_epoch
@@ -121,7 +122,11 @@ def test_what_cannot_fit_says_what_would(tmp_path, capsys):
     assert main(argv) == 2
     said = capsys.readouterr()
     assert "DOES NOT FIT" in said.out
-    assert "what fits: --per_device_train_batch_size" in said.err
+    assert "what fits: --train_batch_size 256 --per_device_train_batch_size" in said.err
+    # What it says can be typed, and fits.
+    would = said.err.split("what fits: ")[1].split(";")[0].split()
+    assert main(["plan", *DEMO, "--device", device, *would, "--json", "--eval_strategy", "no"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory"]["largest_micro_batch"] >= int(would[-1]) > 0
 
 
 @pytest.mark.parametrize(
@@ -191,12 +196,23 @@ def test_what_is_measured_is_read_back(own, tmp_path):
 def test_traffic_is_that_of_a_ring(own):
     place = Place(2, 1, find_link("loopback"), find_link("100Mbit"))
     parameters, device = own.parameters, own.device
-    sent = traffic(parameters, device, place, "ddp", "plain", 1e9, False)
+
+    def of(backend, compute=1e9, forwards=1, hook=False, place=place):
+        return traffic(parameters, device, place, backend, "plain", compute, forwards, hook)
+
+    sent = of("ddp")
     assert sent.sent == 4 * parameters.trained  # 2 (P - 1) / P of it
     assert sent.seconds > sent.sent / 12.5e6 > sent.hidden > 0
-    assert traffic(parameters, device, place, "ddp", "plain", 1e9, True).sent == sent.sent / 2
+    assert of("ddp", hook=True).sent == sent.sent / 2
     alone = Place(1, 1, find_link("loopback"), find_link("loopback"))
-    assert traffic(parameters, device, alone, "single", "plain", 1.0, False).sent == 0
+    assert of("single", place=alone).sent == 0
+    # Gradients go out in the last backward only; weights that are sharded are gathered for each forward.
+    assert of("ddp", 0.03, 4).hidden == pytest.approx(0.02 / 4)
+    assert of("ddp", 0.03, 4).sent == sent.sent
+    assert of("zero3", forwards=4).sent == 4 * of("zero3").sent
+    # A last node that is not full has no ranks that send nothing.
+    odd = of("ddp", place=Place(3, 2, find_link("loopback"), find_link("100Mbit")))
+    assert odd.sent == pytest.approx(2 * 2 / 3 * 4 * parameters.trained)
 
 
 @pytest.mark.full

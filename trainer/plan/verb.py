@@ -12,9 +12,9 @@ from trainer.data.load import ALONE
 from trainer.data.pairs import Pairs
 from trainer.data.tokens import Split
 from trainer.plan.answer import make
-from trainer.plan.devices import find_device
+from trainer.plan.asked import PlanConfig, check
 from trainer.plan.gauge import measure
-from trainer.plan.plan import PlanConfig, Planner, planner
+from trainer.plan.plan import Planner, planner
 from trainer.plan.show import draw, table
 from trainer.run.preempt import Preemption
 from trainer.train import read_pairs, tokenize_splits
@@ -31,9 +31,12 @@ def show_plan(config: Config, asked: PlanConfig) -> None:
     if asked.measure is not None:
         measure(config, Path(asked.measure), asked.gpus_per_node)
         asked = dataclasses.replace(asked, device=asked.measure, measure=None)
-    find_device(asked.device)  # for its errors, before anything is read
+    check(asked)
     own = prepared(config, asked)
-    plan = make(own)
+    try:
+        plan = make(own)
+    finally:
+        own.close()
     print(json.dumps(plan, indent=1) if asked.json else table(plan))
     if picture:
         draw(plan, Path(picture))
