@@ -12,10 +12,11 @@ from trainer.__main__ import main
 from trainer.base.errors import UserError
 from trainer.base.yaml_files import dump
 from trainer.cli import parse_plan
+from trainer.data import orders
 from trainer.data.sampler import Step, global_batch_size
 from trainer.model.loading import load_for_training
 from trainer.model.precision import autocast
-from trainer.plan.asked import PlanConfig
+from trainer.plan.asked import PlanConfig, links
 from trainer.plan.costs import NAMES, features
 from trainer.plan.devices import Device, find_device, find_link, table
 from trainer.plan.gauge import PEAK_SIZES, device_file
@@ -43,7 +44,7 @@ def rows_of(own, count, seed=0):
 @pytest.mark.parametrize("unpad", [True, False])
 def test_flops_and_parameters_are_those_of_the_real_model(own, unpad):
     config = dataclasses.replace(own.config, unpad=unpad)
-    planned, split = prepared(config, own.asked), own.data["train"]
+    planned, split = own if unpad else prepared(config, own.asked), own.data["train"]
     model = load_for_training(config, split.pairs.label_names).train()
     model.freeze_unused_rows(split.tokens)
     rows = rows_of(own, 13)
@@ -106,18 +107,16 @@ def test_json_has_its_keys_and_adds_up(tmp_path, capsys):
     assert picture.read_text().startswith("<?xml")
 
 
-def small(tmp_path, **changed):
-    """A file of the CPU with other values."""
-    entries = table()["devices"]["cpu"] | {
-        name: {"value": value, "source": "a test"} for name, value in changed.items()
-    }
+def small(tmp_path, base="cpu", **changed):
+    """A file of a device with other values."""
+    entries = table()["devices"][base] | {name: {"value": value, "source": "a test"} for name, value in changed.items()}
     path = tmp_path / "device.yaml"
     path.write_text(dump({"devices": {"small": entries}}))
     return str(path)
 
 
 def test_what_cannot_fit_says_what_would(tmp_path, capsys):
-    device = small(tmp_path, memory=16e6, process=1e6, shapes=0)
+    device = small(tmp_path, "h100", memory=16e6, process=1e6)
     argv = ["plan", *DEMO, "--device", device, "--train_batch_size", "256", "--per_device_train_batch_size", "256"]
     assert main(argv) == 2
     said = capsys.readouterr()
@@ -137,10 +136,12 @@ def test_what_cannot_fit_says_what_would(tmp_path, capsys):
         (["--nodes", "0"], "nodes must be above 0, got 0"),
         (["--gpus_per_node", "-2"], "gpus_per_node must be above 0, got -2"),
         (["--device", "absent.yaml"], "absent.yaml"),
+        (["--nodes", "100000"], "a plan is of at most 65,536"),
         (["--picture", "plan.gif", "--json"], "must end with .svg or .png"),
     ],
 )
-def test_bad_input_is_one_clear_error(options, said, capsys):
+def test_bad_input_is_one_clear_error_before_data_is_read(options, said, capsys, monkeypatch):
+    monkeypatch.delattr("trainer.plan.verb.read_pairs")
     assert main(["plan", *DEMO, *options]) == 2
     assert said in capsys.readouterr().err
 
@@ -180,7 +181,7 @@ def test_what_is_measured_is_read_back(own, tmp_path):
              "activations": 2e7, "threads": 1}  # fmt: skip
     shared = [2.5 * own for own in seconds]
     both = [rank | {"seconds": shared, "all_reduce": [1e-3 + size / 1e9 for size in PEAK_SIZES]}] * 2
-    path = tmp_path / "measured.yaml"
+    path = tmp_path / "measured"  # any name will do
     path.write_text(dump(device_file({1: found, 2: found | {"ranks": both}}, own.config)))
     device, _ = find_device(str(path))
     assert device.linear_bf16 * device.linear_reached == pytest.approx(2e11)
@@ -189,8 +190,59 @@ def test_what_is_measured_is_read_back(own, tmp_path):
     assert device.operation == pytest.approx(2e-5, rel=1e-3)
     assert device.share(2) == pytest.approx(0.4, rel=1e-3)
     assert device.share(4) == pytest.approx(0.2, rel=1e-3)
-    assert find_link("loopback", str(path)).bandwidth == pytest.approx(1e9, rel=1e-3)
-    assert main(["plan", *DEMO, "--device", str(path), "--gpus_per_node", "2", "--json"]) == 0
+    inside, between = links(PlanConfig(device=str(path), gpus_per_node=2), device)
+    assert inside.bandwidth == pytest.approx(1e9, rel=1e-3)
+    assert between == find_link("ethernet100")
+
+
+def other(own, **changed):
+    """`own` with other fields of its run, and the same coefficients."""
+    made = dataclasses.replace(own, config=dataclasses.replace(own.config, **changed), dealt={})
+    vars(made)["costs"] = own.costs
+    return made
+
+
+def test_a_step_has_the_pairs_that_there_are(own):
+    """900 of them, also where a batch has room for more; a short last step counts as what it is."""
+    once = {"num_train_epochs": 1}
+    whole, short = other(own, train_batch_size=4096, **once).step(4), other(own, train_batch_size=64, **once).step(2)
+    assert (whole.pairs, whole.batch, whole.num_steps) == (900, 900, 1)
+    assert (round(short.pairs, 6), short.batch, short.num_steps) == (60, 64, 15)
+    assert short.mean_tokens == pytest.approx(own.data["train"].tokens.lengths.sum() / 15 / 2)
+    # The dev split is scored after each epoch of nine steps, and at the end.
+    of_epochs = other(own, train_batch_size=100, max_steps=20, eval_strategy="epoch")
+    assert of_epochs.num_evaluations(1) == 3
+
+
+def test_micro_batches_that_fit_are_found_to_the_pair(own):
+    limit = dataclasses.replace(own, device=dataclasses.replace(own.device, shapes=0))
+    vars(limit)["costs"] = own.costs
+    # Just as much memory as 23 pairs a forward need.
+    room = limit.memory(1, 23, "single", exact=False, batch=300).total
+    limit = dataclasses.replace(limit, device=dataclasses.replace(limit.device, memory=room))
+    vars(limit)["costs"] = own.costs
+    assert limit.largest(1, "single", 300) == 23
+    # And a backend that shards has only a layer's gradients whole.
+    assert limit.memory(8, 8, "fsdp", exact=False).state < limit.memory(8, 8, "ddp", exact=False).state / 2
+
+
+def test_a_plan_leaves_no_order_behind(own, monkeypatch):
+    monkeypatch.setattr("trainer.data.sampler.MAPPED", 100)
+    made = other(own, seed=991)
+    made.step(1)
+    path = orders._path(made.orders.sampler(16)._name(0))
+    assert path.exists()
+    made.close()
+    assert not path.exists()
+
+
+def test_the_link_of_a_node_joins_no_nodes():
+    h100, _ = find_device("h100")
+    inside, between = find_link("nvlink4"), find_link("ethernet100")
+    assert links(PlanConfig(device="h100", gpus_per_node=8), h100) == (inside, between)
+    given = find_link("10Gbit")
+    assert links(PlanConfig(device="h100", gpus_per_node=8, link="10Gbit"), h100) == (given, between)
+    assert links(PlanConfig(device="h100", nodes=2, gpus_per_node=8, link="10Gbit"), h100) == (inside, given)
 
 
 def test_traffic_is_that_of_a_ring(own):
