@@ -133,6 +133,7 @@ def test_what_cannot_fit_says_what_would(tmp_path, capsys):
     [
         (["--device", "h1000"], "unknown device 'h1000'; known are rtx3090, a100, h100, h200, cpu"),
         (["--link", "string"], "known are nvlink4, nvlink3, pcie4, ethernet1"),
+        (["--measure", "here.yaml", "--link", "string"], "known are nvlink4, nvlink3, pcie4, ethernet1"),
         (["--nodes", "0"], "nodes must be above 0, got 0"),
         (["--gpus_per_node", "-2"], "gpus_per_node must be above 0, got -2"),
         (["--device", "absent.yaml"], "absent.yaml"),

@@ -64,11 +64,11 @@ def _step(plan: dict[str, Any]) -> list[str]:
 
 def _whole(plan: dict[str, Any]) -> list[str]:
     own = plan["seconds"]
+    exact = f", again in fp32 {duration(own['fp32'])}" if own["fp32"] else ""
     cost = "" if plan["cost"] is None else f", cost {plan['cost']:,.2f}"
     return [
         f"the run: {duration(own['total'])}: training {duration(own['training'])}, evaluation "
-        f"{duration(own['evaluation'])} (dev {duration(own['one_dev'])} each, test {duration(own['test'])}, "
-        f"and in fp32 at the end {duration(own['fp32'])})",
+        f"{duration(own['evaluation'])} (dev {duration(own['one_dev'])} each, test {duration(own['test'])}{exact})",
         f"  without start, checkpoints and report; {plan['device_hours']:.3g} device hours, "
         f"{plan['energy_kwh']:.3g} kWh{cost}",
     ]

@@ -28,10 +28,10 @@ def show_plan(config: Config, asked: PlanConfig) -> None:
     picture = asked.picture or (config.output_dir and str(Path(config.output_dir) / "plan.svg"))
     if picture and not picture.endswith((".svg", ".png")):
         raise UserError(f"picture {picture}: its name must end with .svg or .png")
+    check(asked if asked.measure is None else dataclasses.replace(asked, device="cpu"))
     if asked.measure is not None:
         measure(config, Path(asked.measure), asked.gpus_per_node)
         asked = dataclasses.replace(asked, device=asked.measure, measure=None)
-    check(asked)
     own = prepared(config, asked)
     try:
         plan = make(own)
