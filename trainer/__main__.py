@@ -108,7 +108,7 @@ def report(argv: list[str]) -> None:
 
 def plan(argv: list[str]) -> None:
     from trainer.cli import parse_plan
-    from trainer.plan.plan import PlanConfig
+    from trainer.plan.asked import PlanConfig
 
     config, asked = parse_plan(argv, PlanConfig)
     from trainer.plan.verb import show_plan

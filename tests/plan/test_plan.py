@@ -12,14 +12,16 @@ from trainer.__main__ import main
 from trainer.base.errors import UserError
 from trainer.base.yaml_files import dump
 from trainer.cli import parse_plan
-from trainer.data.sampler import Step
+from trainer.data import orders
+from trainer.data.sampler import Step, global_batch_size
 from trainer.model.loading import load_for_training
 from trainer.model.precision import autocast
+from trainer.plan.asked import PlanConfig, links
 from trainer.plan.costs import NAMES, features
 from trainer.plan.devices import Device, find_device, find_link, table
 from trainer.plan.gauge import PEAK_SIZES, device_file
 from trainer.plan.loads import loads_of, sampler_of
-from trainer.plan.plan import PARTS, PlanConfig
+from trainer.plan.plan import PARTS
 from trainer.plan.timing import Place, traffic
 from trainer.plan.verb import prepared
 from trainer.ranks import World
@@ -42,7 +44,7 @@ def rows_of(own, count, seed=0):
 @pytest.mark.parametrize("unpad", [True, False])
 def test_flops_and_parameters_are_those_of_the_real_model(own, unpad):
     config = dataclasses.replace(own.config, unpad=unpad)
-    planned, split = prepared(config, own.asked), own.data["train"]
+    planned, split = own if unpad else prepared(config, own.asked), own.data["train"]
     model = load_for_training(config, split.pairs.label_names).train()
     model.freeze_unused_rows(split.tokens)
     rows = rows_of(own, 13)
@@ -64,8 +66,8 @@ def test_flops_and_parameters_are_those_of_the_real_model(own, unpad):
 @pytest.mark.parametrize("ranks", [1, 3, 8])
 def test_ranks_get_the_tokens_that_a_run_would_deal_them(own, ranks):
     split = own.data["train"]
-    loads = loads_of(own.config, own.subject, own.costs, split, ranks, 4)
-    sampler = sampler_of(own.config, split, ranks)
+    sampler = sampler_of(own.config, split, global_batch_size(own.config, ranks))
+    loads = loads_of(sampler, split.tokens.lengths, own.subject, own.costs, ranks, 4)
     step = object.__new__(PlainStep)  # only its dealing
     vars(step).update(split=split, micro_batch_size=4, world=World(0, ranks, 0, torch.device("cpu")), _dealt=None)
     assert len(loads.tokens) == sampler.steps_per_epoch
@@ -105,23 +107,25 @@ def test_json_has_its_keys_and_adds_up(tmp_path, capsys):
     assert picture.read_text().startswith("<?xml")
 
 
-def small(tmp_path, **changed):
-    """A file of the CPU with other values."""
-    entries = table()["devices"]["cpu"] | {
-        name: {"value": value, "source": "a test"} for name, value in changed.items()
-    }
+def small(tmp_path, base="cpu", **changed):
+    """A file of a device with other values."""
+    entries = table()["devices"][base] | {name: {"value": value, "source": "a test"} for name, value in changed.items()}
     path = tmp_path / "device.yaml"
     path.write_text(dump({"devices": {"small": entries}}))
     return str(path)
 
 
 def test_what_cannot_fit_says_what_would(tmp_path, capsys):
-    device = small(tmp_path, memory=16e6, process=1e6, shapes=0)
+    device = small(tmp_path, "h100", memory=16e6, process=1e6)
     argv = ["plan", *DEMO, "--device", device, "--train_batch_size", "256", "--per_device_train_batch_size", "256"]
     assert main(argv) == 2
     said = capsys.readouterr()
     assert "DOES NOT FIT" in said.out
-    assert "what fits: --per_device_train_batch_size" in said.err
+    assert "what fits: --train_batch_size 256 --per_device_train_batch_size" in said.err
+    # What it says can be typed, and fits.
+    would = said.err.split("what fits: ")[1].split(";")[0].split()
+    assert main(["plan", *DEMO, "--device", device, *would, "--json", "--eval_strategy", "no"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory"]["largest_micro_batch"] >= int(would[-1]) > 0
 
 
 @pytest.mark.parametrize(
@@ -129,13 +133,16 @@ def test_what_cannot_fit_says_what_would(tmp_path, capsys):
     [
         (["--device", "h1000"], "unknown device 'h1000'; known are rtx3090, a100, h100, h200, cpu"),
         (["--link", "string"], "known are nvlink4, nvlink3, pcie4, ethernet1"),
+        (["--measure", "here.yaml", "--link", "string"], "known are nvlink4, nvlink3, pcie4, ethernet1"),
         (["--nodes", "0"], "nodes must be above 0, got 0"),
         (["--gpus_per_node", "-2"], "gpus_per_node must be above 0, got -2"),
         (["--device", "absent.yaml"], "absent.yaml"),
+        (["--nodes", "100000"], "a plan is of at most 65,536"),
         (["--picture", "plan.gif", "--json"], "must end with .svg or .png"),
     ],
 )
-def test_bad_input_is_one_clear_error(options, said, capsys):
+def test_bad_input_is_one_clear_error_before_data_is_read(options, said, capsys, monkeypatch):
+    monkeypatch.delattr("trainer.plan.verb.read_pairs")
     assert main(["plan", *DEMO, *options]) == 2
     assert said in capsys.readouterr().err
 
@@ -175,7 +182,7 @@ def test_what_is_measured_is_read_back(own, tmp_path):
              "activations": 2e7, "threads": 1}  # fmt: skip
     shared = [2.5 * own for own in seconds]
     both = [rank | {"seconds": shared, "all_reduce": [1e-3 + size / 1e9 for size in PEAK_SIZES]}] * 2
-    path = tmp_path / "measured.yaml"
+    path = tmp_path / "measured"  # any name will do
     path.write_text(dump(device_file({1: found, 2: found | {"ranks": both}}, own.config)))
     device, _ = find_device(str(path))
     assert device.linear_bf16 * device.linear_reached == pytest.approx(2e11)
@@ -184,19 +191,81 @@ def test_what_is_measured_is_read_back(own, tmp_path):
     assert device.operation == pytest.approx(2e-5, rel=1e-3)
     assert device.share(2) == pytest.approx(0.4, rel=1e-3)
     assert device.share(4) == pytest.approx(0.2, rel=1e-3)
-    assert find_link("loopback", str(path)).bandwidth == pytest.approx(1e9, rel=1e-3)
-    assert main(["plan", *DEMO, "--device", str(path), "--gpus_per_node", "2", "--json"]) == 0
+    inside, between = links(PlanConfig(device=str(path), gpus_per_node=2), device)
+    assert inside.bandwidth == pytest.approx(1e9, rel=1e-3)
+    assert between == find_link("ethernet100")
+
+
+def other(own, **changed):
+    """`own` with other fields of its run, and the same coefficients."""
+    made = dataclasses.replace(own, config=dataclasses.replace(own.config, **changed), dealt={})
+    vars(made)["costs"] = own.costs
+    return made
+
+
+def test_a_step_has_the_pairs_that_there_are(own):
+    """900 of them, also where a batch has room for more; a short last step counts as what it is."""
+    once = {"num_train_epochs": 1}
+    whole, short = other(own, train_batch_size=4096, **once).step(4), other(own, train_batch_size=64, **once).step(2)
+    assert (whole.pairs, whole.batch, whole.num_steps) == (900, 900, 1)
+    assert (round(short.pairs, 6), short.batch, short.num_steps) == (60, 64, 15)
+    assert short.mean_tokens == pytest.approx(own.data["train"].tokens.lengths.sum() / 15 / 2)
+    # The dev split is scored after each epoch of nine steps, and at the end.
+    of_epochs = other(own, train_batch_size=100, max_steps=20, eval_strategy="epoch")
+    assert of_epochs.num_evaluations(1) == 3
+
+
+def test_micro_batches_that_fit_are_found_to_the_pair(own):
+    limit = dataclasses.replace(own, device=dataclasses.replace(own.device, shapes=0))
+    vars(limit)["costs"] = own.costs
+    # Just as much memory as 23 pairs a forward need.
+    room = limit.memory(1, 23, "single", exact=False, batch=300).total
+    limit = dataclasses.replace(limit, device=dataclasses.replace(limit.device, memory=room))
+    vars(limit)["costs"] = own.costs
+    assert limit.largest(1, "single", 300) == 23
+    # And a backend that shards has only a layer's gradients whole.
+    assert limit.memory(8, 8, "fsdp", exact=False).state < limit.memory(8, 8, "ddp", exact=False).state / 2
+
+
+def test_a_plan_leaves_no_order_behind(own, monkeypatch):
+    monkeypatch.setattr("trainer.data.sampler.MAPPED", 100)
+    made = other(own, seed=991)
+    made.step(1)
+    path = orders._path(made.orders.sampler(16)._name(0))
+    assert path.exists()
+    made.close()
+    assert not path.exists()
+
+
+def test_the_link_of_a_node_joins_no_nodes():
+    h100, _ = find_device("h100")
+    inside, between = find_link("nvlink4"), find_link("ethernet100")
+    assert links(PlanConfig(device="h100", gpus_per_node=8), h100) == (inside, between)
+    given = find_link("10Gbit")
+    assert links(PlanConfig(device="h100", gpus_per_node=8, link="10Gbit"), h100) == (given, between)
+    assert links(PlanConfig(device="h100", nodes=2, gpus_per_node=8, link="10Gbit"), h100) == (inside, given)
 
 
 def test_traffic_is_that_of_a_ring(own):
     place = Place(2, 1, find_link("loopback"), find_link("100Mbit"))
     parameters, device = own.parameters, own.device
-    sent = traffic(parameters, device, place, "ddp", "plain", 1e9, False)
+
+    def of(backend, compute=1e9, forwards=1, hook=False, place=place):
+        return traffic(parameters, device, place, backend, "plain", compute, forwards, hook)
+
+    sent = of("ddp")
     assert sent.sent == 4 * parameters.trained  # 2 (P - 1) / P of it
     assert sent.seconds > sent.sent / 12.5e6 > sent.hidden > 0
-    assert traffic(parameters, device, place, "ddp", "plain", 1e9, True).sent == sent.sent / 2
+    assert of("ddp", hook=True).sent == sent.sent / 2
     alone = Place(1, 1, find_link("loopback"), find_link("loopback"))
-    assert traffic(parameters, device, alone, "single", "plain", 1.0, False).sent == 0
+    assert of("single", place=alone).sent == 0
+    # Gradients go out in the last backward only; weights that are sharded are gathered for each forward.
+    assert of("ddp", 0.03, 4).hidden == pytest.approx(0.02 / 4)
+    assert of("ddp", 0.03, 4).sent == sent.sent
+    assert of("zero3", forwards=4).sent == 4 * of("zero3").sent
+    # A last node that is not full has no ranks that send nothing.
+    odd = of("ddp", place=Place(3, 2, find_link("loopback"), find_link("100Mbit")))
+    assert odd.sent == pytest.approx(2 * 2 / 3 * 4 * parameters.trained)
 
 
 @pytest.mark.full

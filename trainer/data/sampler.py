@@ -115,13 +115,13 @@ class GlobalBatchSampler:
     def order(self, epoch: int) -> np.ndarray:
         """The rows (num_samples,) of one epoch, in some type of integers, read-only; the last one is remembered."""
         if self._drawn is None or self._drawn[0] != epoch:
-            self._leave()
+            self.close()
             long = self.num_samples >= MAPPED
             self._drawn = epoch, mapped(self._name(epoch), lambda: self._draw(epoch)) if long else self._draw(epoch)
         return self._drawn[1]
 
-    def _leave(self) -> None:
-        """Lets go of the order that is remembered."""
+    def close(self) -> None:
+        """Lets go of the order that is remembered, and of its file; whoever asks for an order again draws it anew."""
         if self._drawn is not None and self.num_samples >= MAPPED:
             remove(self._name(self._drawn[0]))
         self._drawn = None
@@ -144,7 +144,7 @@ class GlobalBatchSampler:
             for step in range(start, self.num_steps):
                 yield self.at(step)
         finally:
-            self._leave()
+            self.close()
 
     def at(self, step: int) -> Step:
         """One step of the run."""

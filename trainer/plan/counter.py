@@ -35,6 +35,7 @@ class Counts:
         moved: bytes that other operations read and write.
         operations: that are dispatched, but for those that only look at a tensor in another way.
         peak: most bytes alive at a time, beyond parameters; with the gradients that there are by then.
+        bare: the same without those gradients that are done, as where they have a place of their own.
     """
 
     linear: float
@@ -43,6 +44,7 @@ class Counts:
     moved: float
     operations: float
     peak: float
+    bare: float
 
     @property
     def flops(self) -> float:
@@ -55,7 +57,7 @@ class Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.linear = self.attention = self.read = self.moved = self.operations = 0
-        self.alive = self.peak = 0
+        self.alive = self.peak = self.bare = self.gradients = 0
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -96,12 +98,17 @@ class Counter(TorchDispatchMode):
         self.known.add(key)
         size = storage.nbytes()
         self.alive += size
-        self.peak = max(self.peak, self.alive)
+        self.peak, self.bare = max(self.peak, self.alive), max(self.bare, self.alive - self.gradients)
         weakref.finalize(storage, self._free, key, size)
 
     def _free(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.alive -= size
+
+    def done(self, parameter: torch.Tensor) -> None:
+        """A hook of parameters: its gradient is there."""
+        assert parameter.grad is not None
+        self.gradients += parameter.grad.untyped_storage().nbytes()
 
     def ignore(self, module: nn.Module) -> None:
         """What `module` has already is not counted as alive."""

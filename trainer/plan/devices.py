@@ -80,7 +80,7 @@ def find_device(name: str) -> tuple[Device, dict[str, Any]]:
         return _made("devices", name, table()["devices"][name], name)
     if not _is_file(name):
         raise UserError(
-            _unknown("device", name, "devices", "the path of a file such as crossrank plan --measure true writes")
+            _unknown("device", name, "devices", "the path of a file such as crossrank plan --measure here.yaml writes")
         )
     entries = _section(name, "devices")
     if len(entries) != 1:

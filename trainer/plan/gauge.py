@@ -1,4 +1,4 @@
-"""`--measure`: what this machine reaches on the run's own model, as a device file.
+"""`--measure`: what this machine's CPU reaches on the run's own model, as a device file.
 
 The run's own step is taken on some of its batches, by one rank and, where several are asked for, by all of them at
 once: forwards and backwards of several sizes without the exchange of gradients, the optimizer, and all-reduces alone.
@@ -31,7 +31,7 @@ from trainer.config import Config, read_yaml
 from trainer.loop import Trainer
 from trainer.model.precision import products
 from trainer.plan.costs import NAMES
-from trainer.plan.memory import state_bytes
+from trainer.plan.memory import activation_bytes, state_bytes
 from trainer.plan.timing import ADAMW
 from trainer.plan.trace import Subject
 from trainer.run.versions import ROOT
@@ -66,7 +66,7 @@ def run_ranks(config: Config, count: int, of_machine: int) -> dict[str, Any]:
         write_text(Path(folder) / "config.yaml", dump(fields | quiet))
         command = [sys.executable, front_door, "agent", "--standalone", f"--nproc-per-node={count}", front_door,
                    "gauge", f"{folder}/config.yaml", f"{folder}/found.json"]  # fmt: skip
-        env = os.environ | {"OMP_NUM_THREADS": threads}
+        env = os.environ | {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}  # what is measured is the CPU
         result = subprocess.run(command, capture_output=True, text=True, env=env)
         if result.returncode != 0:
             lines = [line for line in result.stderr.splitlines() if line.startswith("crossrank:")]
@@ -186,13 +186,11 @@ def count(config: Config, trainer: Trainer, lengths: list[np.ndarray]) -> dict[s
     subject = Subject(config, trainer.data["train"].pairs.label_names)
     subject.settle(trainer.data["train"].tokens, False, True)
     counts = [subject.count(own) for own in lengths]
-    backend = trainer.backend.name
-    state = state_bytes(
-        subject.parameters, "ddp" if backend == "deepspeed" else backend, trainer.world.size, False, False, False
-    )
-    trained = 4 * subject.parameters.trained
-    return {"counts": [[getattr(own, name) for name in NAMES] for own in counts[:-1]], "state": state,
-            "activations": max(0, counts[-1].peak - trained)}  # fmt: skip
+    own, backend = subject.parameters, "ddp" if trainer.backend.name == "deepspeed" else trainer.backend.name
+    forwards = max(1, len(trainer.plain.micro_batches(trainer.sampler.at(0))))
+    return {"counts": [[getattr(of_one, name) for name in NAMES] for of_one in counts[:-1]],
+            "state": state_bytes(own, backend, trainer.world.size, False, False, False),
+            "activations": activation_bytes(counts[-1].peak, counts[-1].bare, own, backend, forwards)}  # fmt: skip
 
 
 def device_file(found: dict[int, dict[str, Any]], config: Config) -> dict[str, Any]:
@@ -249,7 +247,7 @@ def fitted(found: dict[str, Any]) -> np.ndarray:
 
 def explained(counts: Any, rates: np.ndarray) -> np.ndarray:
     """Seconds (n,) of counts (n, NAMES) by fitted rates."""
-    linear, attention, _, moved, operations, _ = np.array(counts, dtype=np.float64).T
+    linear, attention, _, moved, operations, *_ = np.array(counts, dtype=np.float64).T
     return linear / rates[0] + attention / rates[1] + moved / rates[2] + operations * rates[3]  # type: ignore[no-any-return]
 
 

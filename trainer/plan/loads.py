@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from trainer.config import Config
 from trainer.data.mix import Mix
-from trainer.data.sampler import Deal, GlobalBatchSampler, global_batch_size, longest_first, num_forwards, total_steps
+from trainer.data.sampler import Deal, GlobalBatchSampler, longest_first, num_forwards, total_steps
 from trainer.data.tokens import Split
 from trainer.plan.costs import Costs, features
 from trainer.plan.trace import Subject
@@ -15,20 +16,52 @@ from trainer.plan.trace import Subject
 MOST_PARTS = 4_096  # micro-batches that are looked at of a run; more steps are sampled evenly
 
 
-def sampler_of(config: Config, split: Split, ranks: int) -> GlobalBatchSampler:
-    """That of the run on so many ranks; see train.make_sampler, which says what this one does not."""
+def sampler_of(config: Config, split: Split, batch: int) -> GlobalBatchSampler:
+    """That of the run with so many pairs a step; see train.make_sampler, which says what this one does not."""
     mix = Mix.of(config.source_weights, split.pairs)
-    batch, samples = global_batch_size(config, ranks), len(split) if mix is None else len(mix)
+    samples = len(split) if mix is None else len(mix)
     steps = total_steps(config, samples, batch)
     return GlobalBatchSampler(samples, batch, config.order_seed, steps, split.tokens.fingerprint, mix)
 
 
-def sampled_steps(sampler: GlobalBatchSampler, parts: int) -> Iterator[np.ndarray]:
-    """Rows of every so manieth step of the first epoch, its short last one among them where all are looked at."""
+class Orders:
+    """A run's samplers and the lengths of its extreme steps, by the pairs of a step: found once. To be closed."""
+
+    def __init__(self, config: Config, split: Split) -> None:
+        self.config, self.split = config, split
+        self._samplers: dict[int, GlobalBatchSampler] = {}
+        self._extremes: dict[int, list[np.ndarray]] = {}
+
+    def sampler(self, batch: int) -> GlobalBatchSampler:
+        if batch not in self._samplers:
+            self._samplers[batch] = sampler_of(self.config, self.split, batch)
+        return self._samplers[batch]
+
+    def extremes(self, batch: int) -> list[np.ndarray]:
+        """Lengths (pairs,) of the step with the most tokens, and of that with the longest pair."""
+        if batch not in self._extremes:
+            lengths = self.split.tokens.lengths
+            self._extremes[batch] = [lengths[step.rows] for step in self.sampler(batch).extremes(lengths)]
+        return self._extremes[batch]
+
+    def close(self) -> None:
+        """Lets go of the orders, and of their files."""
+        for sampler in self._samplers.values():
+            sampler.close()
+
+
+def sampled_steps(sampler: GlobalBatchSampler, parts: int) -> Iterator[tuple[np.ndarray, float]]:
+    """Rows of every so manieth step of the first epoch, and for how many steps each stands; a short last step for
+    itself alone."""
     order, size = sampler.order(0), sampler.batch_size
     count = min(sampler.num_steps, sampler.steps_per_epoch)
-    for step in np.unique(np.linspace(0, count - 1, max(2, min(count, MOST_PARTS // parts))).astype(int)):
-        yield order[step * size : (step + 1) * size]
+    whole = min(count, sampler.num_samples // size)
+    sampled = max(1, min(whole, MOST_PARTS // parts))
+    for start, stop in pairwise(whole * number // sampled for number in range(sampled + 1)):
+        if stop > start:
+            yield order[start * size : (start + 1) * size], float(stop - start)
+    if whole < count:
+        yield order[whole * size :], 1.0
 
 
 def all_parts(lengths: np.ndarray, count: int) -> list[np.ndarray]:
@@ -44,22 +77,30 @@ class Loads:
     Attributes:
         counts: (steps, ranks, forwards, costs.NAMES) of each micro-batch; of steps with fewer forwards 0.
         tokens: (steps, ranks) real tokens.
+        pairs: (steps,) of all ranks.
+        weights: (steps,) for what part of all steps each of them stands; their sum is 1.
         num_steps: of the run.
-        micro_batch: most pairs of a forward.
     """
 
     counts: np.ndarray
     tokens: np.ndarray
+    pairs: np.ndarray
+    weights: np.ndarray
     num_steps: int
-    micro_batch: int
+
+    def mean(self, values: np.ndarray) -> np.ndarray:
+        """Of `values` (steps, ...), over all steps."""
+        return np.tensordot(self.weights, values, 1)  # type: ignore[no-any-return]
 
 
-def loads_of(config: Config, subject: Subject, costs: Costs, split: Split, ranks: int, micro_batch: int) -> Loads:
-    sampler, lengths = sampler_of(config, split, ranks), split.tokens.lengths
+def loads_of(
+    sampler: GlobalBatchSampler, lengths: np.ndarray, subject: Subject, costs: Costs, ranks: int, micro_batch: int
+) -> Loads:
+    """`lengths` of all rows."""
     most = min(micro_batch, -(-sampler.batch_size // ranks))
     forwards = num_forwards(micro_batch, sampler.batch_size, ranks)
-    counts, tokens = [], []
-    for rows in sampled_steps(sampler, ranks * forwards):
+    counts, tokens, pairs, weights = [], [], [], []
+    for rows, weight in sampled_steps(sampler, ranks * forwards):
         of_rows, longest = lengths[rows], int(lengths[rows].max())
         count = num_forwards(micro_batch, len(rows), ranks)
         parts = all_parts(of_rows, ranks * count)
@@ -69,26 +110,30 @@ def loads_of(config: Config, subject: Subject, costs: Costs, split: Split, ranks
         values[:, :count] = (np.array(found, dtype=np.float64) @ costs.training).reshape(ranks, count, -1)
         counts.append(values)
         tokens.append(np.array([of_rows[p].sum() for p in parts]).reshape(ranks, count).sum(1))
-    return Loads(np.stack(counts), np.stack(tokens), sampler.num_steps, most)
+        pairs.append(len(rows))
+        weights.append(weight)
+    return Loads(np.stack(counts), np.stack(tokens), np.array(pairs), np.array(weights) / sum(weights),
+                 sampler.num_steps)  # fmt: skip
 
 
-def heaviest_parts(config: Config, split: Split, ranks: int, micro_batch: int) -> list[np.ndarray]:
-    """Lengths (pairs,) of the largest micro-batches of the steps with the most tokens and with the longest pair."""
-    sampler, lengths = sampler_of(config, split, ranks), split.tokens.lengths
+def heaviest_parts(steps: list[np.ndarray], ranks: int, micro_batch: int) -> list[np.ndarray]:
+    """Lengths (pairs,) of the micro-batches with the most tokens and with the longest pair of each of `steps`, which
+    are lengths (pairs,)."""
     found = []
-    for step in sampler.extremes(lengths):
-        of_rows = lengths[step.rows]
+    for of_rows in steps:
         parts = all_parts(of_rows, ranks * num_forwards(micro_batch, len(of_rows), ranks))
         found.append(of_rows[max(parts, key=lambda part: int(of_rows[part].sum()))])
         found.append(of_rows[max(parts, key=lambda part: int(of_rows[part].max(initial=0)))])
     return found
 
 
-def evaluation_counts(subject: Subject, costs: Costs, split: Split, batch_size: int, ranks: int) -> list[np.ndarray]:
+def evaluation_counts(
+    subject: Subject, coefficients: np.ndarray, split: Split, batch_size: int, ranks: int
+) -> list[np.ndarray]:
     """(batches, costs.NAMES) of each rank, as evaluate.predict_logits cuts and deals them."""
     lengths = split.tokens.lengths
     order = longest_first(lengths)
     batches = [lengths[order[i : i + batch_size]] for i in range(0, len(lengths), batch_size)]
     found = np.array([features(subject, own, batch_size, False) for own in batches], dtype=np.float64)
     parts = all_parts(np.array([own.sum() for own in batches]), ranks)
-    return [found[part] @ costs.evaluation for part in parts]
+    return [found[part] @ coefficients for part in parts]

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from trainer.plan.devices import Device
 from trainer.plan.trace import Parameters
 
-STEPS_OF_SHAPES = 60  # until the cache of kernels is full: by what is resident after 20, 40 and 100 steps
-BUCKET = 50e6  # elements, of ds_configs/
+STEPS_OF_SHAPES = 60  # that leave memory behind: by what is resident after 20, 40 and 100 steps
+ZERO_BUCKET = 50e6  # elements, of ds_configs/
 BUCKETS = {"zero1": 2.2, "zero2": 2.2, "zero3": 10.9}
 SHARDS_WEIGHTS = ("fsdp", "zero3")
 SHARDS_GRADIENTS = ("fsdp", "zero3")  # zero2 frees others' gradients only after its bucket: measured as zero1
 SHARDS_MOMENTS = ("fsdp", "zero1", "zero2", "zero3")
-BACKENDS = ("single", "ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Memory:
     Attributes:
         process: before the model is there.
         state: weights, gradients, moments, buffers of the backend.
-        activations: of the heaviest micro-batch, beyond the gradients.
+        activations: of the heaviest micro-batch, beyond the gradients in `state`.
         slack: what the allocator holds besides.
         total: all of them.
     """
@@ -47,14 +46,25 @@ def state_bytes(own: Parameters, backend: str, ranks: int, sums: bool, copies: b
     gathered = 8.0 * own.largest_layer if backend in SHARDS_WEIGHTS and ranks > 1 else 0.0  # one in use, one prefetched
     gradients = 4.0 * own.trained / (ranks if backend in SHARDS_GRADIENTS else 1)
     moments = 8.0 * own.trained / (ranks if backend in SHARDS_MOMENTS else 1)
-    buckets = BUCKETS.get(backend, 0.0) * min(own.trained, BUCKET)
+    buckets = BUCKETS.get(backend, 0.0) * min(own.trained, ZERO_BUCKET)
     more = 4.0 * own.trained * sums + 2.0 * (own.held - own.tail) * copies + 2.0 * own.trained * bf16_hook
     return weights + gathered + gradients + moments + buckets + more + own.buffers
 
 
+def activation_bytes(peak: float, bare: float, own: Parameters, backend: str, forwards: int) -> float:
+    """What a backward has beyond the state: `peak` and `bare` as in counter.Counts.
+
+    Alone and with one forward, gradients come while activations go. Otherwise they have their place all the time, and
+    where they are sharded those of one layer are whole.
+    """
+    if backend == "single" and forwards == 1:
+        return max(0.0, peak - 4.0 * own.trained)
+    return bare + (4.0 * min(own.largest_layer, own.trained) if backend in SHARDS_GRADIENTS else 0.0)
+
+
 def memory_of(device: Device, state: float, activations: float, num_shapes: int, data: float = 0.0) -> Memory:
     """`data`: bytes of tokens and text, which on a CPU lie in the same memory. The allocator's slack is on what comes
-    and goes, in other sizes each step; kernels that a CPU's library makes for shapes are kept, 1,024 of them."""
+    and goes, in other sizes each step; on a CPU each new number of tokens leaves `device.shapes`: see docs/plan.md."""
     slack = (device.slack - 1) * (activations + (state if device.kind == "gpu" else 0.0))
     slack += device.shapes * num_shapes
     process = device.process + (data if device.kind == "cpu" else 0.0)

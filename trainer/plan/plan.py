@@ -4,62 +4,42 @@ A Planner counts its model's step (trace.py), deals its batches (loads.py), and 
 it (timing.py, memory.py). Nothing is computed on the device that is planned for.
 """
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from trainer.base.errors import UserError
-from trainer.base.fields import Fields, option
 from trainer.config import Config
 from trainer.data.sampler import Deal, global_batch_size, num_forwards
 from trainer.data.tokens import Split
+from trainer.plan.asked import PlanConfig, links
 from trainer.plan.costs import NAMES, Costs, features
-from trainer.plan.devices import Device, Link, find_device, find_link
-from trainer.plan.loads import Loads, evaluation_counts, heaviest_parts, loads_of, sampler_of
-from trainer.plan.memory import STEPS_OF_SHAPES, Memory, memory_of, state_bytes
+from trainer.plan.devices import Device, Link, find_device
+from trainer.plan.loads import Loads, Orders, evaluation_counts, heaviest_parts, loads_of
+from trainer.plan.memory import STEPS_OF_SHAPES, Memory, activation_bytes, memory_of, state_bytes
 from trainer.plan.timing import Place, control_seconds, of_micro_batches, optimizer_seconds, traffic
 from trainer.plan.trace import Subject
 
 WORLDS = [2**power for power in range(11)]  # 1 to 1,024 ranks
+MOST_PAIRS = 4_096  # of a forward
+PEAKS = [NAMES.index(name) for name in ("peak", "bare")]
 PARTS = ("linear", "attention", "other operations", "launches", "optimizer", "gradients", "control", "data")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanConfig(Fields):
-    """Plan"""
-
-    nodes: int = option(1, above=0)
-    """Machines."""
-    gpus_per_node: int = option(1, above=0)
-    """Ranks on each of them: its GPUs, or processes on a CPU."""
-    device: str = option("cpu", path=True)
-    """What each rank computes on: rtx3090, a100, h100, h200, cpu, or a file such as --measure writes."""
-    link: str | None = option(None, path=True)
-    """Between nodes, or on one node between ranks: nvlink4, infiniband400x8, ethernet10 ..., a bandwidth such as
-    25Gbit, or a file; None = the device's own on one node, ethernet100 between several."""
-    json: bool = False
-    """Print the plan as JSON; docs/plan.md lists its keys."""
-    picture: str | None = option(None, path=True)
-    """File of the scaling curve, svg or png; None = plan.svg in output_dir, if that is given."""
-    measure: str | None = option(None, path=True)
-    """Measure this machine on the run's own model first, in about a minute, write a device file of this name, and plan
-    with it."""
-    price: float | None = option(None, above=0)
-    """Price of one device for an hour, in any currency."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A mean step of the run on some ranks: seconds by part, and in all; `slowest` and `mean` tokens of a rank."""
+    """A mean step of the run on some ranks: seconds by part, and in all; `slowest` and `mean` tokens of a rank.
+
+    `pairs`: of the mean step; `batch`: of one that is not an epoch's short last one.
+    """
 
     ranks: int
     seconds: float
     parts: dict[str, float]
     pairs: float
+    batch: int
     num_steps: int
     mean_tokens: float
     slowest_tokens: float
@@ -81,6 +61,7 @@ class Planner:
     data: dict[str, Split]
     label_names: tuple[str, ...]
     form: str
+    dealt: dict[tuple[int, int], Loads] = field(default_factory=dict)
 
     def settle(self) -> None:
         """Once its data is known: what training cannot change is frozen."""
@@ -90,7 +71,11 @@ class Planner:
     @cached_property
     def costs(self) -> Costs:
         most = min(global_batch_size(self.config, 1), self.config.per_device_train_batch_size)
-        return Costs.of(self.subject, self.data["train"].tokens.lengths, most)
+        return Costs(self.subject, self.data["train"].tokens.lengths, most)
+
+    @cached_property
+    def orders(self) -> Orders:
+        return Orders(self.config, self.data["train"])
 
     @cached_property
     def parameters(self) -> Any:
@@ -102,13 +87,12 @@ class Planner:
 
     def place(self, ranks: int) -> Place:
         """So many ranks, each node filled up before another one is taken."""
-        per_node = min(ranks, self.asked.gpus_per_node)
-        return Place(-(-ranks // per_node), per_node, self.inner, self.outer)
+        return Place(ranks, min(ranks, self.asked.gpus_per_node), self.inner, self.outer)
 
     def backend(self, ranks: int) -> str:
         """The one that the run would take, deepspeed by its stage."""
         config = self.config
-        if config.backend == "deepspeed" or config.deepspeed:
+        if config.backend == "deepspeed" or (config.backend == "auto" and config.deepspeed):
             name = (config.deepspeed or "zero2").removesuffix("_offload")
             return name if name in ("zero0", "zero1", "zero2", "zero3") else "zero2"
         if config.backend in ("auto", "single", "ddp"):
@@ -118,119 +102,154 @@ class Planner:
     def form_of(self, backend: str) -> str:
         return self.form if backend in ("single", "ddp") else "plain"
 
-    def seconds(self, counts: np.ndarray, ranks: int, form: str) -> np.ndarray:
-        """(..., 4) of counts (..., NAMES)."""
+    def seconds(self, counts: np.ndarray, ranks: int, form: str, number: str | None = None) -> np.ndarray:
+        """(..., 4) of counts (..., NAMES); `number`: of products, None = the run's."""
         local = self.place(ranks).per_node
-        flat = of_micro_batches(counts.reshape(-1, len(NAMES)), self.device, self.number, form, local)
+        flat = of_micro_batches(counts.reshape(-1, len(NAMES)), self.device, number or self.number, form, local)
         return flat.reshape(*counts.shape[:-1], 4)
 
+    def loads(self, ranks: int, micro_batch: int | None = None) -> Loads:
+        """Remembered: backends share them."""
+        micro = micro_batch or self.config.per_device_train_batch_size
+        if (ranks, micro) not in self.dealt:
+            sampler, lengths = (
+                self.orders.sampler(global_batch_size(self.config, ranks)),
+                self.orders.split.tokens.lengths,
+            )
+            self.dealt[ranks, micro] = loads_of(sampler, lengths, self.subject, self.costs, ranks, micro)
+        return self.dealt[ranks, micro]
+
     def step(self, ranks: int, micro_batch: int | None = None, backend: str | None = None) -> Step:
-        config, backend = self.config, backend or self.backend(ranks)
-        loads = loads_of(config, self.subject, self.costs, self.data["train"], ranks,
-                         micro_batch or config.per_device_train_batch_size)  # fmt: skip
-        return self.of_loads(loads, ranks, backend)
+        return self.of_loads(self.loads(ranks, micro_batch), ranks, backend or self.backend(ranks))
 
     def of_loads(self, loads: Loads, ranks: int, backend: str) -> Step:
         config, device, place, form = self.config, self.device, self.place(ranks), self.form_of(backend)
         of_ranks = self.seconds(loads.counts, ranks, form).sum(2)  # (steps, ranks, 4)
         slowest = of_ranks.sum(-1).argmax(1)
-        compute = of_ranks[np.arange(len(slowest)), slowest].mean(0)
+        compute = loads.mean(of_ranks[np.arange(len(slowest)), slowest])
         optimizer = optimizer_seconds(self.parameters, device, backend, ranks, place.per_node)
-        hook = config.ddp_comm_hook == "bf16"
-        sent = traffic(self.parameters, device, place, backend, form, 2 / 3 * float(compute.sum()), hook)
+        hook, forwards = config.ddp_comm_hook == "bf16", loads.counts.shape[2]
+        sent = traffic(self.parameters, device, place, backend, form, float(compute.sum()), forwards, hook)
         busy = float(compute.sum()) + optimizer
         data = device.step / device.share(place.per_node)
         if device.kind == "gpu":
             data = max(0.0, data - busy)  # the host is ahead of the device
         control = control_seconds(ranks, config.logging_steps) if ranks > 1 else 0.0
         parts = [*map(float, compute), optimizer, sent.seconds - sent.hidden, control, data]
-        pairs = self.config.train_batch_size or global_batch_size(config, ranks)
-        return Step(ranks, sum(parts), dict(zip(PARTS, parts, strict=True)), float(pairs), loads.num_steps,
-                    float(loads.tokens.mean()), float(loads.tokens.max(1).mean()), sent.sent, sent.seconds,
-                    sent.hidden)  # fmt: skip
+        pairs, mean, most = map(float, map(loads.mean, (loads.pairs, loads.tokens.mean(1), loads.tokens.max(1))))
+        return Step(ranks, sum(parts), dict(zip(PARTS, parts, strict=True)), pairs, self.batch(ranks),
+                    loads.num_steps, mean, most, sent.sent, sent.seconds, sent.hidden)  # fmt: skip
+
+    def batch(self, ranks: int) -> int:
+        """Pairs of a step, but for an epoch's short last one."""
+        batch = global_batch_size(self.config, ranks)
+        return min(batch, self.orders.sampler(batch).num_samples)
 
     # Memory.
 
-    def num_shapes(self, ranks: int, micro_batch: int) -> int:
+    def num_shapes(self, ranks: int, micro_batch: int, batch: int) -> int:
         """Numbers of tokens that the first rank computes in the first steps: a padded run meets some of them again."""
         if self.device.shapes == 0:
             return 0
-        lengths, found = self.data["train"].tokens.lengths, set()
-        for step in islice(sampler_of(self.config, self.data["train"], ranks).steps(), STEPS_OF_SHAPES):
-            of_rows = lengths[step.rows]
+        lengths, found, sampler = self.data["train"].tokens.lengths, set(), self.orders.sampler(batch)
+        most = min(micro_batch, -(-batch // ranks))
+        for step in range(min(STEPS_OF_SHAPES, sampler.num_steps)):
+            of_rows = lengths[sampler.at(step).rows]
             part = of_rows[Deal(of_rows, ranks * num_forwards(micro_batch, len(of_rows), ranks)).part(0)]
             longest = int(of_rows.max())
-            found.add(features(self.subject, part if len(part) else lengths[:1], micro_batch, True, longest)[1])
+            found.add(features(self.subject, part if len(part) else lengths[:1], most, True, longest)[1])
         return len(found)
 
-    def memory(self, ranks: int, micro_batch: int, backend: str, exact: bool = True) -> Memory:
-        """Of the heaviest rank; `exact`: traced, not computed from coefficients."""
-        config, own = self.config, self.parameters
-        parts = heaviest_parts(config, self.data["train"], ranks, micro_batch)
-        most = min(micro_batch, -(-global_batch_size(config, ranks) // ranks))
-        peaks = [float(np.array(features(self.subject, p, most, True)) @ self.costs.training[:, -1]) for p in parts]
-        peak = max(peaks)
+    def memory(
+        self, ranks: int, micro_batch: int, backend: str, exact: bool = True, batch: int | None = None
+    ) -> Memory:
+        """Of the heaviest rank. `exact`: traced, not computed from coefficients. `batch`: pairs of a step, None = the
+        run's."""
+        own, batch = self.parameters, batch or global_batch_size(self.config, ranks)
+        parts, most = (
+            heaviest_parts(self.orders.extremes(batch), ranks, micro_batch),
+            min(micro_batch, -(-batch // ranks)),
+        )
+        peaks = np.array([features(self.subject, p, most, True) for p in parts]) @ self.costs.training[:, PEAKS]
+        peak, bare = peaks.max(0)
         if exact:
-            peak = self.subject.count(parts[int(np.argmax(peaks))], True, most).peak
-        forwards = num_forwards(micro_batch, global_batch_size(config, ranks), ranks)
+            counted = self.subject.count(parts[int(np.argmax(peaks[:, 1]))], True, most)
+            peak, bare = counted.peak, counted.bare
+        forwards = num_forwards(micro_batch, batch, ranks)
         fast = self.form_of(backend) in ("captured", "static") and self.subject.unpadded
-        # The peak has the gradients that the backward makes; with several forwards those of the one before are there.
-        activations = max(0.0, peak - (0.0 if forwards > 1 or backend in ("fsdp", "zero3") else 4.0 * own.trained))
-        state = state_bytes(own, backend, ranks, fast and ranks * forwards > 1, fast and config.bf16,
-                            config.ddp_comm_hook == "bf16")  # fmt: skip
+        state = state_bytes(own, backend, ranks, fast and ranks * forwards > 1, fast and self.config.bf16,
+                            self.config.ddp_comm_hook == "bf16")  # fmt: skip
         data = sum(split.tokens.bytes_per_pair * len(split) for split in self.data.values())
-        return memory_of(self.device, state, activations, self.num_shapes(ranks, micro_batch), data)
+        activations = activation_bytes(float(peak), float(bare), own, backend, forwards)
+        return memory_of(self.device, state, activations, self.num_shapes(ranks, micro_batch, batch), data)
 
     def fits(self, memory: Memory, ranks: int) -> bool:
         """On a CPU the ranks of a machine share its memory."""
         together = self.place(ranks).per_node if self.device.kind == "cpu" else 1
         return memory.total * together <= self.device.memory
 
-    def largest(self, ranks: int, backend: str) -> int | None:
-        """Pairs of the largest micro-batch that fits, up to all that a rank has of a step; None = not one pair."""
-        most = self.config.train_batch_size or self.config.per_device_train_batch_size
-        size: int | None = None
-        tried = 1
-        while True:
-            if not self.fits(self.memory(ranks, tried, backend, exact=False), ranks):
-                return size
-            size = tried
-            if (tried * ranks >= most and self.config.train_batch_size) or tried >= 4096:
-                return size
-            tried *= 2
+    def largest(self, ranks: int, backend: str, batch: int | None) -> int | None:
+        """Pairs of the largest micro-batch that fits; None = not one pair. `batch`: pairs of a step, of which a rank
+        has its part; None = as many as a forward of each rank, up to MOST_PAIRS."""
+        most = MOST_PAIRS if batch is None else -(-batch // ranks)
+
+        def fits(size: int) -> bool:
+            memory = self.memory(ranks, size, backend, exact=False, batch=batch or size * ranks)
+            return self.fits(memory, ranks)
+
+        size = 1
+        if not fits(1):
+            return None
+        while size < most and fits(min(2 * size, most)):
+            size = min(2 * size, most)
+        above = min(2 * size, most + 1)
+        while above - size > max(1, size // 64):
+            middle = (size + above) // 2
+            size, above = (middle, above) if fits(middle) else (size, middle)
+        return size
 
     # A run.
 
-    def evaluation(self, role: str, ranks: int) -> float:
-        """Seconds of one evaluation of a split."""
+    @property
+    def tests(self) -> list[str]:
+        """Roles of the test sets."""
+        return [role for role in self.data if role.startswith("test")]
+
+    def evaluation(self, role: str, ranks: int, bf16: bool | None = None) -> float:
+        """Seconds of one evaluation of a split; `bf16`: None = as the run's steps."""
         if role not in self.data:
             return 0.0
-        size = self.config.per_device_eval_batch_size
-        of_ranks = evaluation_counts(self.subject, self.costs, self.data[role], size, ranks)
+        size, exact = self.config.per_device_eval_batch_size, bf16 is False
+        coefficients = self.costs.exact if exact else self.costs.evaluation
+        number = ("tf32" if self.config.tf32 and self.device.kind == "gpu" else "fp32") if exact else None
+        of_ranks = evaluation_counts(self.subject, coefficients, self.data[role], size, ranks)
         form = "plain" if self.device.kind == "gpu" else self.form
-        return max(float(self.seconds(own, ranks, form).sum()) if len(own) else 0.0 for own in of_ranks)
+        return max(float(self.seconds(own, ranks, form, number).sum()) if len(own) else 0.0 for own in of_ranks)
 
-    def num_evaluations(self, num_steps: int) -> int:
+    def final(self, ranks: int) -> float:
+        """Seconds of the evaluations without autocast, of all splits, that end a run in bf16."""
+        return sum(self.evaluation(role, ranks, False) for role in ("dev", *self.tests)) if self.config.bf16 else 0.0
+
+    def num_evaluations(self, ranks: int) -> int:
         """Of the dev split, the final one included, which the last step's need not be computed again for."""
-        config = self.config
+        config, sampler = self.config, self.orders.sampler(global_batch_size(self.config, ranks))
         if "dev" not in self.data:
             return 0
-        every = {"steps": config.eval_steps, "epoch": math.ceil(num_steps / config.num_train_epochs)}
-        during = 0 if config.eval_strategy == "no" else (num_steps - 1) // max(1, every[config.eval_strategy])
+        every = config.eval_steps if config.eval_strategy == "steps" else sampler.steps_per_epoch
+        during = 0 if config.eval_strategy == "no" else (sampler.num_steps - 1) // max(1, every)
         return int(config.eval_on_start) + during + 1
+
+    def close(self) -> None:
+        """Lets go of the orders of samples, and of their files."""
+        if "orders" in vars(self):
+            self.orders.close()
 
 
 def planner(config: Config, asked: PlanConfig, label_names: tuple[str, ...], data: dict[str, Split]) -> Planner:
     device, _ = find_device(asked.device)
-    file = asked.device if asked.device.endswith((".yaml", ".yml")) else None
-    inner = find_link(device.link, file)
-    outer = inner if asked.nodes == 1 else find_link("ethernet100")
-    if asked.link is not None:
-        given = find_link(asked.link, file)
-        inner, outer = (given if asked.nodes == 1 else inner), given
     subject = Subject(config, label_names)
     form = form_of(config, device, subject)
-    return Planner(config, asked, device, inner, outer, subject, data, label_names, form)
+    return Planner(config, asked, device, *links(asked, device), subject, data, label_names, form)
 
 
 def form_of(config: Config, device: Device, subject: Subject) -> str:

@@ -64,17 +64,20 @@ def _step(plan: dict[str, Any]) -> list[str]:
 
 def _whole(plan: dict[str, Any]) -> list[str]:
     own = plan["seconds"]
+    exact = f", again in fp32 {duration(own['fp32'])}" if own["fp32"] else ""
     cost = "" if plan["cost"] is None else f", cost {plan['cost']:,.2f}"
     return [
         f"the run: {duration(own['total'])}: training {duration(own['training'])}, evaluation "
-        f"{duration(own['evaluation'])} (dev {duration(own['one_dev'])} each, test {duration(own['test'])})",
+        f"{duration(own['evaluation'])} (dev {duration(own['one_dev'])} each, test {duration(own['test'])}{exact})",
         f"  without start, checkpoints and report; {plan['device_hours']:.3g} device hours, "
         f"{plan['energy_kwh']:.3g} kWh{cost}",
     ]
 
 
 def _scaling(plan: dict[str, Any]) -> list[str]:
-    lines = ["  ranks      step   pairs/s  efficiency   batch  tokens a rank: mean, slowest   sent a step"]
+    inside, between = plan["run"]["links"]
+    lines = [f"scaling; {inside} inside a node, {between} between nodes",
+             "  ranks      step   pairs/s  efficiency   batch  tokens a rank: mean, slowest   sent a step"]  # fmt: skip
     for own in plan["scaling"]:
         lines.append(
             f"{own['ranks']:>7}{duration(own['step_seconds']):>10}{own['pairs_per_second']:>10,.0f}"
@@ -88,7 +91,7 @@ def _choice(plan: dict[str, Any]) -> list[str]:
     own = plan["choice"]
     if own["backend"] is None:
         return [f"choose: {own['reason']}"]
-    return [f"choose: backend {own['backend']}, per_device_train_batch_size {own['micro_batch']}: {own['reason']}"]
+    return [f"choose: {own['options']}: {own['reason']}"]
 
 
 def draw(plan: dict[str, Any], path: Path) -> None:

@@ -6,7 +6,8 @@
 - AdamW reads weight, gradient and two moments and writes three of them, and the norm reads the gradient: 32 bytes.
 - All-reduce of S bytes over P ranks: 2 (P - 1) / P * S over the slowest link's bandwidth (Patarasuk & Yuan 2009), and
   2 (P - 1) messages' latency with gloo's ring, 2 log2 P with NCCL's trees. Gather and scatter are half of one each.
-- DDP sends buckets while the backward goes on: hidden is what fits beside it, but not the last bucket, the embeddings'.
+- DDP sends buckets while the last forward's backward goes on: hidden is what fits beside it, but not the last bucket,
+  the embeddings'. FSDP and ZeRO-3 send weights beside every forward and backward.
   On a CPU ranks of one machine compute their own transport, so only a network's waiting is hidden.
 """
 
@@ -19,26 +20,27 @@ from trainer.plan.devices import Device, Link
 from trainer.plan.trace import Parameters
 
 ADAMW = 32  # bytes a trained parameter and step
-BUCKET = 25 * 2**20  # bytes, of torch's DistributedDataParallel
-# Times that a rank sends its (P - 1) / P of S bytes of fp32 gradients or weights; counted by benchmarks.backends on
-# gloo, where fsdp's reduce-scatter is an all-reduce.
-TRAFFIC = {"single": 0.0, "ddp": 2.0, "zero0": 2.0, "zero1": 3.0, "zero2": 3.0, "zero3": 3.0, "fsdp": 3.0}
-GLOO_FSDP = 4.0
+DDP_BUCKET = 25 * 2**20  # bytes, of torch's DistributedDataParallel
+# Times that a rank sends its (P - 1) / P of the gradients' and of the weights' bytes in a step of one forward; counted
+# by benchmarks.backends on gloo, where fsdp's reduce-scatter is an all-reduce.
+GRADIENTS = {"ddp": 2.0, "zero0": 2.0, "zero1": 2.0, "zero2": 2.0, "zero3": 1.0, "fsdp": 1.0}
+WEIGHTS = {"zero1": 1.0, "zero2": 1.0, "zero3": 2.0, "fsdp": 2.0}
+EACH_FORWARD = ("zero2", "zero3")  # send gradients after every backward: DeepSpeed's stages that part them
 MESSAGE = 4e-5  # seconds a hop of control traffic: gloo over TCP, by estimate
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where ranks are: `nodes` with `per_node` ranks each, and the links inside a node and between nodes."""
+    """Where ranks are: `per_node` on each node but for the last one, and the links inside a node and between nodes."""
 
-    nodes: int
+    ranks: int
     per_node: int
     inner: Link
     outer: Link
 
     @property
-    def ranks(self) -> int:
-        return self.nodes * self.per_node
+    def nodes(self) -> int:
+        return -(-self.ranks // self.per_node)
 
     @property
     def bandwidth(self) -> float:
@@ -56,7 +58,7 @@ def of_micro_batches(counts: np.ndarray, device: Device, number: str, form: str,
 
     `number`: bf16, tf32 or fp32.
     """
-    linear, attention, read, moved, operations, _ = np.maximum(counts, 0).T
+    linear, attention, read, moved, operations, *_ = np.maximum(counts, 0).T
     peak, bandwidth = getattr(device, f"linear_{number}"), device.bandwidth * device.bandwidth_reached
     share = device.share(local_ranks)
     # A CPU's caches hold weights and tokens: what was measured there is in the rate of its products.
@@ -90,25 +92,26 @@ class Traffic:
 
 
 def traffic(
-    own: Parameters, device: Device, place: Place, backend: str, form: str, backward: float, bf16_hook: bool
+    own: Parameters, device: Device, place: Place, backend: str, form: str, compute: float, forwards: int, hook: bool
 ) -> Traffic:
-    """`backward`: seconds of the slowest rank's."""
+    """`compute`: seconds of the slowest rank's `forwards` and their backwards. `hook`: whether gradients are bf16."""
     ranks = place.ranks
     if ranks == 1:
         return Traffic(0.0, 0.0, 0.0)
-    times = GLOO_FSDP if backend == "fsdp" and device.kind == "cpu" else TRAFFIC[backend]
-    width = 2 if bf16_hook else 4
-    size = width * own.trained + (0 if backend not in ("fsdp", "zero3") else 4 * (own.held - own.trained) * 2 / times)
-    sent = times * (ranks - 1) / ranks * size
+    whole = backend in ("fsdp", "zero3")  # no rank keeps all weights
+    width, all_reduced = (2 if hook else 4), backend == "fsdp" and device.kind == "cpu"
+    gradients = width * own.trained * (2.0 if all_reduced else GRADIENTS[backend])
+    weights = 4 * (own.held if whole else own.trained) * WEIGHTS.get(backend, 0.0)
+    total = gradients * (forwards if backend in EACH_FORWARD else 1) + weights * (forwards if whole else 1)
+    sent, size = (ranks - 1) / ranks * total, width * own.trained
     hops = 2 * (ranks - 1) if device.kind == "cpu" else 2 * math.ceil(math.log2(ranks))
-    messages = max(1, math.ceil(size / BUCKET))
+    messages = max(1, math.ceil(size / DDP_BUCKET))
     seconds = sent / place.bandwidth + hops * place.latency * messages
     if form in ("captured", "static") or (device.kind == "cpu" and place.nodes == 1):
         return Traffic(sent, seconds, 0.0)
-    tail = (
-        min(1.0, width * max(own.tail, 0) / size + min(BUCKET, size) / size / 2) if backend in ("ddp", "zero0") else 0.2
-    )
-    return Traffic(sent, seconds, min(seconds * (1 - tail), backward))
+    beside = 2 / 3 * compute / (1 if whole or backend in EACH_FORWARD else forwards)
+    late = min(1.0, own.tail * width / size + min(DDP_BUCKET, size) / size / 2) if backend in ("ddp", "zero0") else 0.2
+    return Traffic(sent, seconds, min(seconds * (1 - late), beside))
 
 
 def control_seconds(ranks: int, logging_steps: int) -> float:

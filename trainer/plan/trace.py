@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from trainer.config import Config
 from trainer.data.tokens import Tokens
 from trainer.model.attention import input_layers
-from trainer.model.batch import Batch
+from trainer.model.batch import Batch, assemble
 from trainer.model.cross_encoder import checkpoint_activations
 from trainer.model.facts import num_rows
 from trainer.model.loading import load_for_training
@@ -38,11 +38,12 @@ class Parameters:
 
     Attributes:
         total: of the model as it is saved, adapters not.
-        held: what a rank has of them in fp32: with adapters.
+        held: those in fp32 that a backend may shard and send, adapters among them;
+            rows of the table that training cannot change are a buffer.
         trained: those that get gradients and moments.
         tail: of those, the embeddings, whose gradients come last in a backward.
         largest_layer: of the parts that fsdp gathers by themselves, the largest.
-        buffers: bytes of what is no parameter.
+        buffers: bytes of what is no parameter, and of each rank in full.
     """
 
     total: int
@@ -59,7 +60,7 @@ class Subject:
     Attributes:
         fast: whether steps are static: fused kernels, and copies of weights in bf16.
         likeness: of pairs in a group of attention; see CrossEncoder.batch.
-        frozen_rows, width: rows of the table of tokens that training cannot change, and how wide they are.
+        rows, frozen_rows, width: of the table of tokens, those that training cannot change, and how wide they are.
     """
 
     def __init__(self, config: Config, label_names: tuple[str, ...]) -> None:
@@ -69,7 +70,7 @@ class Subject:
         if config.gradient_checkpointing:
             checkpoint_activations(self.model)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.fast, self.likeness, self.frozen_rows, self.width = False, 0.8, 0, 0
+        self.fast, self.likeness, self.rows, self.frozen_rows, self.width = False, 0.8, 0, 0, 0
         with self.fake:
             _fake(self.model)
 
@@ -102,9 +103,9 @@ class Subject:
         if type(table) is not nn.Embedding or not table.weight.requires_grad:
             return
         used = np.zeros(num_rows(self.model.model), dtype=bool)
-        used[tokens.ids] = True
+        used[tokens.used] = True
         used[[self.model.padding, *([] if table.padding_idx is None else [table.padding_idx])]] = True
-        self.frozen_rows = int((~used).sum())
+        self.rows, self.frozen_rows = len(used), int((~used).sum())
         if self.frozen_rows:
             self.width = table.embedding_dim
             self.model.padding = 0
@@ -126,10 +127,11 @@ class Subject:
                 layers[key] = layers.get(key, 0) + size
         tail = sum(size for name, size in trained.items() if "embed" in name)
         buffers = sum(b.untyped_storage().nbytes() for b in model.buffers())
-        outside = sum(sizes.values()) + frozen - sum(layers.values())
+        buffers += 4 * frozen + (8 * self.rows if self.frozen_rows else 0)  # and where each row is
+        outside = sum(sizes.values()) - sum(layers.values())
         return Parameters(
             model.num_parameters + frozen,
-            sum(sizes.values()) + frozen,
+            sum(sizes.values()),
             sum(trained.values()),
             tail,
             max([*layers.values(), outside]),
@@ -137,32 +139,42 @@ class Subject:
         )
 
     def batch(self, lengths: np.ndarray, num_pairs: int | None = None, longest: int | None = None) -> Batch:
-        """Pairs of these lengths (pairs,), of the first token numbers there are."""
+        """Pairs of these lengths (pairs,), of the first token numbers, grouped as on the planned device."""
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         number = 1 + self.model.padding if self.model.padding + 1 < 3 else 0
         ids = np.full(offsets[-1], number, dtype=np.int32)
         tokens = Tokens.of(ids, offsets, np.zeros(offsets[-1], np.uint8), 0, "")
         rows = np.arange(len(lengths))
         model = self.model
-        return model.batch(tokens, np.zeros(len(rows), np.int64), rows, CPU, longest, num_pairs, seed=1, step=1)
+        return assemble(tokens, np.zeros(len(rows), np.int64), rows, CPU, seed=1, step=1, likeness=self.likeness,
+                        longest=longest if model.one_length else None, num_pairs=num_pairs, padding=model.padding,
+                        first_position=model.first_position)  # fmt: skip
 
-    def count(self, lengths: np.ndarray, training: bool = True, num_pairs: int | None = None) -> Counts:
-        """Of one micro-batch; with `num_pairs` filled up to a static step's shape. Gradients are there before."""
+    def count(
+        self, lengths: np.ndarray, training: bool = True, num_pairs: int | None = None, bf16: bool | None = None
+    ) -> Counts:
+        """Of one micro-batch; with `num_pairs` filled up to a static step's shape. `bf16`: None = as the run."""
+        bf16 = self.config.bf16 if bf16 is None else bf16
         with unset_fake_temporarily():
             batch = self.batch(lengths, num_pairs if self.fast and training else None)
         with self.fake:
             self.model.zero_grad()
             counter = Counter()
             counter.ignore(self.model)
+            hooks = [
+                p.register_post_accumulate_grad_hook(counter.done) for p in self.model.parameters() if p.requires_grad
+            ]
             self.model.train(training)
             with counter:
-                self._backward(batch) if training else self._forward(batch)
+                self._backward(batch) if training else self._forward(batch, bf16)
+            for hook in hooks:
+                hook.remove()
             self.model.zero_grad()
-        return Counts(counter.linear, counter.attention, counter.read, counter.moved, counter.operations, counter.peak)
+        return Counts(**{own.name: getattr(counter, own.name) for own in dataclasses.fields(Counts)})
 
-    def _forward(self, batch: Batch) -> torch.Tensor:
+    def _forward(self, batch: Batch, bf16: bool) -> torch.Tensor:
         layout = self.model.layout
-        with torch.no_grad(), autocast(CPU, self.config.bf16):
+        with torch.no_grad(), autocast(CPU, bf16):
             logits = self.model(batch)
         if layout is not None:
             layout.forget()

@@ -13,9 +13,9 @@ from trainer.data.pairs import Pairs
 from trainer.data.team import alone
 from trainer.data.tokens import Split
 from trainer.plan.answer import make
-from trainer.plan.devices import find_device
+from trainer.plan.asked import PlanConfig, check
 from trainer.plan.gauge import measure
-from trainer.plan.plan import PlanConfig, Planner, planner
+from trainer.plan.plan import Planner, planner
 from trainer.plan.show import draw, table
 from trainer.ranks import ALONE
 from trainer.run.preempt import Preemption
@@ -30,12 +30,15 @@ def show_plan(config: Config, asked: PlanConfig) -> None:
     picture = asked.picture or (config.output_dir and str(Path(config.output_dir) / "plan.svg"))
     if picture and not picture.endswith((".svg", ".png")):
         raise UserError(f"picture {picture}: its name must end with .svg or .png")
+    check(asked if asked.measure is None else dataclasses.replace(asked, device="cpu"))
     if asked.measure is not None:
         measure(config, Path(asked.measure), asked.gpus_per_node)
         asked = dataclasses.replace(asked, device=asked.measure, measure=None)
-    find_device(asked.device)  # for its errors, before anything is read
     own = prepared(config, asked)
-    plan = make(own)
+    try:
+        plan = make(own)
+    finally:
+        own.close()
     print(json.dumps(plan, indent=1) if asked.json else table(plan))
     if picture:
         draw(plan, Path(picture))
