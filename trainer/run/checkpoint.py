@@ -33,10 +33,10 @@ from trainer.base import tensor_files
 from trainer.base.errors import TrainingFailed, UserError, first_line, named
 from trainer.base.files import remove_remains, replacing
 from trainer.base.log import log
-from trainer.ranks import World
+from trainer.ranks import ALONE, World
 from trainer.run.parts import INDEX, TENSORS, Damaged, all_see, describe, index_of, part_name, together
 from trainer.run.post import Abandoned, Post
-from trainer.run.verified import ALONE, DIVIDED, FORMAT, MANIFEST, STATE, Checkpoint, load
+from trainer.run.verified import DIVIDED, FORMAT, MANIFEST, STATE, Checkpoint, load
 
 NAME = r"step-\d{6,}"
 

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trainer.base.files import json_object
-from trainer.ranks import World
+from trainer.ranks import ALONE, World
 from trainer.run.parts import (
     INDEX,
     TENSORS,
@@ -29,7 +27,6 @@ from trainer.run.parts import (
 
 FORMAT, DIVIDED = "crossrank-checkpoint-1", "crossrank-checkpoint-2"
 STATE, MANIFEST = "state.json", "manifest.json"
-ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
