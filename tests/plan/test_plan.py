@@ -139,6 +139,7 @@ def test_what_cannot_fit_says_what_would(tmp_path, capsys):
         (["--device", "absent.yaml"], "absent.yaml"),
         (["--nodes", "100000"], "a plan is of at most 65,536"),
         (["--picture", "plan.gif", "--json"], "must end with .svg or .png"),
+        (["--picture", "nowhere/plan.svg"], "nowhere/plan.svg: no such folder"),
     ],
 )
 def test_bad_input_is_one_clear_error_before_data_is_read(options, said, capsys, monkeypatch):

@@ -26,7 +26,7 @@ class PlanConfig(Fields):
     json: bool = False
     """Print the plan as JSON; docs/plan.md lists its keys."""
     picture: str | None = option(None, path=True)
-    """File of the scaling curve, svg or png; None = plan.svg in output_dir, if that is given."""
+    """File of the scaling curve, svg or png."""
     measure: str | None = option(None, path=True)
     """Measure this machine's CPU on the run's own model first, in about a minute, write a device file of this name, and
     plan with it."""

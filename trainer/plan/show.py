@@ -114,7 +114,6 @@ def draw(plan: dict[str, Any], path: Path) -> None:
     right.plot(ranks, even, "s--", color="#b0603c", label="mean tokens / slowest rank's")
     right.set(xscale="log", xlabel="ranks", ylabel="%", ylim=(0, 105))
     right.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, durable=False) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=120)
     pyplot.close(figure)

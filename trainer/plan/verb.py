@@ -27,9 +27,11 @@ def show_plan(config: Config, asked: PlanConfig) -> None:
     start_log(is_main=True)
     if asked.json:
         log.setLevel(logging.WARNING)
-    picture = asked.picture or (config.output_dir and str(Path(config.output_dir) / "plan.svg"))
+    picture = asked.picture
     if picture and not picture.endswith((".svg", ".png")):
         raise UserError(f"picture {picture}: its name must end with .svg or .png")
+    if picture and not Path(picture).absolute().parent.is_dir():
+        raise UserError(f"picture {picture}: no such folder")
     check(asked if asked.measure is None else dataclasses.replace(asked, device="cpu"))
     if asked.measure is not None:
         measure(config, Path(asked.measure), asked.gpus_per_node)
