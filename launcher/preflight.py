@@ -23,6 +23,9 @@ from trainer.base.files import write_json
 from trainer.cli import parse_train
 from trainer.run.versions import ROOT, code_hash, git_state, versions
 
+# Seconds from what a node says last to its end. srun ends the step as soon as a task fails, and what slurmstepd has not
+# sent on by then is lost.
+UNTIL_HEARD = 1.0
 PATIENCE = 60.0  # seconds; network file systems show new files some seconds late
 Report = dict[str, Any]
 
@@ -46,7 +49,8 @@ def main(argv: list[str]) -> int:
         reports = exchange(Path(folder), node, num_nodes, report)
         check_same(report, reports[0])
     except UserError as error:
-        print(f"crossrank: [{socket.gethostname()}] error: {error}", file=sys.stderr)
+        print(f"crossrank: [{socket.gethostname()}] error: {error}", file=sys.stderr, flush=True)
+        time.sleep(UNTIL_HEARD)
         return 2
     if node == 0:
         describe(reports, Path(folder))
