@@ -146,9 +146,12 @@ def save(name: str, settings: argparse.Namespace, result: dict[str, Any]) -> Pat
     """NAME.json in the folder of results: the machine, the settings and what was measured."""
     settings.results.mkdir(parents=True, exist_ok=True)
     path = settings.results / f"{settings.name or name}.json"
-    above = (ROOT.parent, SHARED.parent)  # what is below them is named from there
-    stated = {k: str(next((v.relative_to(p) for p in above if v.is_relative_to(p)), v)) if isinstance(v, Path) else v
-              for k, v in vars(settings).items()}  # fmt: skip
+    above = (ROOT.parent, SHARED.parent)  # what is below them is named from there, and of what is not, its last part
+
+    def said(place: Path) -> str:
+        return next((str(place.relative_to(folder)) for folder in above if place.is_relative_to(folder)), place.name)
+
+    stated = {name: said(own) if isinstance(own, Path) else own for name, own in vars(settings).items()}
     path.write_text(json.dumps({"machine": machine(), "settings": stated, **result}, indent=1) + "\n")
     print(f"written to {path}")
     return path
