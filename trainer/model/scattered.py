@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.base.errors import first_line
+from trainer.base.errors import UserError, first_line
 from trainer.base.log import log
 from trainer.config import Config
 from trainer.data.tokens import Tokens
@@ -26,16 +26,19 @@ def load_scattered(config: Config, world: World, label_names: Sequence[str]) -> 
 
     Every rank takes part.
     """
-    why = whole_because(config)
+    why, mistake = whole_because(config), None
     model: CrossEncoder | None = None
     if why is None:
         try:
             model = load_for_training(config, label_names, hollow=not world.is_main)
             why = stray(model)
         except Exception as error:  # of any kind, from the model's own code
-            if world.is_main:
+            if world.is_main and not isinstance(error, UserError):
                 raise
-            why = first_line(error)
+            why, mistake = first_line(error), str(error)
+    # Weights that cannot be read are so for who reads them; a program that goes on does so on all ranks.
+    if mistake := world.broadcast(mistake):
+        raise UserError(mistake)
     if world.all(why is None):
         assert model is not None
         model.hollow = True
