@@ -49,8 +49,9 @@ for _name in ("trainer", "launcher"):
 
 def __getattr__(name: str) -> object:
     if name in VERBS:
-        from trainer.base import folders
+        from trainer.base import environment, folders
 
+        environment.set_libraries()
         folders.provide()
         from trainer import api
 

@@ -1,11 +1,11 @@
 """What `crossrank plan` says beside what a run then takes: seconds a step, and the peak of resident memory of a rank.
 
-    python -m benchmarks.plan [--rounds 2] [--shapes minilm distilroberta deberta-v3-small] [--rates 1gbit 100mbit]
+    python -m benchmarks.plan [--rounds 1] [--shapes minilm distilroberta deberta-v3-small] [--rates 1gbit 100mbit]
 
-Each shape is measured once by `plan --measure` on 1 and 2 ranks of one thread, and then run: on 1, 2 and 4 ranks,
-unpadded and padded, and (as root) between two hosts whose network is throttled. Measuring and running alternate, so
-that what drifts on the machine meets both. About eight minutes on two quiet cores. The goals are 10 % in time and 5 %
-in memory; the table is made for docs/plan.md.
+Each shape, unpadded and padded, is measured once by `plan --measure` on 1 and 2 ranks of one thread, and then run: on 1
+and 2 ranks, unpadded also on 4 and (as root) between two hosts whose network is throttled. Measuring and running
+alternate, so that what drifts on the machine meets both. About 20 minutes on two quiet cores. The goals are 10 % in
+time and 5 % in memory; the table is made for docs/plan.md.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ def options_of(chosen: Any, shape: str, unpad: bool, steps: int) -> list[str]:
 
 def worker(argv: list[str]) -> None:
     """One rank: the steps of a run; rank 0 prints the median of their seconds and the largest peak."""
+    from trainer.base.environment import set_libraries
+
+    set_libraries()
     import numpy as np
 
     from trainer import ranks
@@ -143,12 +146,13 @@ def main() -> None:
     plans: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(chosen.rounds):
-            measured: set[str] = set()
+            measured: set[Path] = set()
             for name, (shape, unpad, ranks, rate) in cases.items():
-                device, options = Path(folder) / f"{shape}.yaml", options_of(chosen, shape, unpad, chosen.steps)
-                if shape not in measured:
+                device = Path(folder) / f"{shape}-{unpad}.yaml"
+                options = options_of(chosen, shape, unpad, chosen.steps)
+                if device not in measured:
                     planned(options, device, 2, None, measure=True)
-                    measured.add(shape)
+                    measured.add(device)
                 plans[name] = planned(options, device, ranks, rate)
                 runs[name].append(
                     between_hosts(options, rate) if rate else

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trainer.base import folders, lean
-from trainer.base.environment import Place, heard, read_place
+from trainer.base.environment import Place, heard, read_place, set_libraries
 from trainer.base.errors import EXIT_CODE, Preempted, TrainingFailed, UserError, first_line, named, unknown
 from trainer.base.files import write_text
 from trainer.base.log import start_log
@@ -149,17 +149,6 @@ INTERNAL = {
     "meet": ("trainer.doctor", "meet"),
     "gauge": ("trainer.plan.gauge", "main"),
 }
-
-
-def set_libraries() -> None:
-    """What they read from the environment when they are imported, unless the user has said otherwise."""
-    # OpenMP's threads wait for each other in a loop: by default so long that one busy neighbour halves the speed of a
-    # run on a CPU, and three leave a third of it. libgomp reads this when torch is loaded.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    if not sys.stderr.isatty():  # in a log every update of a bar would stay
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -217,11 +217,9 @@ def test_a_step_has_the_pairs_that_there_are(own):
 
 
 def test_micro_batches_that_fit_are_found_to_the_pair(own):
-    limit = dataclasses.replace(own, device=dataclasses.replace(own.device, shapes=0))
-    vars(limit)["costs"] = own.costs
     # Just as much memory as 23 pairs a forward need.
-    room = limit.memory(1, 23, "single", exact=False, batch=300).total
-    limit = dataclasses.replace(limit, device=dataclasses.replace(limit.device, memory=room))
+    room = own.memory(1, 23, "single", exact=False, batch=300).total
+    limit = dataclasses.replace(own, device=dataclasses.replace(own.device, memory=room))
     vars(limit)["costs"] = own.costs
     assert limit.largest(1, "single", 300) == 23
     # And a backend that shards has only a layer's gradients whole.

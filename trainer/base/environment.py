@@ -1,9 +1,11 @@
-"""What the environment says, without torch: which rank this is, whether to use the network, which hosts there are."""
+"""What the environment says, without torch: which rank this is, whether to use the network, which hosts there are;
+and what it tells libraries."""
 
 import os
 import re
 import signal
 import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -67,3 +69,18 @@ def check_host(name: str) -> None:
         socket.getaddrinfo(name, None)
     except OSError:
         raise UserError(f"the host {name} has no address here; fix the nodes' names (/etc/hosts, DNS)") from None
+
+
+def set_libraries() -> None:
+    """What they read from the environment when they are loaded, unless the user has said otherwise."""
+    # OpenMP's threads wait for each other in a loop: by default so long that one busy neighbour halves the speed of a
+    # run on a CPU, and three leave a third of it. libgomp reads this when torch is loaded.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # On a CPU oneDNN, and the layer between it and torch, each keep 1,024 kernels with their memory, one for each shape
+    # they meet: unpadded steps are of ever new shapes. A step needs a few dozen. See docs/lab-book.md.
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "128")
+    if not sys.stderr.isatty():  # in a log every update of a bar would stay
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -12,6 +12,7 @@ from trainer.base.yaml_files import read_mapping
 
 TABLE = Path(__file__).parent / "devices.yaml"
 WORDS = ("title", "kind", "link")  # that need no source
+OPTIONAL = ("sharing", "process_of_several", "slack_of_several")
 BARE = re.compile(r"(\d+(?:\.\d+)?) *([kKMGT]?)(bit|B)(?:/s|ps)?")
 UNITS = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
@@ -37,9 +38,17 @@ class Device(Fields):
     step: float = option(at_least=0)
     process: float = option(at_least=0)
     slack: float = option(at_least=1)
-    shapes: float = option(at_least=0)
+    process_of_several: float | None = option(None, at_least=0)
+    slack_of_several: float | None = option(None, at_least=1)
     watts: float = option(above=0)
     sharing: list[str] = option(factory=lambda: ["1=1"])
+
+    def resident(self, alone: bool) -> tuple[float, float]:
+        """`process` and `slack` of one rank alone, or of each of several, which are as one alone where not measured."""
+        several = (self.process_of_several, self.slack_of_several)
+        if alone or several[0] is None or several[1] is None:
+            return self.process, self.slack
+        return several[0], several[1]
 
     def share(self, ranks: int) -> float:
         """Speed of each of so many ranks on one machine, relative to one alone: between those that are known in
@@ -144,7 +153,7 @@ def _made(group: str, place: str, entries: dict[str, Any], name: str) -> tuple[A
             raise UserError(f"{place}: {field} must be {{value: ..., source: where it is from}}")
         values[field] = entry["value"]
     values = checked(values, kind, place=place)
-    needed = [field for field in kinds(kind) if field not in values and field != "sharing"]
+    needed = [field for field in kinds(kind) if field not in values and field not in OPTIONAL]
     if needed:
         raise UserError(f"{place}: {name} lacks {', '.join(needed)}")
     return kind(**values), entries

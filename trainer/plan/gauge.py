@@ -10,6 +10,7 @@ threads and number format; another model is measured anew.
 import dataclasses
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -38,8 +39,8 @@ from trainer.run.versions import ROOT
 from trainer.train import prepare
 
 PAIRS = 4_000  # of the training data that are read
-STEPS = 14  # whole ones, after which a heap has most of what it will hold
 SIZES = (1.0, 0.5, 0.25, 0.1)  # of a step's pairs: micro-batches that are timed
+GROWING = ((0.25, 8), (0.5, 6), (1.0, 8))  # parts of steps, and how many of them, whose peaks are looked at
 ATTENTION = 0.1  # of the rate of linear layers: by estimate; on AllNLI it is 1 % of the FLOPs
 BUDGET = 12.0  # seconds of timed micro-batches
 PEAK_SIZES = (1 << 20, 1 << 24, 1 << 26)  # bytes of all-reduces
@@ -80,22 +81,17 @@ def main(argv: list[str]) -> int:
     config = Config(**read_yaml(Path(argv[0])))
     world = ranks.start(600)
     trainer = prepare(config, world)
-    process = resident("VmRSS") - 4 * trainer.model.num_parameters
     trainer.model.train()
-    steps = list(islice(trainer.sampler.steps(), STEPS))
+    steps = list(islice(trainer.sampler.steps(), sum(number for _, number in GROWING)))
+    peaks, heaviest = grow(trainer, steps)
     wholes = [trainer.plain.micro_batches(step)[0] for step in steps[:2]]
     batches = [rows[: max(1, int(len(rows) * part))] for rows in wholes for part in SIZES]
-    peaks = []
-    for step in steps:
-        trainer.plain(step, 1e-5)
-        peaks.append(resident("VmHWM"))
     timed = time_micro_batches(trainer, steps[0], batches)
     found = {
         "seconds": timed,
         "products": time_products(trainer, int(trainer.data["train"].tokens.lengths[batches[0]].sum())),
         "optimizer": time_optimizer(trainer),
         "all_reduce": time_all_reduce(world.size),
-        "process": process,
         "peaks": peaks,
         "trained": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     }
@@ -103,18 +99,28 @@ def main(argv: list[str]) -> int:
     if everyone is not None:
         lengths = trainer.data["train"].tokens.lengths
         own = [json.loads(line) for line in everyone.tobytes().splitlines()]
-        heaviest = [max(trainer.plain.micro_batches(s), key=lambda rows: int(lengths[rows].sum())) for s in steps]
-        whole = max(heaviest, key=lambda rows: int(lengths[rows].sum()))
-        counted = count(config, trainer, [lengths[rows] for rows in [*batches, whole]])
+        counted = count(config, trainer, [lengths[rows] for rows in batches], [lengths[rows] for rows in heaviest])
         write_text(Path(argv[1]), json.dumps({"ranks": own, **counted}))
     ranks.stop()
     return 0
 
 
-def resident(name: str) -> int:
-    """Bytes, by the kernel: VmRSS now, VmHWM at most."""
-    text = Path("/proc/self/status").read_text()
-    return int(text.split(f"{name}:")[1].split()[0]) * 1024
+def grow(trainer: Trainer, steps: list[Any]) -> tuple[list[int], list[np.ndarray]]:
+    """Takes steps, smaller ones first. Returns the peak of resident memory (bytes) after those of each size, and the
+    rows of their heaviest micro-batch."""
+    lengths, left = trainer.data["train"].tokens.lengths, iter(steps)
+    peaks, heaviest = [], []
+    for part, number in GROWING:
+        met = []
+        for step in islice(left, number):
+            micro_batches = [rows[: max(1, int(len(rows) * part))] for rows in trainer.plain.micro_batches(step)]
+            for index, rows in enumerate(micro_batches, 1):
+                trainer.plain.backward(step, rows, last=index == len(micro_batches))
+            trainer.backend.step(1e-5, trainer.config.max_grad_norm)
+            met += micro_batches
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        heaviest.append(max(met, key=lambda rows: int(lengths[rows].sum())))
+    return peaks, heaviest
 
 
 def time_micro_batches(trainer: Trainer, step: Any, batches: list[np.ndarray]) -> list[float]:
@@ -181,16 +187,17 @@ def time_all_reduce(size: int) -> list[float]:
     return found
 
 
-def count(config: Config, trainer: Trainer, lengths: list[np.ndarray]) -> dict[str, Any]:
-    """What trace.py says of these micro-batches, and of the state; of the last one only its peak is wanted."""
+def count(config: Config, trainer: Trainer, timed: list[np.ndarray], heaviest: list[np.ndarray]) -> dict[str, Any]:
+    """What trace.py says of the lengths of micro-batches: of those that were timed, and bytes of the others and of the
+    state."""
     subject = Subject(config, trainer.data["train"].pairs.label_names)
     subject.settle(trainer.data["train"].tokens, False, True)
-    counts = [subject.count(own) for own in lengths]
     own, backend = subject.parameters, "ddp" if trainer.backend.name == "deepspeed" else trainer.backend.name
     forwards = max(1, len(trainer.plain.micro_batches(trainer.sampler.at(0))))
-    return {"counts": [[getattr(of_one, name) for name in NAMES] for of_one in counts[:-1]],
+    counts, peaks = ([subject.count(lengths) for lengths in group] for group in (timed, heaviest))
+    return {"counts": [[getattr(of_one, name) for name in NAMES] for of_one in counts],
             "state": state_bytes(own, backend, trainer.world.size, False, False, False),
-            "activations": activation_bytes(counts[-1].peak, counts[-1].bare, own, backend, forwards)}  # fmt: skip
+            "activations": [activation_bytes(c.peak, c.bare, own, backend, forwards) for c in peaks]}  # fmt: skip
 
 
 def device_file(found: dict[int, dict[str, Any]], config: Config) -> dict[str, Any]:
@@ -200,11 +207,7 @@ def device_file(found: dict[int, dict[str, Any]], config: Config) -> dict[str, A
     optimizer = ADAMW * first["trained"] / first["optimizer"]
     peak, bandwidth = max(rates[0], rates[1]), max(rates[2], optimizer)
     peaks = dict.fromkeys(("linear_bf16", "linear_tf32", "linear_fp32"), peak)
-    # The first steps meet the sizes that a heap needs, the later ones leave kernels only.
-    middle, steps = len(first["peaks"]) // 3, len(first["peaks"])
-    shapes = (first["peaks"][-1] - first["peaks"][middle]) / max(1, steps - 1 - middle)
-    kept = first["peaks"][-1] - first["process"] - alone["state"] - steps * shapes
-    slack = kept / max(1.0, alone["activations"])
+    process, slack = kept(alone)
     sharing = ["1=1"]
     sharing += [f"{count}={shared(found[count], rates):.4f}" for count in sorted(found)[1:]]
     number = "bf16" if config.bf16 else "fp32"
@@ -213,15 +216,25 @@ def device_file(found: dict[int, dict[str, Any]], config: Config) -> dict[str, A
         "linear_reached": rates[0] / peak, "attention_reached": rates[1] / peak,
         "bandwidth": bandwidth, "bandwidth_reached": rates[2] / bandwidth, "optimizer_reached": optimizer / bandwidth,
         "operation": rates[3], "replayed": rates[3], "step": 0.0,
-        "process": float(first["process"]), "slack": max(1.0, slack), "shapes": shapes, "watts": 30.0,
+        "process": process, "slack": slack, "watts": 30.0,
         "memory": float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
     }  # fmt: skip
+    if most > 1:
+        values["process_of_several"], values["slack_of_several"] = kept(found[most])
     device = {name: {"value": float(value), "source": source} for name, value in values.items()}
     device["sharing"] = {"value": sharing, "source": source}
     device["watts"]["source"] = "estimate, not measured"
     words = {"title": f"this machine, {number}", "kind": "cpu", "link": "loopback"}
     links = {"loopback": link_of(found[most], most, source)} if most > 1 else {}
     return {"devices": {"measured": words | device}, "links": links}
+
+
+def kept(found: dict[str, Any]) -> tuple[float, float]:
+    """Bytes that a rank has without its model, and the factor on activations, that explain the peaks best."""
+    rest = np.max([own["peaks"] for own in found["ranks"]], axis=0) - found["state"]
+    activations = np.array(found["activations"], dtype=np.float64)
+    slack = max(1.0, float(np.polyfit(activations, rest, 1)[0]))
+    return max(0.0, float(np.mean(rest - slack * activations))), slack
 
 
 def fitted(found: dict[str, Any]) -> np.ndarray:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from trainer.plan.devices import Device
 from trainer.plan.trace import Parameters
 
-STEPS_OF_SHAPES = 60  # that leave memory behind: by what is resident after 20, 40 and 100 steps
 ZERO_BUCKET = 50e6  # elements, of ds_configs/
 BUCKETS = {"zero1": 2.2, "zero2": 2.2, "zero3": 10.9}
 SHARDS_WEIGHTS = ("fsdp", "zero3")
@@ -23,7 +22,7 @@ class Memory:
     """Bytes of one rank.
 
     Attributes:
-        process: before the model is there.
+        process: what is there without the model, kernels among it.
         state: weights, gradients, moments, buffers of the backend.
         activations: of the heaviest micro-batch, beyond the gradients in `state`.
         slack: what the allocator holds besides.
@@ -62,10 +61,10 @@ def activation_bytes(peak: float, bare: float, own: Parameters, backend: str, fo
     return bare + (4.0 * min(own.largest_layer, own.trained) if backend in SHARDS_GRADIENTS else 0.0)
 
 
-def memory_of(device: Device, state: float, activations: float, num_shapes: int, data: float = 0.0) -> Memory:
-    """`data`: bytes of tokens and text, which on a CPU lie in the same memory. The allocator's slack is on what comes
-    and goes, in other sizes each step; on a CPU each new number of tokens leaves `device.shapes`: see docs/plan.md."""
-    slack = (device.slack - 1) * (activations + (state if device.kind == "gpu" else 0.0))
-    slack += device.shapes * num_shapes
-    process = device.process + (data if device.kind == "cpu" else 0.0)
+def memory_of(device: Device, state: float, activations: float, alone: bool, data: float = 0.0) -> Memory:
+    """`alone`: whether there is one rank; `data`: bytes of tokens, which on a CPU lie in the same memory. The
+    allocator's slack is on what comes and goes, in other sizes each step."""
+    base, factor = device.resident(alone)
+    slack = (factor - 1) * (activations + (state if device.kind == "gpu" else 0.0))
+    process = base + (data if device.kind == "cpu" else 0.0)
     return Memory(process, state, activations, slack, process + state + activations + slack)

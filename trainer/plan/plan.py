@@ -12,13 +12,13 @@ import numpy as np
 
 from trainer.base.errors import UserError
 from trainer.config import Config
-from trainer.data.sampler import Deal, global_batch_size, num_forwards
+from trainer.data.sampler import global_batch_size, num_forwards
 from trainer.data.tokens import Split
 from trainer.plan.asked import PlanConfig, links
 from trainer.plan.costs import NAMES, Costs, features
 from trainer.plan.devices import Device, Link, find_device
 from trainer.plan.loads import Loads, Orders, evaluation_counts, heaviest_parts, loads_of
-from trainer.plan.memory import STEPS_OF_SHAPES, Memory, activation_bytes, memory_of, state_bytes
+from trainer.plan.memory import Memory, activation_bytes, memory_of, state_bytes
 from trainer.plan.timing import Place, control_seconds, of_micro_batches, optimizer_seconds, traffic
 from trainer.plan.trace import Subject
 
@@ -147,19 +147,6 @@ class Planner:
 
     # Memory.
 
-    def num_shapes(self, ranks: int, micro_batch: int, batch: int) -> int:
-        """Numbers of tokens that the first rank computes in the first steps: a padded run meets some of them again."""
-        if self.device.shapes == 0:
-            return 0
-        lengths, found, sampler = self.data["train"].tokens.lengths, set(), self.orders.sampler(batch)
-        most = min(micro_batch, -(-batch // ranks))
-        for step in range(min(STEPS_OF_SHAPES, sampler.num_steps)):
-            of_rows = lengths[sampler.at(step).rows]
-            part = of_rows[Deal(of_rows, ranks * num_forwards(micro_batch, len(of_rows), ranks)).part(0)]
-            longest = int(of_rows.max())
-            found.add(features(self.subject, part if len(part) else lengths[:1], most, True, longest)[1])
-        return len(found)
-
     def memory(
         self, ranks: int, micro_batch: int, backend: str, exact: bool = True, batch: int | None = None
     ) -> Memory:
@@ -181,7 +168,7 @@ class Planner:
                             self.config.ddp_comm_hook == "bf16")  # fmt: skip
         data = sum(split.tokens.bytes_per_pair * len(split) for split in self.data.values())
         activations = activation_bytes(float(peak), float(bare), own, backend, forwards)
-        return memory_of(self.device, state, activations, self.num_shapes(ranks, micro_batch, batch), data)
+        return memory_of(self.device, state, activations, ranks == 1, data)
 
     def fits(self, memory: Memory, ranks: int) -> bool:
         """On a CPU the ranks of a machine share its memory."""
