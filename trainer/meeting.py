@@ -3,6 +3,7 @@
 Control data travels over gloo, gradients over the device's own library; a process group therefore carries both.
 """
 
+import atexit
 import ctypes
 import os
 import resource
@@ -54,6 +55,20 @@ def meet(rank: int, size: int, device: torch.device, patience: timedelta) -> Non
         f"the {size} ranks did not meet at {address}:{port} ({said}); check that all were started, that MASTER_ADDR is "
         "rank 0's host, and that no other program listens there"
     ) from failures[0]
+
+
+_parted: list[Any] = []
+atexit.register(_parted.clear)  # while Python still gives its lock to threads
+
+
+def part() -> None:
+    """Ends the process group.
+
+    It outlives that until the next one, or the program's end: DistributedDataParallel holds it too, and as the last to
+    let go of it would wait, with Python's lock, for a thread of gloo's that waits for that lock.
+    """
+    _parted[:] = [dist.group.WORLD]
+    dist.destroy_process_group()
 
 
 def more_connections(rank: int, size: int, patience: timedelta) -> Any:
