@@ -178,11 +178,12 @@ def test_what_is_measured_is_read_back(own, tmp_path):
     counts = [own.subject.count(np.full(pairs, length)) for pairs, length in ((16, 30), (4, 12), (8, 60), (2, 20))]
     seconds = [c.linear / 2e11 + c.attention / 2e10 + c.moved / 8e9 + c.operations * 2e-5 for c in counts]
     rank = {"seconds": seconds, "products": rates["products"], "optimizer": 32 * 1000 / 9e9, "trained": 1000,
-            "process": 10**8, "peaks": [1.5e8] * 6, "all_reduce": []}  # fmt: skip
+            "peaks": [1e8 + 1e7 + 1.5 * alive for alive in (1e7, 2e7, 4e7)], "all_reduce": []}  # fmt: skip
     found = {"ranks": [rank], "counts": [[getattr(c, name) for name in NAMES] for c in counts], "state": 1e7,
-             "activations": 2e7, "threads": 1}  # fmt: skip
+             "activations": [1e7, 2e7, 4e7], "threads": 1}  # fmt: skip
     shared = [2.5 * own for own in seconds]
     both = [rank | {"seconds": shared, "all_reduce": [1e-3 + size / 1e9 for size in PEAK_SIZES]}] * 2
+    both[1] = both[1] | {"peaks": [peak + 3e7 for peak in rank["peaks"]]}  # the larger one counts
     path = tmp_path / "measured"  # any name will do
     path.write_text(dump(device_file({1: found, 2: found | {"ranks": both}}, own.config)))
     device, _ = find_device(str(path))
@@ -190,6 +191,8 @@ def test_what_is_measured_is_read_back(own, tmp_path):
     assert device.bandwidth * device.bandwidth_reached == pytest.approx(8e9, rel=1e-3)
     assert device.bandwidth * device.optimizer_reached == pytest.approx(9e9)
     assert device.operation == pytest.approx(2e-5, rel=1e-3)
+    assert device.resident(alone=True) == pytest.approx((1e8, 1.5))
+    assert device.resident(alone=False) == pytest.approx((1.3e8, 1.5))
     assert device.share(2) == pytest.approx(0.4, rel=1e-3)
     assert device.share(4) == pytest.approx(0.2, rel=1e-3)
     inside, between = links(PlanConfig(device=str(path), gpus_per_node=2), device)
