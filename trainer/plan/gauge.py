@@ -108,8 +108,13 @@ def main(argv: list[str]) -> int:
 def grow(trainer: Trainer, steps: list[Any]) -> tuple[list[int], list[np.ndarray]]:
     """Takes steps, smaller ones first. Returns the peak of resident memory (bytes) after those of each size, and the
     rows of their heaviest micro-batch."""
-    lengths, left = trainer.data["train"].tokens.lengths, iter(steps)
+    lengths, left, layout = trainer.data["train"].tokens.lengths, iter(steps), trainer.model.layout
     peaks, heaviest = [], []
+
+    def num_tokens(rows: np.ndarray) -> int:
+        own = lengths[rows]
+        return int(own.sum() if layout is not None and layout.unpad else len(own) * own.max(initial=0))
+
     for part, number in GROWING:
         met = []
         for step in islice(left, number):
@@ -119,7 +124,7 @@ def grow(trainer: Trainer, steps: list[Any]) -> tuple[list[int], list[np.ndarray
             trainer.backend.step(1e-5, trainer.config.max_grad_norm)
             met += micro_batches
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        heaviest.append(max(met, key=lambda rows: int(lengths[rows].sum())))
+        heaviest.append(max(met, key=num_tokens))
     return peaks, heaviest
 
 
