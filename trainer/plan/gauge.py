@@ -40,7 +40,8 @@ from trainer.train import prepare
 
 PAIRS = 4_000  # of the training data that are read
 SIZES = (1.0, 0.5, 0.25, 0.1)  # of a step's pairs: micro-batches that are timed
-GROWING = ((0.25, 8), (0.5, 6), (1.0, 8))  # parts of steps, and how many of them, whose peaks are looked at
+GROWING = (0.25, 0.5, 1.0)  # parts of steps, whose peaks are looked at
+STEPS = 6  # of each, and the heaviest: enough for a heap to have most of what it will hold
 ATTENTION = 0.1  # of the rate of linear layers: by estimate; on AllNLI it is 1 % of the FLOPs
 BUDGET = 12.0  # seconds of timed micro-batches
 PEAK_SIZES = (1 << 20, 1 << 24, 1 << 26)  # bytes of all-reduces
@@ -82,8 +83,9 @@ def main(argv: list[str]) -> int:
     world = ranks.start(600)
     trainer = prepare(config, world)
     trainer.model.train()
-    steps = list(islice(trainer.sampler.steps(), sum(number for _, number in GROWING)))
-    peaks, heaviest = grow(trainer, steps)
+    steps = list(islice(trainer.sampler.steps(), STEPS))
+    # The heaviest ones of all are what a plan is asked about.
+    peaks, heaviest = grow(trainer, [*steps, *trainer.sampler.extremes(trainer.data["train"].tokens.lengths)])
     wholes = [trainer.plain.micro_batches(step)[0] for step in steps[:2]]
     batches = [rows[: max(1, int(len(rows) * part))] for rows in wholes for part in SIZES]
     timed = time_micro_batches(trainer, steps[0], batches)
@@ -106,18 +108,17 @@ def main(argv: list[str]) -> int:
 
 
 def grow(trainer: Trainer, steps: list[Any]) -> tuple[list[int], list[np.ndarray]]:
-    """Takes steps, smaller ones first. Returns the peak of resident memory (bytes) after those of each size, and the
-    rows of their heaviest micro-batch."""
-    lengths, left, layout = trainer.data["train"].tokens.lengths, iter(steps), trainer.model.layout
-    peaks, heaviest = [], []
+    """Takes parts of the same steps, smaller ones first. Returns the peak of resident memory (bytes) after those of
+    each size, and the rows of the heaviest micro-batch until then."""
+    lengths, layout = trainer.data["train"].tokens.lengths, trainer.model.layout
+    peaks, heaviest, met = [], [], []
 
     def num_tokens(rows: np.ndarray) -> int:
         own = lengths[rows]
-        return int(own.sum() if layout is not None and layout.unpad else len(own) * own.max(initial=0))
+        return int(own.sum()) if layout is not None and layout.unpad else len(own) * int(own.max(initial=0))
 
-    for part, number in GROWING:
-        met = []
-        for step in islice(left, number):
+    for part in GROWING:
+        for step in steps:
             micro_batches = [rows[: max(1, int(len(rows) * part))] for rows in trainer.plain.micro_batches(step)]
             for index, rows in enumerate(micro_batches, 1):
                 trainer.plain.backward(step, rows, last=index == len(micro_batches))
