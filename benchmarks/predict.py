@@ -98,7 +98,7 @@ def alone(options: argparse.Namespace) -> float:
 def _texts(path: Path, count: int | None = None, start: int = 0) -> Any:
     from pyarrow import parquet
 
-    from trainer.data.sources import unlabelled
+    from trainer.data.given import unlabelled
 
     return unlabelled(parquet.read_table(path).slice(start, count), str(path), "premise", "hypothesis")
 

@@ -1,5 +1,7 @@
 """The benchmarks run: each is started as a user would, in tiny sizes."""
 
+import ast
+import importlib.util
 import json
 import os
 import shutil
@@ -8,6 +10,23 @@ import sys
 
 import pytest
 from conftest import ROOT
+
+
+def test_what_they_take_from_the_packages_is_there():
+    """Most of it is imported where it is needed, hours into a benchmark."""
+    taken = {
+        (node.module, name.name)
+        for path in (ROOT / "benchmarks").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("trainer", "launcher")
+        for name in node.names
+    } - {("trainer.model", "triton_kernels")}  # which needs Triton
+    missing = [
+        (module, name)
+        for module, name in sorted(taken)
+        if not hasattr(importlib.import_module(module), name) and importlib.util.find_spec(f"{module}.{name}") is None
+    ]
+    assert not missing
 
 
 @pytest.mark.full
