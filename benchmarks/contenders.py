@@ -42,7 +42,10 @@ def speed(windows: list[tuple[int, int, float]]) -> dict[str, float]:
 
 
 def crossrank_config(options: argparse.Namespace, folder: Path) -> Any:
+    from trainer.base.environment import set_libraries
     from trainer.cli import parse_train
+
+    set_libraries()
 
     fields = {
         "seed": options.seed,

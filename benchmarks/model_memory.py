@@ -66,6 +66,9 @@ def make_model(folder: Path, hidden: int, layers: int) -> None:
 def measure(command: list[str], env: dict[str, str], out: str) -> None:
     """One rank: the peaks of its phases, less what it had before, into the file `out`."""
     os.environ |= env
+    from trainer.base.environment import set_libraries
+
+    set_libraries()
     from trainer import ranks, train
     from trainer.cli import parse_train
 

@@ -40,7 +40,7 @@ def options_of(chosen: Any, shape: str, unpad: bool, steps: int) -> list[str]:
 
 
 def worker(argv: list[str]) -> None:
-    """One rank: the steps of a run; rank 0 prints the median of their seconds and the largest peak."""
+    """One rank of a run; rank 0 prints the mean seconds of its steps after the first quarter, and the most memory."""
     from trainer.base.environment import set_libraries
 
     set_libraries()

@@ -47,6 +47,9 @@ def write_rows(path: Path, source: Path, count: int) -> Path:
 
 def ours(options: argparse.Namespace) -> float:
     """Seconds of what the command does once its model is loaded."""
+    from trainer.base.environment import set_libraries
+
+    set_libraries()
     from trainer import predict, ranks
 
     inference = predict.InferenceConfig(bf16=options.bf16, per_device_eval_batch_size=options.batch)

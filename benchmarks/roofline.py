@@ -49,6 +49,7 @@ def peak(device: torch.device, number: torch.dtype) -> float:
 
 def needed_flops(config: Any, lengths: np.ndarray) -> float:
     """Of a step on pairs of `lengths` tokens: 2 a multiply-add, times 3 for forward and backward."""
+    lengths = lengths.astype(np.int64)  # small integers, whose squares would not fit
     hidden, wide, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     tokens, pairs = float(lengths.sum()), len(lengths)
     layer = tokens * (4 * hidden**2 + 2 * hidden * wide) + 2 * hidden * float((lengths**2).sum())

@@ -156,6 +156,9 @@ def main(argv: list[str] | None = None) -> int:
     if sys.stderr is None:  # it was closed; what is said there must not come among the results
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     set_libraries()
+    if not sys.stderr.isatty():  # in a log every update of a bar would stay
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # DeepSpeed's launcher puts the rank before the verb; it is in the environment, too.
     verb, *rest = [arg for arg in argv if not arg.startswith("--local_rank=")] or ["--help"]
     if verb in ("-h", "--help"):

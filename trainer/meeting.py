@@ -57,17 +57,18 @@ def meet(rank: int, size: int, device: torch.device, patience: timedelta) -> Non
     ) from failures[0]
 
 
-_parted: list[Any] = []
-atexit.register(_parted.clear)  # while Python still gives its lock to threads
+_left: list[Any] = []
+atexit.register(_left.clear)  # while Python still gives its lock to threads
 
 
-def part() -> None:
+def leave() -> None:
     """Ends the process group.
 
-    It outlives that until the next one, or the program's end: DistributedDataParallel holds it too, and as the last to
-    let go of it would wait, with Python's lock, for a thread of gloo's that waits for that lock.
+    It outlives that until the next one ends, or the program: DistributedDataParallel holds it too, and as the last to
+    let go of it would wait, with Python's lock, for a thread of gloo's that waits for that lock. As Python's object it
+    is let go of without the lock.
     """
-    _parted[:] = [dist.group.WORLD]
+    _left[:] = [dist.group.WORLD]
     dist.destroy_process_group()
 
 

@@ -24,7 +24,7 @@ from torch._C._distributed_c10d import HashStore
 from trainer.base.environment import check_host, number, read_place
 from trainer.base.errors import RankGone, TrainingFailed, UserError
 from trainer.base.log import start_log
-from trainer.meeting import keep_freed_memory, meet, meet_through_slurm, part, wiring
+from trainer.meeting import keep_freed_memory, leave, meet, meet_through_slurm, wiring
 
 _run = 0  # how often this process has started: all ranks do so equally often
 
@@ -277,7 +277,7 @@ def _failures(run: int) -> str:
 
 def stop() -> None:
     if dist.is_initialized():
-        part()
+        leave()
 
 
 def may_report_failure(patience: float) -> bool:

@@ -19,7 +19,7 @@ from trainer.model.precision import autocast
 from trainer.plan.asked import PlanConfig, links
 from trainer.plan.costs import NAMES, features
 from trainer.plan.devices import Device, find_device, find_link, table
-from trainer.plan.gauge import PEAK_SIZES, device_file
+from trainer.plan.gauge import PEAK_SIZES, device_file, kept
 from trainer.plan.loads import loads_of, sampler_of
 from trainer.plan.plan import PARTS
 from trainer.plan.timing import Place, traffic
@@ -198,6 +198,15 @@ def test_what_is_measured_is_read_back(own, tmp_path):
     inside, between = links(PlanConfig(device=str(path), gpus_per_node=2), device)
     assert inside.bandwidth == pytest.approx(1e9, rel=1e-3)
     assert between == find_link("ethernet100")
+
+
+@pytest.mark.parametrize("activations", [[0.0] * 3, [5e6] * 3, [0, 1e5, 3e6]])
+def test_peaks_that_do_not_tell_the_slack(activations):
+    """Of one pair, or where gradients are most of them: nothing absurd comes of it."""
+    found = {"ranks": [{"peaks": [5e8, 5.1e8, 5.2e8]}], "state": 1e8, "activations": activations}
+    process, slack = kept(found)
+    assert slack == 2
+    assert 3.9e8 < process < 4.2e8
 
 
 def other(own, **changed):

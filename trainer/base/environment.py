@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import socket
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -72,15 +71,13 @@ def check_host(name: str) -> None:
 
 
 def set_libraries() -> None:
-    """What they read from the environment when they are loaded, unless the user has said otherwise."""
+    """What they read from the environment when they are loaded, unless the user has said otherwise: before torch is."""
     # OpenMP's threads wait for each other in a loop: by default so long that one busy neighbour halves the speed of a
     # run on a CPU, and three leave a third of it. libgomp reads this when torch is loaded.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # On a CPU oneDNN, and the layer between it and torch, each keep 1,024 kernels with their memory, one for each shape
     # they meet: unpadded steps are of ever new shapes. A step needs a few dozen. See docs/lab-book.md.
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "128")
-    if not sys.stderr.isatty():  # in a log every update of a bar would stay
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "DNNL_PRIMITIVE_CACHE_CAPACITY" not in os.environ:  # the older name
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "128")

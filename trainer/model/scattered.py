@@ -33,9 +33,11 @@ def load_scattered(config: Config, world: World, label_names: Sequence[str]) -> 
             model = load_for_training(config, label_names, hollow=not world.is_main)
             why = stray(model)
         except Exception as error:  # of any kind, from the model's own code
-            if world.is_main and not isinstance(error, UserError):
-                raise
-            why, mistake = first_line(error), str(error)
+            why = first_line(error)
+            if world.is_main:
+                if not isinstance(error, UserError):
+                    raise
+                mistake = str(error)
     # Weights that cannot be read are so for who reads them; a program that goes on does so on all ranks.
     if mistake := world.broadcast(mistake):
         raise UserError(mistake)
