@@ -63,13 +63,20 @@ NODE = (
 )
 PARTITION = "PartitionName=ci Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n"
 CGROUP = "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\nConstrainCores=no\nConstrainRAMSpace=no\nConstrainDevices=no\n"
-# The node's init: it must outlive slurmd's forks, and let no signal but KILL end the node half-way.
+# The node's init: it must outlive slurmd's forks, and let no signal but KILL end the node half-way. A slurmd that has
+# crashed, as 22.05 may where two jobs begin at once ("unaligned tcache chunk"), is started again, as by systemd.
 NODE_INIT = """\
 hostname "$1"
 mount --bind "$2/hosts" /etc/hosts
 slurmd -D -N "$1" &
-trap 'kill -TERM $!' TERM INT
-while kill -0 $! 2>/dev/null; do wait $!; done
+trap 'asked=1; kill -TERM $!' TERM INT
+while true; do
+    wait $!
+    kill -0 $! 2>/dev/null && continue
+    [ -z "$asked" ] || break
+    sleep 1
+    slurmd -D -N "$1" &
+done
 """
 # The driver's tool, showing what the node of its caller has.
 NVIDIA_SMI = """\
