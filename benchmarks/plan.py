@@ -167,7 +167,8 @@ def main() -> None:
     for key, goal in (("time_error", 0.1), ("memory_error", 0.05)):
         errors = [abs(own[key]) for own in rows]
         print(f"{key}: median {statistics.median(errors):.1%}, largest {max(errors):.1%}; goal {goal:.0%}")
-    common.save("plan", chosen, {"rows": rows, "runs": runs, "plans": plans})
+    parts = {name: {part: plan[part] for part in ("memory", "step")} for name, plan in plans.items()}
+    common.save("plan", chosen, {"rows": rows, "runs": runs, "plans": parts})
 
 
 if __name__ == "__main__":

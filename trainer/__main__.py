@@ -151,14 +151,19 @@ INTERNAL = {
 }
 
 
+def hide_bars() -> None:
+    """In a log every update of a library's progress bar would stay."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if sys.stderr is None:  # it was closed; what is said there must not come among the results
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     set_libraries()
-    if not sys.stderr.isatty():  # in a log every update of a bar would stay
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    hide_bars()
     # DeepSpeed's launcher puts the rank before the verb; it is in the environment, too.
     verb, *rest = [arg for arg in argv if not arg.startswith("--local_rank=")] or ["--help"]
     if verb in ("-h", "--help"):

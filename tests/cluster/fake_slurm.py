@@ -64,8 +64,10 @@ NODE = (
 PARTITION = "PartitionName=ci Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n"
 CGROUP = "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\nConstrainCores=no\nConstrainRAMSpace=no\nConstrainDevices=no\n"
 # The node's init: it must outlive slurmd's forks, and let no signal but KILL end the node half-way. A slurmd that has
-# crashed, as 22.05 may where two jobs begin at once ("unaligned tcache chunk"), is started again, as by systemd.
+# crashed, as 22.05 may where two jobs begin at once ("unaligned tcache chunk"), is started again, as by systemd, and
+# leaves no image of its memory in the working folder.
 NODE_INIT = """\
+ulimit -c 0
 hostname "$1"
 mount --bind "$2/hosts" /etc/hosts
 slurmd -D -N "$1" &

@@ -1,5 +1,5 @@
 """What the environment says, without torch: which rank this is, whether to use the network, which hosts there are;
-and what it tells libraries."""
+and what this program tells its libraries there."""
 
 import os
 import re
