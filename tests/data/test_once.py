@@ -3,6 +3,8 @@
 import json
 import os
 import resource
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ from trainer.config import DataConfig
 from trainer.data import spooling, stored
 from trainer.data.builtin import make_tokenizer
 from trainer.data.builtin import pairs as builtin_pairs
+from trainer.data.join import Part, join
 from trainer.data.load import load_pairs
+from trainer.data.spool import Spool
 
 ROWS = [{name: row[name] for name in ("premise", "hypothesis", "label")} for row in builtin_pairs("dev")[:60]]
 
@@ -156,6 +160,36 @@ def test_many_distinct_labels_and_small_numbers(tmp_path):
     assert pairs.targets.tolist() == [place / 8 for place in range(len(ROWS))]
     classes = load(write(tmp_path / "b.jsonl"))
     assert (classes.label.dtype, classes.row.dtype) == (np.int8, np.int8)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"label_map": ["neutral=contradiction"]}, {"max_train_samples": 3 << 20}, {"max_samples_per_source": 1 << 19}],
+)
+def test_many_pairs_are_joined_in_few_bytes_each(fields):
+    """Beside what is mapped: rows and labels in their smallest types, and a mask or two."""
+    count = 1 << 22
+    arrays = {"label": np.arange(count, dtype=np.int32) % 3, "source": np.arange(count, dtype=np.int32) % 4}
+    lists = {"labels": ["entailment", "neutral", "contradiction"], "coded": {"source": [*"abcd"]}, "faults": {}}
+    arrays["lists"] = np.frombuffer(json.dumps(lists).encode(), np.uint8)
+    facts = {
+        "places": ["a.parquet"],
+        "sizes": [count],
+        "own_names": None,
+        "columns": ["premise", "hypothesis", "label"],
+    }
+    part = Part("a", Spool(stored.Stored(Path("a"), arrays, facts)))
+    config = DataConfig(train_file=["a.parquet"], **fields)
+    tracemalloc.start()
+    try:
+        pairs = join([part], config, "train", None)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert pairs.source_names == ("a", "b", "c", "d")
+    assert (pairs.row[:3].tolist(), pairs.source[:5].tolist()) == ([0, 1, 2], [0, 1, 2, 3, 0])
+    assert len(pairs) == fields.get("max_train_samples", count if "max_samples_per_source" not in fields else 1 << 21)
+    assert peak / count < 14
 
 
 SCRIPT = """

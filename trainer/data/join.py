@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from trainer.base.arrays import counted, places, smallest, taken
+from trainer.base.arrays import parts as parts_of
 from trainer.base.errors import UserError
 from trainer.base.log import log
 from trainer.config import DataConfig
 from trainer.data.pairs import Pairs, Spooled
 from trainer.data.spool import SOURCES, SPLITS, Spool
-from trainer.data.stored import smallest
 from trainer.labels.names import FEW
 from trainer.labels.targets import read_targets
 from trainer.labels.values import Targets
@@ -66,13 +67,12 @@ def join(
     _say_absent(place, found.label, found.names, scored=classes is not None)
     if found.mapped:
         log.info(f"{place}: {'taken' if classes is None else 'scored'} with {found.mapped}")
-    kind = smallest(int(starts[-1]))
-    row = np.concatenate([chosen.astype(kind) + kind(start) for chosen, start in zip(kept, starts, strict=False)])
+    row = _in_all(kept, starts)
     return Pairs(
         name=place,
         row=row,
         texts=Spooled(tuple(part.spool.held.path for part in parts), row),
-        label=found.label.astype(smallest(int(found.label.max(initial=0)))),
+        label=found.label.astype(smallest(int(found.label.max(initial=0))), copy=False),
         source=None if sources is None else sources[0],
         label_names=found.names,
         source_names=() if sources is None else sources[1],
@@ -86,10 +86,21 @@ def join(
     )
 
 
+def _in_all(rows: list[np.ndarray], starts: np.ndarray) -> np.ndarray:
+    """Rows of each part as rows of all of them."""
+    if len(rows) == 1:
+        return rows[0]
+    found, end = np.empty(sum(map(len, rows)), smallest(int(starts[-1]))), 0
+    for own, start in zip(rows, starts, strict=False):
+        np.add(own, start, out=found[end : end + len(own)], casting="unsafe")
+        end += len(own)
+    return found
+
+
 def _check_texts(part: Part, chosen: np.ndarray) -> None:
     """Raises UserError naming the first of the `chosen` rows, which ascend, that has no text."""
     faults = part.spool.faults
-    rows = np.array(sorted(faults), np.int64)
+    rows = np.array(sorted(faults), chosen.dtype)  # of another type all of `chosen` would be copied
     places = np.searchsorted(chosen, rows)
     among = places < len(chosen)
     among[among] = chosen[places[among]] == rows[among]
@@ -117,18 +128,18 @@ def _kept(
     known: dict[str, int] = {}
     seen: dict[int, int] = {}
     for part, own in zip(parts, numbers, strict=True):
-        rows = np.flatnonzero(own >= 0)
+        rows = places(own, lambda codes: codes >= 0)
         coded = _sources(part, rows, config, len(parts) == 1)
-        of_rows = np.zeros(len(rows), np.int32) if coded is None else _renumbered(*coded, known)
+        of_rows = np.broadcast_to(np.int8(0), len(rows)) if coded is None else _renumbered(*coded, known)
         if role == "train" and config.max_samples_per_source is not None:
             first = _first_of_each(of_rows, config.max_samples_per_source, seen)
             rows, of_rows = rows[first], of_rows[first]
         left = None if limit is None else limit - sum(map(len, kept))
         kept.append(rows[:left])
-        codes.append(of_rows[:left] if coded is not None else np.empty(0, np.int32))
+        codes.append(of_rows[:left] if coded is not None else np.empty(0, np.int8))
     together = np.concatenate(codes)
     # A limit may leave nothing of some sources.
-    used = np.unique(together)
+    used = np.flatnonzero(counted(together, len(known)))
     names = [*known]
     _check_names(parts, [names[code] for code in used])
     if unused := [part.place for part, rows in zip(parts, kept, strict=True) if not len(rows)]:
@@ -137,7 +148,7 @@ def _kept(
         return kept, None
     place = np.zeros(len(names), smallest(len(used)))
     place[used] = np.arange(len(used))
-    return kept, (place[together], tuple(names[code] for code in used))
+    return kept, (taken(place, together), tuple(names[code] for code in used))
 
 
 def _say_unused(places: str, limit: int | None, config: DataConfig, role: Role) -> None:
@@ -163,22 +174,25 @@ def _check_names(parts: list[Part], sources: list[str]) -> None:
 def _first_of_each(codes: np.ndarray, limit: int, seen: dict[int, int]) -> np.ndarray:
     """(n,) whether a pair is among the first of its source; `seen` are those before, to which these are added."""
     first = np.zeros(len(codes), dtype=bool)
-    order = np.argsort(codes, kind="stable")
-    found, starts = np.unique(codes[order], return_index=True)
-    for code, rows in zip(found.tolist(), np.split(order, starts[1:]), strict=True):
-        before = seen.get(code, 0)
-        first[rows[: max(0, limit - before)]] = True
-        seen[code] = before + len(rows)
+    for part in parts_of(len(codes)):
+        order = np.argsort(codes[part], kind="stable")
+        found, starts = np.unique(codes[part][order], return_index=True)
+        for code, rows in zip(found.tolist(), np.split(order, starts[1:]), strict=True):
+            before = seen.get(code, 0)
+            first[part][rows[: max(0, limit - before)]] = True
+            seen[code] = before + len(rows)
     return first
 
 
 def _renumbered(names: list[str], codes: np.ndarray, known: dict[str, int]) -> np.ndarray:
     """Codes (n,) of `names` as those of the names `known`, which grow in the order of first rows."""
-    used, first = np.unique(codes, return_index=True)
-    places = np.zeros(len(names), np.int32)
-    for code in used[np.argsort(first)]:
-        places[code] = known.setdefault(names[code], len(known))
-    return places[codes]
+    number = np.full(len(names), -1)
+    for part in parts_of(len(codes)):
+        used, first = np.unique(codes[part], return_index=True)
+        for code in used[np.argsort(first)]:
+            if number[code] < 0:
+                number[code] = known.setdefault(names[code], len(known))
+    return taken(number.astype(smallest(len(known))), codes)
 
 
 def _sources(part: Part, rows: np.ndarray, config: DataConfig, alone: bool) -> tuple[list[str], np.ndarray] | None:
@@ -189,9 +203,9 @@ def _sources(part: Part, rows: np.ndarray, config: DataConfig, alone: bool) -> t
     """
     for name in SOURCES if alone else SOURCES[:1]:
         if (coded := part.spool.coded(name)) is not None:
-            return coded[0], coded[1][rows]
+            return coded[0], taken(coded[1], rows)
     if not alone:
-        return [part.source], np.zeros(len(rows), np.int8)
+        return [part.source], np.broadcast_to(np.int8(0), len(rows))
     border = ALLNLI.get(part.spool.num_rows)
     if border and Path((config.dataset_name or [""])[0]).name == "all-nli":
         return ["SNLI", "MNLI"], (rows >= border).astype(np.int8)
@@ -206,7 +220,7 @@ def _dropped(numbers: np.ndarray, kept: np.ndarray) -> int:
 
 
 def _say_absent(place: str, label: np.ndarray, names: tuple[str, ...], scored: bool) -> None:
-    if len(absent := np.flatnonzero(np.bincount(label, minlength=len(names)) == 0)):
+    if names and len(absent := np.flatnonzero(counted(label, len(names)) == 0)):
         shown = " or ".join(names[number] for number in absent[:5]) + (" ..." if len(absent) > 5 else "")
         log.info(f"{place}: no pair has the label {shown}")
         if scored and len(names) == 3 and len(absent) == 1 and len(label) > FEW:

@@ -9,14 +9,15 @@ import hashlib
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 
+from trainer.base.arrays import counted, hashed, places, taken
 from trainer.base.errors import UserError
 from trainer.base.fields import mapped
-from trainer.data.pairs import SOME, Pairs, counted
+from trainer.data.pairs import Pairs
 
 
 @dataclass(frozen=True)
@@ -74,19 +75,20 @@ class Mix:
         """(len(self),) the pairs of an epoch, which ascend."""
         chosen = []
         for number, weight in enumerate(self.weights):
-            own = np.flatnonzero(self.codes == number)
+            own = places(self.codes, partial(np.equal, number))
             chosen.append(np.tile(own, math.floor(weight)))
             if size := _part(weight, len(own)):
-                chosen.append(own[_permutation(len(own), seed, epoch, number)[:size]])
-        return np.sort(np.concatenate(chosen))
+                chosen.append(taken(own, _permutation(len(own), seed, epoch, number)[:size]))
+        rows = np.concatenate(chosen)
+        rows.sort()
+        return rows
 
     @cached_property
     def identity(self) -> str:
         """Another one is another order."""
         weights = ", ".join(f"{name}={weight}" for name, weight in zip(self.names, self.weights, strict=True))
         digest = hashlib.sha256()
-        for start in range(0, len(self.codes), SOME):  # as 64 bits, whatever type they are kept in
-            digest.update(self.codes[start : start + SOME].astype("<i8").tobytes())
+        hashed(digest, self.codes)
         return f"{weights}; {digest.hexdigest()[:16]}"
 
 
@@ -98,8 +100,13 @@ def _part(weight: Fraction, size: int) -> int:
 def _permutation(size: int, seed: int, epoch: int, source: int) -> np.ndarray:
     """(size,) drawn for one source and epoch."""
     digest = hashlib.sha256(f"source {seed} {epoch} {source}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.randperm(size, generator=generator).numpy()
+    return permutation(size, int.from_bytes(digest[:8], "big") >> 1)
+
+
+def permutation(size: int, seed: int) -> np.ndarray:
+    """A permutation (size,) in the smaller type that holds it: torch draws the same numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(size, generator=generator, dtype=torch.int32 if size < 2**31 else torch.int64).numpy()
 
 
 def _weight(name: str, text: str) -> Fraction:

@@ -1,27 +1,17 @@
 """Sentence pairs as plain arrays: those of a split, and those that are to be predicted."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from trainer.base.arrays import counted, parts
 from trainer.data.spool import Spool, open_spool
 from trainer.rows.places import at, rows_at
 
 SHOWN = 8  # sources that a line says
-SOME = 1 << 20  # pairs that are looked at together
-
-
-def counted(codes: np.ndarray, size: int, weights: Callable[[slice], np.ndarray] | None = None) -> np.ndarray:
-    """(size,) how often each number below `size` is in `codes` (n,), or the sum of their `weights`.
-
-    Some at a time, since numpy's bincount makes 64 bits of each.
-    """
-    parts = (slice(start, start + SOME) for start in range(0, len(codes), SOME))
-    found = [np.bincount(codes[part], weights and weights(part), minlength=size) for part in parts]
-    return np.asarray(sum(found, np.zeros(size, int)))
 
 
 @dataclass(frozen=True)
@@ -82,8 +72,8 @@ class Spooled:
 
     def between(self, start: int, end: int) -> Iterator[tuple[list[str], list[str]]]:
         """As Texts has it."""
-        for begin in range(start, end, SOME):
-            rows = self.row[begin : min(begin + SOME, end)].astype(np.int64)
+        for part in parts(end, start):
+            rows = self.row[part].astype(np.int64)
             for spool, first, low, high in zip(self.spools, self.starts, *self._cuts(rows), strict=False):
                 yield from spool.texts(rows[low:high] - first)
 

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
+from trainer.base.arrays import taken
 from trainer.base.errors import UserError
 from trainer.config import BatchConfig, OptimisationConfig
-from trainer.data.mix import Mix
+from trainer.data.mix import Mix, permutation
 from trainer.data.orders import mapped, remove
 
 MAPPED = 1 << 20  # pairs of an epoch from which on its order is drawn once a node
@@ -26,10 +26,8 @@ NO_MIX = "none"  # also in a checkpoint of an older version, which says nothing 
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation (num_samples,) of one epoch, in the smaller type that holds it: torch draws the same numbers."""
-    generator = torch.Generator().manual_seed(seed + epoch)
-    dtype = torch.int32 if num_samples < 2**31 else torch.int64
-    return torch.randperm(num_samples, generator=generator, dtype=dtype).numpy()
+    """The permutation (num_samples,) of one epoch."""
+    return permutation(num_samples, seed + epoch)
 
 
 class Deal:
@@ -130,8 +128,7 @@ class GlobalBatchSampler:
         order = epoch_order(self.num_samples, self.seed, epoch)
         if self.mix is None:
             return order
-        rows = self.mix.rows(self.seed, epoch)
-        return rows.astype(np.min_scalar_type(int(rows.max())))[order]
+        return taken(self.mix.rows(self.seed, epoch), order)
 
     def _name(self, epoch: int) -> str:
         """Of the order, among all orders."""

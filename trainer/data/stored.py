@@ -42,11 +42,6 @@ class Stored:
     facts: dict[str, Any]
 
 
-def smallest(largest: int) -> Any:
-    """The smallest signed integer type for numbers up to `largest`. Signed: -lengths shall be no surprise."""
-    return next(kind for kind in (np.int8, np.int16, np.int32, np.int64) if largest <= np.iinfo(kind).max)
-
-
 def store(
     path: Path,
     arrays: Mapping[str, np.ndarray],

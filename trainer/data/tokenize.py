@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from trainer.base.arrays import smallest
 from trainer.base.errors import UserError
 from trainer.base.files import naming, remove_remains
 from trainer.data.pairs import Pairs, Spooled, Texts
-from trainer.data.stored import Check, locked, no_room, nothing, prune, reopened, smallest, store, stored
+from trainer.data.stored import Check, locked, no_room, nothing, prune, reopened, store, stored
 from trainer.data.team import Team
 from trainer.data.tokens import Encoder, Tokens, nothing_of, of_stored
 

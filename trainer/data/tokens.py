@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from trainer.base.arrays import hashed
 from trainer.base.errors import UserError
-from trainer.data.pairs import SOME, Pairs, Rows, Spooled, Texts
+from trainer.data.pairs import Pairs, Rows, Spooled, Texts
 from trainer.data.stored import Stored
 
 FORMAT = "crossrank-tokens-1"  # a part of the fingerprint, and so of what a checkpoint must meet again
@@ -182,8 +183,7 @@ class Encoder:
                 separator = "\x1e"
             digest.update(b"\x1d")
         if isinstance(pairs, Pairs):
-            for start in range(0, len(pairs), SOME):  # as 64 bits, whatever type they are kept in
-                digest.update(pairs.label[start : start + SOME].astype("<i8").tobytes())
+            hashed(digest, pairs.label)
             if pairs.values is not None:
                 digest.update(pairs.values.tobytes())
         return str(digest.hexdigest())

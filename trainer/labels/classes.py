@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from trainer.base.arrays import smallest, taken
 from trainer.base.errors import UserError, unknown
 from trainer.base.fields import mapped
 from trainer.base.log import log
@@ -189,5 +190,5 @@ def _settled(found: Named, classes: Sequence[str] | None) -> tuple[np.ndarray, t
         if known == tuple(f"LABEL_{i}" for i in range(len(known))):
             hint = "; say what the numbers of the training pairs mean, from 0, with --label_names"
         raise UserError(f"{labels.at(strange[0])}: {unknown('label', strange[0], known)}{hint}")
-    kind = np.int8 if len(known) < 128 else np.int64  # one number a pair
-    return np.array([-1 if name is None else number[name] for name in own], kind)[labels.codes], known
+    numbers = np.array([-1 if name is None else number[name] for name in own], smallest(len(known)))
+    return taken(numbers, labels.codes), known

@@ -5,8 +5,7 @@ import re
 from collections.abc import Sequence
 from statistics import median
 
-import numpy as np
-
+from trainer.base.arrays import counted
 from trainer.base.errors import UserError
 from trainer.base.log import log
 from trainer.labels.label_map import OPPOSITE, fold, shown
@@ -59,7 +58,7 @@ def _bare(text: str) -> str:
 
 def one_spelling(labels: Labels) -> Labels:
     """Names that differ in case alone become the one that most rows have."""
-    rows = np.bincount(labels.codes, minlength=len(labels.values)).tolist()
+    rows = counted(labels.codes, len(labels.values)).tolist()
     usual: dict[str, tuple[int, str]] = {}
     for name, count in zip(labels.values, rows, strict=True):
         if name is not None and count > usual.get(fold(name), (0, ""))[0]:

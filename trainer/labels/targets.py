@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from trainer.base.arrays import smallest, taken
 from trainer.base.errors import UserError
 from trainer.config import DataConfig
 from trainer.labels.classes import class_numbers, learned, scored
@@ -109,7 +110,7 @@ def _numbers(labels: Labels, config: DataConfig) -> Targets:
                             "row; mend it, or leave the row out")  # fmt: skip
     numbers = np.array([float(value) for value in labels.values if value is not None], np.float32)
     values, places = np.unique(numbers, return_inverse=True)
-    return Targets(places.astype(np.int32)[labels.codes], (), values)
+    return Targets(taken(places.astype(smallest(len(values))), labels.codes), (), values)
 
 
 def _binary(labels: Labels, config: DataConfig, classes: Sequence[str] | None, own_names: list[str] | None) -> Targets:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from trainer.base.arrays import smallest, taken
 from trainer.base.errors import UserError
 from trainer.rows.places import at
 from trainer.rows.tables import MIXED, values_of
@@ -29,7 +30,7 @@ class Labels:
 
     place: str
     values: list[str | None]
-    codes: np.ndarray  # (n,) positions in `values`, int32
+    codes: np.ndarray  # (n,) positions in `values`, in some type of integers
 
     def at(self, value: str | None) -> str:
         """The first row that has it."""
@@ -41,9 +42,8 @@ class Labels:
     def renamed(self, names: Sequence[str | None]) -> "Labels":
         """The same rows, with a name in place of each value; values of the same name become one."""
         position = {name: i for i, name in enumerate(dict.fromkeys(names))}
-        return replace(
-            self, values=[*position], codes=np.array([position[name] for name in names], np.int32)[self.codes]
-        )
+        codes = np.array([position[name] for name in names], smallest(len(position)))
+        return replace(self, values=[*position], codes=taken(codes, self.codes))
 
     @property
     def numbered(self) -> bool:
@@ -83,9 +83,14 @@ class Targets:
         """Those of some rows of each part, one part after the other. Of numbers only those that occur are kept."""
         first = parts[0]
         if first.values is None or first.names:
-            values, label = first.values, np.concatenate([own.label[i] for own, i in zip(parts, rows, strict=True)])
+            found = [taken(own.label, i) for own, i in zip(parts, rows, strict=True)]
+            values, label = first.values, np.concatenate(found)
         else:
-            numbers = [own.values[own.label[i]] for own, i in zip(parts, rows, strict=True) if own.values is not None]
+            numbers = [
+                taken(own.values, taken(own.label, i))
+                for own, i in zip(parts, rows, strict=True)
+                if own.values is not None
+            ]
             values, label = np.unique(np.concatenate(numbers), return_inverse=True)
         said = tuple(dict.fromkeys(name for own in parts for name in own.said))
         words = "; ".join(dict.fromkeys(own.mapped for own in parts if own.mapped))

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainer.base.arrays import counted
 from trainer.base.files import write_json
 from trainer.config import Config, DataConfig
 from trainer.data.mix import Mix
-from trainer.data.pairs import Pairs, counted
+from trainer.data.pairs import Pairs
 from trainer.data.sampler import GlobalBatchSampler
 from trainer.data.tokens import Split
 from trainer.metrics import activated

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
+from trainer.base.arrays import counted
 from trainer.base.errors import UserError
 from trainer.config import Config
 from trainer.data.mix import Mix
-from trainer.data.pairs import Pairs, counted
+from trainer.data.pairs import Pairs
 from trainer.data.tokens import Split
 from trainer.model.batch import IGNORED, Batch
 
