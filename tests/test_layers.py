@@ -16,6 +16,7 @@ ORDER = [
     "score_metrics",
     "meeting",
     "ranks",
+    "together",
     "rows",
     "labels",
     "data",

@@ -37,6 +37,7 @@ from trainer.rows.stream import stream_stdin
 from trainer.rows.tables import nothing_in, read_parts
 from trainer.rows.writers import WRITERS, open_output
 from trainer.run.versions import code_hash, versions
+from trainer.together import together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ class Predictor:
             log.warning(warning)
         code = config.trust_remote_code
         origin = ModelConfig(model_name_or_path=folder, trust_remote_code=code, max_length=config.max_length)
-        self.model = load_trained(origin).to(world.device)
+        self.model = together(world, lambda: load_trained(origin), UserError).to(world.device)
         self.label_names, self.objective = self.model.label_names, self.model.objective
         options = dataclasses.asdict(config) | {"device": world.device.type}
         world.agree(lambda: options | versions() | {"code": code_hash()} | model_facts(self.model))

@@ -50,6 +50,7 @@ from trainer.step.form import make_step
 from trainer.step.loss import class_weights
 from trainer.step.memory import fit_micro_batches
 from trainer.step.plain import PlainStep
+from trainer.together import together
 
 
 def train(config: Config, report: Callable[[Path], None] | None = None) -> dict[str, Any]:
@@ -151,7 +152,7 @@ def build_model(config: Config, world: World, label_names: tuple[str, ...], scat
     if scatters:
         model = load_scattered(config, world, label_names)
     else:
-        model = load_for_training(config, label_names).to(world.device)
+        model = together(world, lambda: load_for_training(config, label_names), UserError).to(world.device)
     if model.note:
         log.info(model.note)
     if config.gradient_checkpointing:

@@ -19,6 +19,7 @@ from trainer.model.cross_encoder import CrossEncoder
 from trainer.model.loading import load_for_training
 from trainer.model.probe import examine
 from trainer.ranks import World
+from trainer.together import together
 
 
 def load_scattered(config: Config, world: World, label_names: Sequence[str]) -> CrossEncoder:
@@ -46,9 +47,8 @@ def load_scattered(config: Config, world: World, label_names: Sequence[str]) -> 
         model.hollow = True
         return model
     log.info(f"each rank loads the whole model before it is sharded: {why or 'another rank can make none without'}")
-    if model is None or not world.is_main:
-        model = load_for_training(config, label_names)
-    return model.to(world.device)
+    held = model if world.is_main else None
+    return together(world, lambda: held or load_for_training(config, label_names), UserError).to(world.device)
 
 
 def whole_because(config: Config) -> str | None:

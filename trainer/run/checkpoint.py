@@ -34,9 +34,10 @@ from trainer.base.errors import TrainingFailed, UserError, first_line, named
 from trainer.base.files import remove_remains, replacing
 from trainer.base.log import log
 from trainer.ranks import ALONE, World
-from trainer.run.parts import INDEX, TENSORS, Damaged, all_see, describe, index_of, part_name, together
+from trainer.run.parts import INDEX, TENSORS, Damaged, all_see, describe, index_of, part_name
 from trainer.run.post import Abandoned, Post
 from trainer.run.verified import DIVIDED, FORMAT, MANIFEST, STATE, Checkpoint, load
+from trainer.together import together
 
 NAME = r"step-\d{6,}"
 
@@ -113,16 +114,15 @@ class Checkpoints:
 
     def search(self) -> Checkpoint | None:
         """The same, and everything is left as it is."""
+        world = self.world
         try:
-            names = together(self.world, lambda: [str(path) for path in self._all()] if self.world.is_main else [])
+            names = together(world, lambda: [str(path) for path in self._all()] if world.is_main else [])
             for name in reversed(self.world.broadcast(names)):
                 try:
                     return load(Path(name), self.world)
                 except Damaged as damage:
                     log.warning(f"skipping the checkpoint {name}: {damage}")
-            rejected = together(
-                self.world, lambda: self.world.is_main and bool(self._named(rf"{NAME}(\.damaged-\d+)?"))
-            )
+            rejected = together(world, lambda: world.is_main and bool(self._named(rf"{NAME}(\.damaged-\d+)?")))
         except OSError as error:
             raise TrainingFailed(
                 f"cannot read the checkpoints in {self.folder}: {named(error)}; nothing was changed. Fix that and "

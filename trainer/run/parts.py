@@ -1,14 +1,13 @@
-"""The files of a checkpoint, one by one: what may be opened, which tensors lie where, and what ranks make of errors."""
+"""The files of a checkpoint, one by one: what may be opened, and which tensors lie where."""
 
 import errno
-import json
 import math
 import os
 import socket
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -17,9 +16,9 @@ from trainer.base import tensor_files
 from trainer.base.errors import TrainingFailed
 from trainer.base.files import naming
 from trainer.ranks import World
+from trainer.together import together
 
 TENSORS, INDEX = "tensors.safetensors", "index.json"
-T = TypeVar("T")
 Run = tuple[int, int, str]  # from where to where in the flattened tensor, and in which file
 
 
@@ -130,24 +129,6 @@ def describe(path: Path) -> dict[str, Any]:
     """Size and SHA-256."""
     with naming(path), open_plain(path) as file:
         return tensor_files.describe(file)
-
-
-def together(world: World, attempt: Callable[[], T]) -> T:
-    """What the attempt gives on this rank, if it succeeds on all; else every rank raises the first one's Damaged or
-    OSError."""
-    value, said = None, None
-    try:
-        value = attempt()
-    except Damaged as damage:
-        said = [0, str(damage), None]
-    except OSError as error:
-        said = [error.errno or errno.EIO, error.strerror or str(error), error.filename and str(error.filename)]
-    lines = world.gather(np.frombuffer(json.dumps(said).encode() + b"\n", np.uint8))
-    told = [] if lines is None else [json.loads(line) for line in lines.tobytes().splitlines()]
-    if first := world.broadcast(next(filter(None, told), None)):
-        number, text, file = first
-        raise OSError(number, text, file) if number else Damaged(text)
-    return value  # type: ignore[return-value]
 
 
 def all_see(folder: Path, world: World) -> bool:

@@ -21,9 +21,9 @@ from trainer.run.parts import (
     content,
     describe,
     part_names,
-    together,
     unread,
 )
+from trainer.together import together
 
 FORMAT, DIVIDED = "crossrank-checkpoint-1", "crossrank-checkpoint-2"
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -46,17 +46,19 @@ def load(path: Path, world: World = ALONE) -> Checkpoint:
 
     Every rank takes part. Raises Damaged where it is proven not to be one, OSError where it cannot be read.
     """
-    digest, files, divided = together(world, lambda: _read_manifest(path) if world.is_main else ("", {}, False))
+    digest, files, divided = together(
+        world, lambda: _read_manifest(path) if world.is_main else ("", {}, False), Damaged
+    )
     digest = world.broadcast(digest)
     shared = world.all(world.is_main or _digest(path) == digest)
     if shared:
-        _, files, divided = together(world, lambda: _read_manifest(path))
+        _, files, divided = together(world, lambda: _read_manifest(path), Damaged)
     order = sorted(files)
     mine = order[world.rank :: world.size] if shared else order
-    together(world, lambda: _verify(path, {name: files[name] for name in mine}))
+    together(world, lambda: _verify(path, {name: files[name] for name in mine}), Damaged)
     if not shared and not world.is_main:
         return Checkpoint(path, {}, Tensors(path, {}, shared=False))
-    return together(world if shared else ALONE, lambda: _opened(path, divided, shared))
+    return together(world if shared else ALONE, lambda: _opened(path, divided, shared), Damaged)
 
 
 def _opened(path: Path, divided: bool, shared: bool) -> Checkpoint:
