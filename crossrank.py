@@ -19,9 +19,14 @@ HERE = os.path.dirname(os.path.realpath(__file__))
 if __name__ == "__main__" and os.path.realpath(sys.path[0]) == os.getcwd() != HERE:
     del sys.path[0]
 
+TYPE_CHECKING = False  # as in typing, which is not loaded for this: what editors and type checkers shall see
+if TYPE_CHECKING:
+    from trainer.api import evaluate, load, predict, train
+    from trainer.base.errors import Preempted, TrainingFailed, UserError
+
 __version__ = "0.2.0.dev0"
 VERBS, ERRORS = ("evaluate", "load", "predict", "train"), ("Preempted", "TrainingFailed", "UserError")
-__all__ = ["Preempted", "TrainingFailed", "UserError", "evaluate", "load", "predict", "train"]  # noqa: F822 - __getattr__
+__all__ = ["Preempted", "TrainingFailed", "UserError", "evaluate", "load", "predict", "train"]
 
 
 def _own(name: str) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
+from trainer.base.environment import set_libraries
 
 BACKENDS = {
     "ddp": [],
@@ -60,6 +61,7 @@ def sent_bytes() -> int:
 
 def worker(argv: list[str]) -> None:
     """One rank: steps of the recipe on one backend; rank 0 prints what was measured."""
+    set_libraries()  # before torch is loaded, as the command line does
     from benchmarks.contenders import crossrank_config, parser
     from trainer import ranks
     from trainer.train import prepare

@@ -61,14 +61,15 @@ def main() -> None:
         trainer.backend.load_state(checkpoint.tensors, checkpoint.state["num_updates"])
         loaded = time.perf_counter()
         size = sum(file.stat().st_size for file in checkpoint.path.iterdir())
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     result = {
-        "median_seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "median_seconds": medians,
         "seconds": seconds,
         "verify_and_read_seconds": verified - started,
         "load_seconds": loaded - verified,
         "checkpoint_mb": size / 1e6,
     }
-    for name, value in result["median_seconds"].items():
+    for name, value in medians.items():
         print(f"{name:<20} {1e3 * value:8.0f} ms")
     print(f"verify and read {verified - started:.2f} s, load {loaded - verified:.2f} s, {size / 1e6:.0f} MB")
     common.save(f"checkpoints-{chosen.model.split('/')[-1]}-{'bf16' if chosen.bf16 else 'fp32'}", chosen, result)

@@ -19,10 +19,12 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.backends import sent_bytes
+from trainer.base.environment import set_libraries
 
 
 def worker(argv: list[str]) -> None:
     """One rank: whole steps of the recipe; rank 0 prints what was measured."""
+    set_libraries()  # before torch is loaded, as the command line does
     from benchmarks.contenders import crossrank_config, parser
     from trainer import ranks
     from trainer.run.pins import pinned

@@ -87,7 +87,9 @@ def build(kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], war
             signature[name] = "i32"
         # As a launch finds them: torch's memory begins at multiples of 16, and widths are such.
         aligned = isinstance(value, torch.Tensor) and not parameter.do_not_specialize_on_alignment
-        whole = signature[name] == "i32" and value % 16 == 0 and not parameter.do_not_specialize
+        whole = (
+            isinstance(value, int) and signature[name] == "i32" and value % 16 == 0 and not parameter.do_not_specialize
+        )
         if aligned or whole:
             divisible[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, known, divisible)
@@ -171,7 +173,8 @@ def contenders(device: torch.device, number: torch.dtype) -> dict[str, dict[str,
         return torch.randn(*shape, device=device, dtype=dtype, requires_grad=True)
 
     def eager(module: Any, *rows: torch.Tensor) -> torch.Tensor:
-        return attention(module, *(projected(x, HEADS) for x in rows), None, dropout=P)[0].flatten(2)
+        query, key, value = (projected(x, HEADS) for x in rows)
+        return attention(module, query, key, value, None, dropout=P)[0].flatten(2)
 
     def eager_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Any:
         summed = (masked(x, P, batch.keys[:, None], site) + residual).float()

@@ -109,8 +109,8 @@ def main() -> None:
     options.add_argument("--host", action="store_true", help="the host's work in a step that is replayed")
     settings = options.parse_args()
     if settings.host:
-        print(found := host(settings))
-        common.save(f"host-{settings.model}", settings, found)
+        print(work := host(settings))
+        common.save(f"host-{settings.model}", settings, work)
         return
     if settings.shapes:
         found = shapes(settings)

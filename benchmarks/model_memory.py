@@ -73,10 +73,11 @@ def measure(command: list[str], env: dict[str, str], out: str) -> None:
     from trainer.cli import parse_train
 
     # Without this glibc would keep what is freed, and the next phase would show the peak of the one before.
-    ranks.keep_freed_memory = give_back
+    vars(ranks)["keep_freed_memory"] = give_back
     world = ranks.start(600)
     give_back()
-    before, peaks = status("VmRSS"), {}
+    before = status("VmRSS")
+    peaks: dict[str, int] = {}
 
     def phase(name: str) -> None:
         peaks[name] = max(peaks.get(name, 0), status("VmHWM") - before)

@@ -146,16 +146,17 @@ def main() -> None:
     number = torch.bfloat16 if chosen.bf16 and has_bf16(device) else torch.float32
     best = peak(device, number)
     parts = {name: statistics.median(seconds) for name, seconds in times.items()}
-    total = sum(parts.values())
-    reached = statistics.median(flops) / total
+    whole = sum(parts.values())
+    reached = statistics.median(flops) / whole
+    assert profile is not None
     rows = sorted(profile.key_averages(), key=lambda row: -row.self_cpu_time_total)
     total = sum(row.self_cpu_time_total for row in rows)
     operations = {row.key: row.self_cpu_time_total / total for row in rows[:20]}
     waits = {row.key: row.count for row in rows if row.key in WAITS}
     print(f"peak {best / 1e9:.0f} GFLOP/s; a step needs {statistics.median(flops) / 1e9:.0f} GFLOP and takes "
-          f"{total:.3f} s: {reached / 1e9:.0f} GFLOP/s, {100 * reached / best:.0f} % of the peak")  # fmt: skip
-    for name, seconds in parts.items():
-        print(f"  {name:<10} {1e3 * seconds:8.1f} ms  {100 * seconds / total:5.1f} %")
+          f"{whole:.3f} s: {reached / 1e9:.0f} GFLOP/s, {100 * reached / best:.0f} % of the peak")  # fmt: skip
+    for name, own in parts.items():
+        print(f"  {name:<10} {1e3 * own:8.1f} ms  {100 * own / whole:5.1f} %")
     for name, share in operations.items():
         print(f"  {name:<40} {100 * share:5.1f} %")
     print(f"calls that make the host wait for the device: {waits or 'none'}")

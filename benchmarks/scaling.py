@@ -25,9 +25,10 @@ def imbalance(data: Any, model: Any, batch: int, ranks: int) -> dict[str, float]
     from trainer.data.tokenize import in_memory
     from trainer.data.tokens import Encoder
 
-    (pairs,) = load_pairs(DataConfig(train_file=str(data / "train.parquet"), max_train_samples=32_000), "train")
+    (pairs,) = load_pairs(DataConfig(train_file=[str(data / "train.parquet")], max_train_samples=32_000), "train")
     tokens = in_memory(pairs, Encoder(AutoTokenizer.from_pretrained(model), 512))
-    balanced, plain = [], []
+    balanced: list[float] = []
+    plain: list[float] = []
     for step in GlobalBatchSampler(len(pairs), batch, 42, len(pairs) // batch, "").steps():
         lengths = tokens.lengths[step.rows]
         dealt = Deal(lengths, ranks)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from benchmarks import common
 
 
@@ -35,10 +38,9 @@ def main(peer: str, what: tuple[str, ...], steps: int = 40, window: int = 10) ->
     common.save(f"{chosen.what}-vs-{peer}-{chosen.model.split('/')[-1]}-{number_format}", chosen, result)
 
 
-def with_classes(folder: object) -> object:
+def with_classes(folder: Any) -> Path:
     """The model as a classifier of three classes, which evaluation needs; a bare encoder gets a head from seed 0."""
     import tempfile
-    from pathlib import Path
 
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer

@@ -52,7 +52,7 @@ def fake_cuda() -> Iterator[None]:
         yield
 
 
-def to_fake_cuda(module: nn.Module) -> nn.Module:
+def to_fake_cuda(module: Any) -> Any:
     """Puts fake tensors on the device in place of all parameters and buffers; call it inside `fake_cuda`.
 
     A tensor that has two names stays one, and what is frozen stays so.
@@ -67,7 +67,8 @@ def to_fake_cuda(module: nn.Module) -> nn.Module:
         return moved[id(tensor)]
 
     for part in module.modules():
-        for own in (part._parameters, part._buffers):
+        tables: list[dict[str, Any]] = [part._parameters, part._buffers]  # type: ignore[list-item]
+        for own in tables:
             own.update({name: fake(tensor) for name, tensor in own.items() if tensor is not None})
     return module
 

@@ -114,7 +114,7 @@ def assert_equal(ours: CrossEncoder, theirs, lengths) -> None:
 
 @pytest.mark.parametrize("unpad", [True, False])
 @pytest.mark.parametrize("family", CASES)
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
 @given(
     st.one_of(
         st.lists(st.integers(3, 40), min_size=1, max_size=9), st.lists(st.integers(3, 512), min_size=1, max_size=3)

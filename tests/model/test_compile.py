@@ -61,6 +61,7 @@ def test_few_graphs_and_none_is_broken(family):
     assert not any("embedding" in name for name in operations)
 
 
+@pytest.mark.full
 def test_torchs_own_compiler():
     """Of a model with dropout inside what is compiled."""
     compute("distilbert", BATCHES[:1])

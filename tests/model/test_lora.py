@@ -116,8 +116,8 @@ def interrupted(folder, whole):
     return folder
 
 
-CASES = [("ddp", "roberta"), ("zero3", "roberta"), ("fsdp", "qwen3"), ("zero2", "qwen3")]
-MORE = [("fsdp", "roberta"), ("zero2", "roberta"), ("ddp", "qwen3"), ("zero3", "qwen3")]
+CASES = [("ddp", "roberta"), ("zero3", "roberta"), ("fsdp", "qwen3")]
+MORE = [("zero2", "qwen3"), ("fsdp", "roberta"), ("zero2", "roberta"), ("ddp", "qwen3"), ("zero3", "qwen3")]
 
 
 @pytest.mark.parametrize(("backend", "family"), [*CASES, *(pytest.param(*c, marks=pytest.mark.full) for c in MORE)])

@@ -12,7 +12,7 @@ from trainer.model.loading import load_for_training
 from trainer.model.scattered import lay_aside, load_scattered, stray
 from trainer.ranks import World
 
-SOME = ("bart", "qwen3", "roformer", "deberta-v2")
+SOME = ("qwen3", "deberta-v2")
 OPTIONS = {
     "plain": [],
     "lora": ["--lora_r", "4"],

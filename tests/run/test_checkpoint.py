@@ -33,7 +33,6 @@ DROPOUT = ["--dropout", "0.1"]
 ZERO = {path.stem: ["--deepspeed", path.stem] for path in CONFIGS.glob("*.json")}
 BACKENDS = {"ddp": [], "fsdp": ["--backend", "fsdp"], **ZERO}
 MORE = [pytest.param(*names, 2, marks=pytest.mark.full) for names in (("ddp", "fsdp"), ("fsdp", "zero1"))]
-FULL = [pytest.param(name, marks=pytest.mark.full) for name in sorted(ZERO) if name not in ("zero2", "zero3")]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -77,8 +76,17 @@ def whole(tmp_path_factory):
 SDPA = ["--attn_implementation", "sdpa"]  # it draws the masks of attention's dropout from torch's own stream
 
 
-@pytest.mark.parametrize("options", [[], ["--bf16"], SDPA], ids=["fp32", "bf16", "own dropout"])
-@pytest.mark.parametrize("backend", ["single", "ddp", "fsdp", "zero2", "zero3", *FULL])
+KINDS = {"fp32": [], "bf16": ["--bf16"], "own dropout": SDPA}
+USUAL = [("single", *KINDS), ("ddp", *KINDS), ("fsdp", "fp32", "bf16"), ("zero2", "fp32"), ("zero3", "fp32", "bf16")]
+RESUMED = [(backend, kind) for backend, *kinds in USUAL for kind in kinds]
+REST = [(backend, kind) for backend in ["single", *BACKENDS] for kind in KINDS if (backend, kind) not in RESUMED]
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [pytest.param(backend, KINDS[kind], id=f"{backend}-{kind}", marks=[pytest.mark.full] * ((backend, kind) in REST))
+     for backend, kind in RESUMED + REST],
+)  # fmt: skip
 def test_resumed_is_bit_equal(whole, tmp_path, backend, options):
     if backend.startswith("zero"):
         pytest.importorskip("deepspeed")
@@ -340,7 +348,7 @@ def test_what_killed_runs_left_is_cleared(whole, tmp_path):
     assert {path.name for path in folder.rglob(".*")} == {".lock", ".notes.81"}
 
 
-@pytest.mark.parametrize("umask", [0o002, 0o027])
+@pytest.mark.parametrize("umask", [0o027, pytest.param(0o002, marks=pytest.mark.full)])
 def test_files_follow_the_umask(tmp_path, umask):
     script = tmp_path / "umask.py"
     script.write_text(

@@ -119,8 +119,7 @@ def test_two_ranks(runs, tmp_path):
     weights_equal(tmp_path / "run", runs / "static", within=1e-3)
 
 
-@pytest.mark.parametrize("bf16", ["false", "true"])
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize(("ranks", "bf16"), [(0, "false"), (2, "true")])
 def test_a_wrong_kernel_is_found_and_the_run_goes_on(tmp_path, bf16, ranks):
     """On one rank of two as well: both go on by plain steps, from where they were."""
     script = tmp_path / "wrong.py"
