@@ -94,7 +94,9 @@ def crossrank_recipe(options: argparse.Namespace, folder: Path) -> dict[str, Any
 
     os.environ["CROSSRANK_CACHE"] = str(folder / "cache")  # tokens made anew, as the others have to
     files = {"train_file": "train", "validation_file": "dev", "test_file": "test"}
-    fields = {name: options.data / f"{split}.parquet" for name, split in files.items()} | {
+    fields = {
+        name: f"AllNLI={options.data / f'{split}.parquet'}" for name, split in files.items()
+    } | {
         "recipe": "allnli-100k", "model_name_or_path": options.model, "train_batch_size": options.batch,
         "bf16": str(options.bf16).lower(), "seed": options.seed, "output_dir": folder / "run", "write_report": "false",
     }  # fmt: skip

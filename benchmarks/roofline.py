@@ -85,7 +85,7 @@ def memory(trainer: Any, batch: int, bf16: bool) -> dict[str, float]:
 
     real = trainer.data["train"].tokens
     longest = trainer.model.max_length
-    ids, types = np.full(4 * longest, 5), np.arange(4 * longest) % longest >= longest // 2
+    ids, types = np.full(4 * longest, real.ids[0]), np.arange(4 * longest) % longest >= longest // 2
     wide = Tokens.of(ids, np.arange(5) * longest, types, 0, "")
     return {
         "state": 16 * sum(p.numel() for p in trainer.model.parameters()),
