@@ -162,6 +162,18 @@ def test_many_distinct_labels_and_small_numbers(tmp_path):
     assert (classes.label.dtype, classes.row.dtype) == (np.int8, np.int8)
 
 
+def test_too_many_sources_are_not_told_apart(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(spooling, "MOST_SOURCES", 20)
+    rows = [row | {"source": f"document {place}", "genre": "abc"[place % 3]} for place, row in enumerate(ROWS)]
+    path = write(tmp_path / "a.jsonl", rows)
+    with caplog.at_level("INFO"):
+        pairs = load(path)
+    assert "a.jsonl: its column source has more than" in caplog.text
+    assert (pairs.sizes, len(pairs)) == ({"a": 20, "b": 20, "c": 20}, 60)
+    with pytest.raises(UserError, match="different values, which is too many for max_samples_per_source"):
+        load(path, max_samples_per_source=1)
+
+
 @pytest.mark.parametrize(
     "fields",
     [{}, {"label_map": ["neutral=contradiction"]}, {"max_train_samples": 3 << 20}, {"max_samples_per_source": 1 << 19}],

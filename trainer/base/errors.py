@@ -107,7 +107,8 @@ def unknown(kind: str, name: str, valid: Iterable[str]) -> str:
     hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(sorted(names))}"
     if not near and len(names) > FEW:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0)
-        hint = f"the nearest of {len(names)} are {', '.join(near)}; --help shows all"
+        hint = f"the nearest of {len(names)} are {', '.join(near)}"
+        hint += "; --help shows all" if kind in ("option", "field") else ""
     if alias in INSTEAD and dashes + alias not in names:
         hint = INSTEAD[alias]
     return f"unknown {kind} {name!r}; {hint}"

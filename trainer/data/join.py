@@ -17,6 +17,7 @@ from trainer.base.log import log
 from trainer.config import DataConfig
 from trainer.data.pairs import Pairs, Spooled
 from trainer.data.spool import SOURCES, SPLITS, Spool
+from trainer.data.spooling import MOST_SOURCES
 from trainer.labels.names import FEW
 from trainer.labels.targets import read_targets
 from trainer.labels.values import Targets
@@ -58,6 +59,7 @@ def join(
     targets = read_targets(labelled, config, objective, classes, of_model)
     numbers = [own.label for own in targets]
     _check_labelled(parts, numbers)
+    _say_uncounted(parts, config, role)
     kept, sources = _kept(parts, numbers, config, role)
     place = Place.joined([part.place for part in parts], [len(own) for own in numbers])
     starts = np.cumsum([0, *map(len, numbers)])
@@ -149,6 +151,17 @@ def _kept(
     place = np.zeros(len(names), smallest(len(used)))
     place[used] = np.arange(len(used))
     return kept, (taken(place, together), tuple(names[code] for code in used))
+
+
+def _say_uncounted(parts: list[Part], config: DataConfig, role: Role) -> None:
+    """Raises UserError where something is asked for of each of the sources that a column has too many of."""
+    asked = [name for name in ("max_samples_per_source", "source_weights") if getattr(config, name) is not None]
+    for part in parts:
+        for name in part.spool.uncounted:
+            said = f"{part.place}: its column {name} has more than {MOST_SOURCES:,} different values"
+            if role == "train" and asked:
+                raise UserError(f"{said}, which is too many for {asked[0]}; leave that out, or write fewer")
+            log.info(f"{said}; they are not told apart")
 
 
 def _say_unused(places: str, limit: int | None, config: DataConfig, role: Role) -> None:

@@ -81,6 +81,11 @@ class Spool:
         values = self._lists["coded"].get(name)
         return None if values is None else (values, self.held.arrays[name])
 
+    @property
+    def uncounted(self) -> list[str]:
+        """Columns of sources that say too many to be told apart."""
+        return list(self.held.facts.get("uncounted", []))  # an older version counted all
+
     @cached_property
     def faults(self) -> Faults:
         """Rows that have no text, and why."""

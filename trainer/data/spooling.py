@@ -24,6 +24,7 @@ from trainer.rows.places import Place
 from trainer.rows.tables import values_of
 from trainer.rows.texts import checked
 
+MOST_SOURCES = 10_000  # that a column may tell apart: more are documents, authors or the like
 MOST_FAULTS = 100_000  # rows without text, each of which may be left out since it has no label
 SCHEMA = pa.schema([("premise", pa.large_string()), ("hypothesis", pa.large_string())])
 
@@ -72,6 +73,7 @@ class _Writer:
         self.faults: Faults = {}
         self.labels: dict[str | None, int] = {}
         self.values: dict[str, dict[str, int]] = {}
+        self.uncounted: list[str] = []
         self.columns: tuple[str, str, str] | None = None
         self.num_rows = 0
         # Of lengths and of bytes apart, so that it does not depend on the parts that the rows came in.
@@ -107,7 +109,7 @@ class _Writer:
                                 "one source need the same columns: give this one another name, as in NAME=PATH, or "
                                 "mend it")  # fmt: skip
         for name in SOURCES:
-            if name in names and name not in self.values:
+            if name in names and name not in (*self.values, *self.uncounted):
                 raise UserError(f"{place}: a column {name!r}, which {first} does not have; files of one source need "
                                 "the same columns")  # fmt: skip
 
@@ -129,9 +131,12 @@ class _Writer:
         writer.write_batch(pa.record_batch(list(found.values()), schema=SCHEMA))
         labels = read_labels(label, place, own)
         self._codes("label", self.labels, labels.values, labels.codes)
-        for name, known in self.values.items():
+        for name, known in list(self.values.items()):
             coded = _as_names(self._column(table, name)).dictionary_encode()
             self._codes(name, known, coded.dictionary.to_pylist(), coded.indices.to_numpy(zero_copy_only=False))
+            if name in SOURCES and len(known) > MOST_SOURCES:
+                del self.values[name], self.files[name]
+                self.uncounted.append(name)
         self.starts.append(start)
         self.num_rows, self.sizes[number] = start + table.num_rows, own + table.num_rows
 
@@ -173,6 +178,7 @@ class _Writer:
             "columns": list(self.columns),
             "own_names": self.reading.own_names.get(self.columns[2]),
             "starts": self.starts,
+            "uncounted": self.uncounted,
         }
 
     def lists(self) -> np.ndarray:

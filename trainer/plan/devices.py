@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.base.errors import UserError
+from trainer.base.errors import UserError, unknown
 from trainer.base.fields import Fields, checked, kinds, option
 from trainer.base.yaml_files import read_mapping
 
@@ -145,8 +145,10 @@ def _section(name: str, group: str) -> dict[str, Any]:
 def _made(group: str, place: str, entries: dict[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
     """The device or link of `entries`. Raises UserError that names the field."""
     kind, values = GROUPS[group], {}
+    if strange := [field for field in entries if field not in kinds(kind)]:
+        raise UserError(f"{place}: {unknown('entry', strange[0], kinds(kind))}; {TABLE} explains them")
     for field, entry in entries.items():
-        if field in WORDS or field not in kinds(kind):
+        if field in WORDS:
             values[field] = entry
             continue
         if not isinstance(entry, dict) or set(entry) != {"value", "source"} or not str(entry["source"]).strip():
