@@ -19,6 +19,7 @@ from trainer.data.builtin import pairs as builtin_pairs
 from trainer.data.join import Part, join
 from trainer.data.load import load_pairs
 from trainer.data.spool import Spool
+from trainer.rows import limits
 
 ROWS = [{name: row[name] for name in ("premise", "hypothesis", "label")} for row in builtin_pairs("dev")[:60]]
 
@@ -31,6 +32,10 @@ def write(path, rows=ROWS):
 
 def load(*paths, **fields):
     return load_pairs(DataConfig(train_file=[*map(str, paths)], **fields), "train")[0]
+
+
+def scored(*paths):
+    return load_pairs(DataConfig(train_file=[*map(str, paths)]), "train", objective="mse")[0]
 
 
 @pytest.fixture
@@ -156,10 +161,28 @@ def test_what_a_run_shows_survives_its_cache(tmp_path, cache):
 
 def test_many_distinct_labels_and_small_numbers(tmp_path):
     rows = [row | {"label": place / 8} for place, row in enumerate(ROWS)]
-    (pairs,) = load_pairs(DataConfig(train_file=[str(write(tmp_path / "a.jsonl", rows))]), "train", objective="mse")
+    pairs = scored(write(tmp_path / "a.jsonl", rows))
     assert pairs.targets.tolist() == [place / 8 for place in range(len(ROWS))]
     classes = load(write(tmp_path / "b.jsonl"))
     assert (classes.label.dtype, classes.row.dtype) == (np.int8, np.int8)
+
+
+def test_very_many_scores_are_kept_as_numbers(tmp_path, monkeypatch):
+    """The same targets as of few; and what is no score is said with its row, before and after there are many."""
+    rows = [row | {"label": (place * 37 % 50) / 8} for place, row in enumerate(ROWS)]
+    few = scored(write(tmp_path / "few.jsonl", rows))
+    monkeypatch.setattr(spooling, "MOST_LABELS", 20)
+    monkeypatch.setattr(limits, "ROWS", 10)
+    many = scored(write(tmp_path / "many.jsonl", rows))
+    assert many.texts.spools[0].labels.scores is not None
+    assert (few.values == many.values).all()
+    assert (few.label == many.label).all()
+    with pytest.raises(UserError, match=r"many.jsonl: the labels are numbers, and too many different ones for classes"):
+        load(tmp_path / "many.jsonl")
+    for row in (3, 55):
+        bad = [*rows[:row], rows[row] | {"label": "high"}, *rows[row + 1 :]]
+        with pytest.raises(UserError, match=rf"bad.jsonl, row {row}: label is 'high', and there are more than 20"):
+            scored(write(tmp_path / "bad.jsonl", bad), tmp_path / "few.jsonl")
 
 
 def test_too_many_sources_are_not_told_apart(tmp_path, monkeypatch, caplog):

@@ -64,7 +64,10 @@ class Spool:
 
     @property
     def labels(self) -> Labels:
-        return Labels(self.place, self._lists["labels"], self.held.arrays["label"])
+        own = self.held.arrays["label"]
+        if own.dtype == np.float32:
+            return Labels(self.place, [], np.empty(0, np.int8), own)
+        return Labels(self.place, self._lists["labels"], own)
 
     @cached_property
     def _lists(self) -> dict[str, Any]:

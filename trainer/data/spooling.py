@@ -13,17 +13,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from trainer.base.arrays import taken
 from trainer.base.errors import UserError
 from trainer.base.files import naming, remove_remains
 from trainer.data.spool import CODED, FORMAT, LISTS, SOURCES, TEXTS, Spool
 from trainer.data.stored import blocks, store
-from trainer.labels.values import read_labels
+from trainer.labels.values import Labels, finite, read_labels
 from trainer.rows.columns import HYPOTHESIS, PREMISE, Wanted, candidates, column_named, text_columns
 from trainer.rows.faults import Faults
-from trainer.rows.places import Place
+from trainer.rows.places import Place, at
 from trainer.rows.tables import values_of
 from trainer.rows.texts import checked
 
+MOST_LABELS = 100_000  # that are kept as text: more are scores
 MOST_SOURCES = 10_000  # that a column may tell apart: more are documents, authors or the like
 MOST_FAULTS = 100_000  # rows without text, each of which may be left out since it has no label
 SCHEMA = pa.schema([("premise", pa.large_string()), ("hypothesis", pa.large_string())])
@@ -71,7 +73,7 @@ class _Writer:
         self.sizes = [0] * len(reading.places)
         self.starts: list[int] = []
         self.faults: Faults = {}
-        self.labels: dict[str | None, int] = {}
+        self.labels: dict[str | None, int] | None = {}  # None = there are too many: each row's is written as a number
         self.values: dict[str, dict[str, int]] = {}
         self.uncounted: list[str] = []
         self.columns: tuple[str, str, str] | None = None
@@ -130,7 +132,7 @@ class _Writer:
                             f"text, the first of them row {row}: {what}")  # fmt: skip
         writer.write_batch(pa.record_batch(list(found.values()), schema=SCHEMA))
         labels = read_labels(label, place, own)
-        self._codes("label", self.labels, labels.values, labels.codes)
+        self._add_labels(labels, number)
         for name, known in list(self.values.items()):
             coded = _as_names(self._column(table, name)).dictionary_encode()
             self._codes(name, known, coded.dictionary.to_pylist(), coded.indices.to_numpy(zero_copy_only=False))
@@ -139,6 +141,22 @@ class _Writer:
                 self.uncounted.append(name)
         self.starts.append(start)
         self.num_rows, self.sizes[number] = start + table.num_rows, own + table.num_rows
+
+    def _add_labels(self, labels: Labels, number: int) -> None:
+        if self.labels is None:
+            self.files["label"].write(_scores(labels, self.sizes[number]).tobytes())
+            return
+        self._codes("label", self.labels, labels.values, labels.codes)
+        if len(self.labels) > MOST_LABELS:
+            file = self.files["label"]
+            file.flush()
+            codes = np.fromfile(file.name, np.int32)
+            read = number + 1
+            place = Place.joined(self.reading.places[:read], self.sizes[:read])
+            scores = _scores(Labels(place, list(self.labels), codes), 0)
+            file.seek(0)
+            file.write(scores.tobytes())  # of as many bytes
+            self.labels = None
 
     def _column(self, table: pa.Table, name: str) -> pa.ChunkedArray:
         """Null where the part of a jsonl file lacks it."""
@@ -158,7 +176,7 @@ class _Writer:
             content.update(memoryview(column.buffers()[2])[int(offsets[0]) : int(offsets[-1])])
 
     def sha256(self, files: dict[str, Path]) -> str:
-        digest = hashlib.sha256(json.dumps([FORMAT, list(self.labels), self._coded()]).encode())
+        digest = hashlib.sha256(json.dumps([FORMAT, list(self.labels or ()), self._coded()]).encode())
         for pair in self.digests.values():
             for part in pair:
                 digest.update(part.digest())
@@ -183,8 +201,22 @@ class _Writer:
 
     def lists(self) -> np.ndarray:
         faults = {str(row): what for row, what in self.faults.items()}
-        lists = {"labels": list(self.labels), "coded": self._coded(), "faults": faults}
+        lists = {"labels": list(self.labels or ()), "coded": self._coded(), "faults": faults}
         return np.frombuffer(json.dumps(lists).encode(), np.uint8)
+
+
+def _scores(labels: Labels, start: int) -> np.ndarray:
+    """(n,) float32. Raises UserError for a label that is no finite number. `start` is the first row's number."""
+    table = np.array([finite(value) for value in labels.values], np.float32)
+    scores = taken(table, labels.codes)
+    if np.isnan(table).any():
+        row = int(np.argmax(np.isnan(scores)))
+        value = labels.values[labels.codes[row]]
+        said = "null" if value is None else repr(value)
+        raise UserError(f"{at(labels.place, start + row)}: label is {said}, and there are more than {MOST_LABELS:,} "
+                        "different labels: these can be scores, of which each is a finite number; mend the row, or "
+                        "name another column with --label_column")  # fmt: skip
+    return scores
 
 
 def _whole(texts: pa.ChunkedArray) -> pa.Array:
@@ -215,6 +247,8 @@ def write_spool(path: Path, reading: Reading, columns: Columns) -> Spool:
             parts = {name: folder / f"{name}.part" for name in writer.files}
             facts = {**writer.facts(), "sha256": writer.sha256(parts)}
             kinds: dict[str, Any] = {name: (np.int32, [part]) for name, part in parts.items()}
+            if writer.labels is None:
+                kinds["label"] = (np.float32, [parts["label"]])
             return Spool(
                 store(path, {LISTS: writer.lists()}, facts, kinds | {TEXTS: (np.uint8, [folder / f"{TEXTS}.part"])})
             )

@@ -10,7 +10,7 @@ from trainer.base.errors import UserError
 from trainer.config import DataConfig
 from trainer.labels.classes import class_numbers, learned, scored
 from trainer.labels.label_map import fold, suggested
-from trainer.labels.values import MISSING, NO_CONSENSUS, Labels, Targets
+from trainer.labels.values import MISSING, NO_CONSENSUS, Labels, Targets, finite
 from trainer.options import Objective
 
 BINARY = ("0", "1")
@@ -33,6 +33,10 @@ def read_targets(
 
     Raises UserError naming the first row that says something else.
     """
+    many = next((labels for labels, _ in columns if labels.scores is not None), None)
+    if many is not None and objective != "mse":
+        raise UserError(f"{many.place}: the labels are numbers, and too many different ones for classes; --objective "
+                        "mse learns scores, --label_column names another column")  # fmt: skip
     if objective == "cross_entropy":
         return _learned(columns, config) if classes is None else _scored(columns, config, classes, of_model)
     for name in ("label_map", "eval_label_map"):
@@ -99,12 +103,11 @@ def _numbers(labels: Labels, config: DataConfig) -> Targets:
     """Any finite numbers; -1 is one of them, since no score is a word for no consensus."""
     if config.label_names:
         raise UserError("label_names is for classes, and objective mse learns numbers; leave it out")
+    if labels.scores is not None:
+        values, places = np.unique(labels.scores, return_inverse=True)
+        return Targets(places.astype(smallest(len(values))), (), values)
     for value in labels.values:
-        try:
-            number = float("nan" if value is None or "_" in value else value)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number) or abs(number) > float(np.finfo(np.float32).max):
+        if math.isnan(finite(value)):
             said = "null" if value is None else repr(value)
             raise UserError(f"{labels.at(value)}: label is {said}, and objective mse needs a finite number in every "
                             "row; mend it, or leave the row out")  # fmt: skip

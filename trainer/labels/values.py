@@ -19,6 +19,7 @@ from trainer.base.errors import UserError
 from trainer.rows.places import at
 from trainer.rows.tables import MIXED, values_of
 
+LARGEST = float(np.finfo(np.float32).max)
 NLI = ("entailment", "neutral", "contradiction")
 NO_CONSENSUS = ("-", "-1")
 MISSING = ("", "nan", "<na>", "null", "none", "na", "n/a", "#n/a", "?")
@@ -26,11 +27,15 @@ MISSING = ("", "nan", "<na>", "null", "none", "na", "n/a", "#n/a", "?")
 
 @dataclass(frozen=True)
 class Labels:
-    """A column as its distinct values. `values` (None = null) are in the order of their first rows."""
+    """A column as its distinct values. `values` (None = null) are in the order of their first rows.
+
+    Where there are very many, and all are finite numbers, `scores` (n,), float32, has each row's, and `values` none.
+    """
 
     place: str
     values: list[str | None]
     codes: np.ndarray  # (n,) positions in `values`, in some type of integers
+    scores: np.ndarray | None = None
 
     def at(self, value: str | None) -> str:
         """The first row that has it."""
@@ -143,6 +148,15 @@ def number_in(text: str) -> float | int | None:
     if not number.is_integer():
         return number
     return int(text) if text.lstrip("+-").isdigit() else int(number)
+
+
+def finite(text: str | None) -> float:
+    """The number that a label says, where float32 holds it; else nan."""
+    try:
+        number = float("nan" if text is None or "_" in text else text)
+    except ValueError:
+        return math.nan
+    return number if abs(number) <= LARGEST else math.nan
 
 
 def plain(text: str) -> str:
