@@ -45,7 +45,7 @@ def make(own: Planner) -> dict[str, Any]:
         "energy_kwh": own.device.watts * hours / 1000,
         "device_hours": hours,
         "cost": None if asked.price is None else asked.price * hours,
-        "scaling": [of_world(world, alone) for world in scaling],
+        "scaling": [of_world(world, alone) | {"fits": fits_on(own, world.ranks)} for world in scaling],
         "choice": choice(own, ranks, backend, fits),
     }  # fmt: skip
 
@@ -54,6 +54,11 @@ def flops(own: Planner, ranks: int) -> float:
     """Of products, a mean step, all ranks together."""
     loads = own.loads(ranks)
     return float(loads.mean(loads.counts[..., :2].sum((1, 2, 3))))
+
+
+def fits_on(own: Planner, ranks: int) -> bool:
+    micro, backend = own.config.per_device_train_batch_size, own.backend(ranks)
+    return own.fits(own.memory(ranks, micro, backend, exact=False), ranks)
 
 
 def of_world(step: Step, alone: float) -> dict[str, Any]:
@@ -82,7 +87,7 @@ def choice(own: Planner, ranks: int, backend: str, fits: bool) -> dict[str, Any]
     seconds, name, size = next(one for one in found if one[0] <= CLEARLY * min(found)[0])
     others = ", ".join(f"{other} {slower:.4g}" for slower, other, _ in sorted(found) if other != name)
     reason = f"{name} takes {seconds:.4g} s a step" + (f" ({others})" if others else "")
-    reason += f"; {size} pairs a forward fit into {own.device.memory / 1e9:.1f} GB"
+    reason += f"; forwards of {size} pair(s) fit into {own.device.memory / 1e9:.1f} GB"
     return {"backend": name, "micro_batch": size, "options": options(name, batch, size), "reason": reason,
             "would_fit": would}  # fmt: skip
 

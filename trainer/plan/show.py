@@ -33,13 +33,14 @@ def table(plan: dict[str, Any]) -> str:
 
 def _what(plan: dict[str, Any]) -> list[str]:
     model, data, run = plan["model"], plan["data"], plan["run"]
-    form = "unpadded" if model["unpadded"] else "padded"
+    form, few = "unpadded" if model["unpadded"] else "padded", run["batch"] < run["ranks"]
     return [
         f"{model['name']}: {model['parameters']:,} parameters, {model['trained']:,} trained, {form}",
         f"{data['pairs']:,} pairs of {data['mean_tokens']:.1f} tokens, the longest {data['longest']}",
         f"{run['ranks']} rank(s) on {run['nodes']} node(s), {run['device']}; {run['backend']}, "
         f"{run['step_form']} steps",
-        f"{run['steps']:,} steps of {run['batch']:,} pairs, {run['micro_batch']} a forward at most",
+        f"{run['steps']:,} steps of {run['batch']:,} pairs, {run['micro_batch']} a forward at most"
+        + (f"; fewer than ranks, of which {run['ranks'] - run['batch']:,} have none" if few else ""),
     ]
 
 
@@ -47,9 +48,12 @@ def _memory(plan: dict[str, Any]) -> list[str]:
     own = plan["memory"]
     fits = "fits" if own["fits"] else "DOES NOT FIT"
     most = own["largest_micro_batch"]
+    pairs = "none" if most is None else f"{most} pair(s)"
+    if most is not None and most >= -(-plan["run"]["batch"] // plan["run"]["ranks"]):
+        pairs += ", all that a rank has of a step"
     lines = [f"memory of a rank: {size(own['total'])} of {size(own['limit'])}: {fits}"]
     lines += [f"  {name:<18}{size(own[name]):>10}" for name in ("process", "state", "activations", "slack")]
-    return [*lines, f"  largest micro-batch that fits: {'none' if most is None else f'{most} pairs'}"]
+    return [*lines, f"  largest micro-batch that fits: {pairs}"]
 
 
 def _step(plan: dict[str, Any]) -> list[str]:
@@ -65,10 +69,11 @@ def _step(plan: dict[str, Any]) -> list[str]:
 def _whole(plan: dict[str, Any]) -> list[str]:
     own = plan["seconds"]
     exact = f", again in fp32 {duration(own['fp32'])}" if own["fp32"] else ""
+    test = f", test {duration(own['test'])}" if own["test"] else ""
     cost = "" if plan["cost"] is None else f", cost {plan['cost']:,.2f}"
     return [
         f"the run: {duration(own['total'])}: training {duration(own['training'])}, evaluation "
-        f"{duration(own['evaluation'])} (dev {duration(own['one_dev'])} each, test {duration(own['test'])}{exact})",
+        f"{duration(own['evaluation'])} (dev {duration(own['one_dev'])} each{test}{exact})",
         f"  without start, checkpoints and report; {plan['device_hours']:.3g} device hours, "
         f"{plan['energy_kwh']:.3g} kWh{cost}",
     ]
@@ -82,7 +87,7 @@ def _scaling(plan: dict[str, Any]) -> list[str]:
         lines.append(
             f"{own['ranks']:>7}{duration(own['step_seconds']):>10}{own['pairs_per_second']:>10,.0f}"
             f"{own['efficiency']:>12.0%}{own['batch']:>8,}{own['mean_tokens']:>21,.0f}"
-            f"{own['slowest_tokens']:>9,.0f}{size(own['sent_bytes']):>14}"
+            f"{own['slowest_tokens']:>9,.0f}{size(own['sent_bytes']):>14}" + ("" if own["fits"] else "  does not fit")
         )
     return lines
 
