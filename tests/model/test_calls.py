@@ -1,5 +1,7 @@
 """In a model of any family, dropout belongs to the sample: random enough, and the same in any batch, on any rank."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from trainer.model.calls import SHARED, UNCLEAR, DropoutCalls, _counted
 from trainer.model.cross_encoder import CrossEncoder, checkpoint_activations
 from trainer.model.families import FAMILIES
 from trainer.model.masks import token_keys
-from trainer.model.probe import examine
+from trainer.model.probe import _some, examine
 
 LENGTHS = [9, 30, 12, 6, 25, 17]
 CPU = torch.device("cpu")
@@ -137,3 +139,13 @@ def test_what_cannot_be_keyed_is_said(said):
 
 def test_the_docs_name_the_families():
     assert "\n".join(table()) in (ROOT / "docs" / "models.md").read_text(), "python -m benchmarks.encoders --table"
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 1000])
+@pytest.mark.parametrize("longest", [2, 5, 3000])
+def test_pairs_of_many_lengths_are_found_without_sorting_all(count, longest):
+    """Sorting takes 16 bytes a pair, on every rank."""
+    lengths = np.random.default_rng(0).integers(1, longest, count).astype(np.int16)
+    order = np.argsort(-lengths.astype(int), kind="stable")
+    expected = order[np.unique(np.linspace(0, count - 1, 8).astype(int))]
+    assert _some(SimpleNamespace(lengths=lengths)).tolist() == expected.tolist()

@@ -153,7 +153,7 @@ def test_files_of_devices_are_checked_field_by_field(tmp_path):
     assert good == dataclasses.replace(find_device("cpu")[0], memory=1e9)
     with pytest.raises(UserError, match="bandwidth must be above 0"):
         find_device(small(tmp_path, bandwidth=-1))
-    with pytest.raises(UserError, match="unknown field 'bandwith'"):
+    with pytest.raises(UserError, match="unknown entry 'bandwith'"):
         find_device(small(tmp_path, bandwith=1))
     entries = dict(table()["devices"]["cpu"])
     for broken, said in ((entries | {"slack": 1.2}, "slack must be {value"),

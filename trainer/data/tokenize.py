@@ -129,7 +129,7 @@ class Share:
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
         self.used = np.zeros(encoder.num_ids, dtype=bool)
-        self.num_cut, self.num_tokens, self.longest, self.has_types = 0, 0, 0, False
+        self.num_cut, self.num_tokens, self.longest, self.largest_type = 0, 0, 0, 0
 
     def tokens(
         self, pairs: Texts | Pairs, own: range, check: Check, done: Callable[[int], object]
@@ -152,14 +152,14 @@ class Share:
         self.num_cut += sum(cut for _, _, cut in encoded)
         self.num_tokens += len(ids)
         self.longest = max(self.longest, int(lengths.max()))
-        self.has_types = self.has_types or bool(types.any())
+        self.largest_type = max(self.largest_type, int(types.max(initial=0)))
         return ids, types, lengths
 
     def facts(self) -> dict[str, Any]:
         """As JSON, for who joins the shares."""
         return {
             "used": np.flatnonzero(self.used).tolist(),
-            **{name: getattr(self, name) for name in ("num_cut", "num_tokens", "longest", "has_types")},
+            **{name: getattr(self, name) for name in ("num_cut", "num_tokens", "longest", "largest_type")},
         }
 
 
@@ -183,10 +183,11 @@ def _join(
             shorter.write(part.astype(small).tobytes())
     files: dict[str, Any] = {"offsets": (kind, [offsets]), "lengths": (small, [short])}
     files["ids"] = (encoder.kind, [work / f"ids.{rank}" for rank in members])
-    if any(share["has_types"] for share in shares):
+    if largest_type := max(share["largest_type"] for share in shares):
         files["types"] = (np.uint8, [work / f"types.{rank}" for rank in members])
     used = np.unique(np.concatenate([np.array(share["used"], np.int32) for share in shares]))
-    facts = {"num_cut": sum(share["num_cut"] for share in shares), "fingerprint": encoder.fingerprint(pairs)}
+    facts = {"num_cut": sum(share["num_cut"] for share in shares), "fingerprint": encoder.fingerprint(pairs),
+             "largest_type": largest_type}  # fmt: skip
     store(path, {"used": used}, facts, files)
     prune(path.parent)
 

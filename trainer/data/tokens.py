@@ -31,6 +31,7 @@ class Tokens:
         offsets: (n + 1,) pair i is ids[offsets[i]:offsets[i + 1]].
         lengths: (n,) tokens of each pair.
         types: (tokens,) their token types as the tokenizer gives them; 0 where its model takes none.
+        largest_type: of these.
         used: the distinct token numbers, ascending.
         num_cut: pairs that were longer than max_length.
         fingerprint: of the texts, the labels, the tokenizer and the options.
@@ -43,12 +44,13 @@ class Tokens:
     used: np.ndarray
     num_cut: int
     fingerprint: str
+    largest_type: int = 0
 
     @classmethod
     def of(cls, ids: np.ndarray, offsets: np.ndarray, types: np.ndarray, num_cut: int, fingerprint: str) -> "Tokens":
         """Those of arrays in memory."""
         used = np.flatnonzero(np.bincount(ids))
-        return cls(ids, offsets, np.diff(offsets), types, used, num_cut, fingerprint)
+        return cls(ids, offsets, np.diff(offsets), types, used, num_cut, fingerprint, int(types.max(initial=0)))
 
     @property
     def bytes_per_pair(self) -> float:
@@ -61,7 +63,10 @@ def of_stored(held: Stored) -> Tokens:
     """Those in a folder; types that are all 0 are not there."""
     arrays = dict(held.arrays)
     arrays.setdefault("types", np.broadcast_to(np.uint8(0), arrays["ids"].shape))
-    return Tokens(**arrays, num_cut=held.facts["num_cut"], fingerprint=held.facts["fingerprint"])
+    largest = held.facts.get("largest_type")
+    if largest is None:  # of an older version
+        largest = int(arrays["types"].max(initial=0)) if arrays["types"].strides[0] else 0
+    return Tokens(**arrays, num_cut=held.facts["num_cut"], fingerprint=held.facts["fingerprint"], largest_type=largest)
 
 
 @dataclass(frozen=True)

@@ -191,8 +191,7 @@ class CrossEncoder(nn.Module):
         """
         limits = [(tokens.ids, int(tokens.used.max(initial=0)), num_rows(self.model), "token", "tokens")]
         if self.num_types > 1:
-            largest = int(tokens.types.max(initial=0)) if tokens.types.strides[0] else 0
-            limits.append((tokens.types, largest, self.num_types, "token type", "token types"))
+            limits.append((tokens.types, tokens.largest_type, self.num_types, "token type", "token types"))
         for numbers, largest, limit, one, all_of_them in limits:
             if largest >= limit:
                 wrong = int(np.argmax(numbers >= limit))

@@ -2,12 +2,14 @@
 an unknown family its dropout, and what padding does to it."""
 
 import random
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from trainer.base.arrays import counted, places
 from trainer.base.errors import UserError, first_line, out_of_memory
 from trainer.base.log import log
 from trainer.data.tokens import Tokens
@@ -100,8 +102,14 @@ def seen_padding(model: CrossEncoder, tokens: Tokens, device: str) -> float:
 
 def _some(tokens: Tokens) -> np.ndarray:
     """Rows of pairs of many lengths, the longest first and the shortest last."""
-    order = np.argsort(-tokens.lengths, kind="stable")
-    return order[np.unique(np.linspace(0, len(order) - 1, 8).astype(int))]
+    lengths, rows = tokens.lengths, []
+    longest = int(lengths.max())
+    ends = np.cumsum(counted(lengths, longest + 1)[::-1])  # of the pairs of each length among all, the longest first
+    for place in np.unique(np.linspace(0, len(lengths) - 1, 8).astype(int)):
+        number = int(np.searchsorted(ends, place, side="right"))
+        alike = places(lengths, partial(np.equal, longest - number))
+        rows.append(int(alike[place - (ends[number - 1] if number else 0)]))
+    return np.array(rows)
 
 
 def freeze_unused(model: CrossEncoder, tokens: Tokens) -> list[str]:
