@@ -1,7 +1,7 @@
 """crossrank predict against sentence-transformers' CrossEncoder.predict, and against the model alone.
 
     python -m benchmarks.predict [--model minilm] [--rows 20000] [--rounds 3] [--bf16 false]
-    python -m benchmarks.predict --memory 50000
+    python -m benchmarks.predict --memory 20000
 
 All have the same folder, a classifier of three classes, and the same rows, in processes of their own that alternate,
 each with the model loaded before the clock runs. `crossrank` is the command from a parquet file to a parquet file;
@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.versus import with_classes
+from trainer.base.environment import set_libraries
 
 KINDS = ("parquet", "jsonl", "csv")
 
@@ -47,8 +50,6 @@ def write_rows(path: Path, source: Path, count: int) -> Path:
 
 def ours(options: argparse.Namespace) -> float:
     """Seconds of what the command does once its model is loaded."""
-    from trainer.base.environment import set_libraries
-
     set_libraries()
     from trainer import predict, ranks
 
@@ -83,6 +84,7 @@ def theirs(options: argparse.Namespace) -> float:
 
 def alone(options: argparse.Namespace) -> float:
     """Of a forward over all rows, part by part as the command cuts them, from tokens to logits on the host."""
+    set_libraries()
     from trainer import ranks
     from trainer.predict import InferenceConfig, Predictor
     from trainer.rows import limits
@@ -113,14 +115,19 @@ WORK: dict[str, Callable[[argparse.Namespace], float]] = {
 }
 
 
-def peak(options: argparse.Namespace) -> float:
-    """MiB of this process, which runs the command."""
-    from trainer.predict import InferenceConfig, PredictConfig, predict_file
-
-    with tempfile.TemporaryDirectory() as folder:
-        config = PredictConfig(input=str(options.input), output=f"{folder}/out{options.input.suffix}")
-        predict_file(str(options.model), config, InferenceConfig())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak(model: Path, given: Path, folder: str) -> float:
+    """MiB of the command at the most."""
+    out = Path(folder) / f"out{given.suffix}"
+    command = [sys.executable, "-m", "crossrank", "predict", str(model), "--input", str(given),
+               "--output", str(out)]  # fmt: skip
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(common.ROOT)}
+    process = subprocess.Popen(command, env=env, cwd=folder, stderr=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = status
+    if status:
+        sys.exit(f"{' '.join(command)} failed")
+    out.unlink()
+    return used.ru_maxrss / 1024
 
 
 def memory(options: argparse.Namespace) -> dict[str, Any]:
@@ -136,8 +143,7 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
             found[kind] = {}
             for count in (options.memory, 4 * options.memory):
                 path = write_rows(Path(folder) / f"in.{kind}", options.data / "train.parquet", count)
-                told = ["--run", "peak", "--input", path, "--model", model]
-                found[kind][count] = common.run_json("benchmarks.predict", *told)["value"]
+                found[kind][count] = peak(model, path, folder)
             print(kind, ", ".join(f"{count:,} rows {mib:.0f} MiB" for count, mib in found[kind].items()), flush=True)
     return {"peak_MiB": found}
 
@@ -164,11 +170,11 @@ def main() -> None:
     options.set_defaults(model="minilm", bf16=False)
     options.add_argument("--rows", type=int, default=20_000)
     options.add_argument("--memory", type=int, default=None, help="rows of the smaller file; None = speed")
-    options.add_argument("--run", choices=[*WORK, "peak"], help=argparse.SUPPRESS)
+    options.add_argument("--run", choices=WORK, help=argparse.SUPPRESS)
     options.add_argument("--input", type=Path, help=argparse.SUPPRESS)
     chosen = options.parse_args()
     if chosen.run:
-        print(json.dumps({"value": peak(chosen) if chosen.run == "peak" else WORK[chosen.run](chosen)}))
+        print(json.dumps({"value": WORK[chosen.run](chosen)}))
         return
     if chosen.memory:
         common.save("predict-memory", chosen, memory(chosen))
