@@ -63,6 +63,15 @@ def test_flops_and_parameters_are_those_of_the_real_model(own, unpad):
     assert found["moved"] == pytest.approx(counted.moved, rel=0.05)
 
 
+@pytest.mark.parametrize("backend", ["ddp", "fsdp"])
+def test_coefficients_hold_for_other_micro_batches_than_the_runs(own, backend):
+    """Of captured steps, too, whose shapes are filled up to the largest micro-batch."""
+    captured = prepared(own.config, dataclasses.replace(own.asked, device="h100"))
+    for size in (1, 2, 5, 16, 40):
+        guessed, traced = (captured.memory(4, size, backend, exact=exact, batch=160) for exact in (False, True))
+        assert guessed.activations == pytest.approx(traced.activations, rel=0.1)
+
+
 @pytest.mark.parametrize("ranks", [1, 3, 8])
 def test_ranks_get_the_tokens_that_a_run_would_deal_them(own, ranks):
     split = own.data["train"]

@@ -68,7 +68,7 @@ class Costs:
 
     def _fitted(self, training: bool, bf16: bool | None = None) -> np.ndarray:
         probes = micro_batches(self.lengths, min(self.most_pairs, LARGEST))
-        return _fitted(self.subject, probes, self.most_pairs, training, bf16)
+        return _fitted(self.subject, probes, training, bf16)
 
 
 def micro_batches(lengths: np.ndarray, largest: int) -> list[np.ndarray]:
@@ -82,14 +82,14 @@ def micro_batches(lengths: np.ndarray, largest: int) -> list[np.ndarray]:
     return [*mixed, *even, spread, np.array([high, middle, low])]
 
 
-def _fitted(
-    subject: Subject, probes: list[np.ndarray], most_pairs: int, training: bool, bf16: bool | None = None
-) -> np.ndarray:
+def _fitted(subject: Subject, probes: list[np.ndarray], training: bool, bf16: bool | None = None) -> np.ndarray:
     """Least squares, each column of features scaled to one size.
 
-    A micro-batch that says nothing new is not counted: a count takes half a second.
+    Each probe is of the shape of a run whose largest micro-batch it is: pairs that fill up tell apart what grows with
+    pairs, and coefficients hold for other micro-batches than the run's. A micro-batch that says nothing new is not
+    counted: a count takes half a second.
     """
-    rows = np.array([features(subject, own, most_pairs, training) for own in probes], dtype=np.float64)
+    rows = np.array([features(subject, own, len(own), training) for own in probes], dtype=np.float64)
     scale = np.maximum(np.abs(rows).max(0), 1)
     rows, kept = rows / scale, list(range(len(rows)))
     if subject.likeness == 0 or (subject.fast and training):  # one group: what adds nothing to the features can go
@@ -97,7 +97,7 @@ def _fitted(
         for number in range(1, len(rows)):
             if np.linalg.matrix_rank(rows[[*kept, number]], tol=1e-9) > len(kept):
                 kept.append(number)
-    values = np.stack([_values(subject.count(probes[number], training, most_pairs, bf16)) for number in kept])
+    values = np.stack([_values(subject.count(probes[number], training, len(probes[number]), bf16)) for number in kept])
     found, *_ = np.linalg.lstsq(rows[kept], values, rcond=1e-9)
     column, known = NAMES.index("operations"), [0, 5]  # there are more of them with more groups, not with more tokens
     found[:, column] = 0
