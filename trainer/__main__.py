@@ -18,7 +18,18 @@ from typing import Any, NoReturn
 
 from trainer.base import folders, lean
 from trainer.base.environment import Place, heard, read_place, set_libraries
-from trainer.base.errors import EXIT_CODE, Preempted, TrainingFailed, UserError, first_line, named, unknown
+from trainer.base.errors import (
+    EXIT_CODE,
+    Preempted,
+    RankGone,
+    Terminated,
+    TrainingFailed,
+    UserError,
+    cut_off,
+    first_line,
+    named,
+    unknown,
+)
 from trainer.base.files import write_text
 from trainer.base.log import start_log
 from trainer.config import DataConfig
@@ -66,11 +77,16 @@ def stop_early(number: int, frame: object) -> NoReturn:
     os._exit(code)
 
 
+def terminate(number: int, frame: object) -> NoReturn:
+    raise Terminated
+
+
 def scoring(verb: str, argv: list[str], *groups: Any) -> list[Any]:
     """The model's folder and the groups of fields of a verb that scores pairs."""
     from trainer.cli import asks_for_help, grouped, make_parser, parse
 
     usage = f"crossrank {verb} MODEL_DIR [--field value ...]"
+    signal.signal(signal.SIGTERM, terminate)
     parser = make_parser(f"crossrank {verb}", groups, asks_for_help(argv), usage=usage)
     parser.add_argument("model", metavar="MODEL_DIR", help="folder of a trained model: config, weights, tokenizer")
     values = parse(parser, argv)
@@ -187,9 +203,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return fail(2, f"error: {error}")
     except TrainingFailed as error:
-        return fail(1, f"failed: {error}")
-    except KeyboardInterrupt:
-        return fail(130, "interrupted")
+        return fail(1, f"failed: {error}", follows=isinstance(error, RankGone))
+    except KeyboardInterrupt as stop:
+        return fail(143, "terminated") if isinstance(stop, Terminated) else fail(130, "interrupted")
     except Preempted as stop:
         code = EXIT_CODE
         record_exit_code(code)
@@ -201,8 +217,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except OSError as error:  # a disk, a permission: no mistake of the program's
         return fail(1, f"failed: {first_line(error) if error.filename is None else named(error)}")
-    except Exception:
-        return fail(1, f"failed:\n{traceback.format_exc()}")
+    except Exception as error:
+        return fail_by(error)
     if "torch" in sys.modules:
         from trainer import ranks
 
@@ -210,12 +226,16 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def record_exit_code(code: int) -> None:
-    """Where agent and batch script look for it: torchrun turns every code of its ranks into 1."""
+def record_exit_code(code: int, follows: bool = False) -> None:
+    """Where agent and batch script look for it: torchrun turns every code of its ranks into 1.
+
+    `follows`: from what has ended another rank, whose code stays.
+    """
     if name := os.environ.get("CROSSRANK_EXIT_FILE"):
         with suppress(OSError):  # complete at any time: several ranks write theirs, and may be killed meanwhile
             # A launcher stops the others when one has failed: that they were stopped is not why the run ended.
-            if code == EXIT_CODE and Path(name).exists() and Path(name).read_text() not in ("", str(EXIT_CODE)):
+            said = Path(name).read_text() if Path(name).exists() else ""
+            if said and (follows or (code == EXIT_CODE and said != str(EXIT_CODE))):
                 return
             write_text(Path(name), str(code), durable=False)
 
@@ -228,8 +248,8 @@ def _place() -> Place:
         return Place()
 
 
-def fail(code: int, text: str) -> int:
-    """Reports a failure once, by the first rank that fails, with its number."""
+def fail(code: int, text: str, follows: bool = False) -> int:
+    """Reports a failure once, by the first rank that fails, with its number. `follows`: see record_exit_code."""
     place = _place()
     if re.search(r"^[^\n]*, rows? \d[^\n]*$", text):
         text += "; rows count from 0"
@@ -242,11 +262,17 @@ def fail(code: int, text: str) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run that has failed has nothing to save
     # Ctrl-C reaches every rank by itself.
     if ranks.may_report_failure(patience=0.0 if code == 130 else 20.0):
-        record_exit_code(code)
+        record_exit_code(code, follows)
         print(f"crossrank: [rank {place.rank}] {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     # Exit at once: a tidy exit would wait for collectives that the other ranks are stuck in.
     os._exit(code)
+
+
+def fail_by(error: Exception) -> int:
+    """An error that nobody has foreseen, unless it comes from another rank's end: with its traceback."""
+    gone = cut_off(error) if isinstance(error, RuntimeError) and _place().size > 1 else None
+    return fail(1, f"failed: {gone}" if gone else f"failed:\n{traceback.format_exc()}", follows=gone is not None)
 
 
 def run() -> NoReturn:

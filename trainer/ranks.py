@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from trainer.base.environment import check_host, number, read_place
-from trainer.base.errors import RankGone, TrainingFailed, UserError
+from trainer.base.errors import RankGone, TrainingFailed, UserError, cut_off
 from trainer.base.log import start_log
 from trainer.meeting import keep_freed_memory, leave, meet, meet_through_slurm, wiring
 
@@ -257,8 +257,8 @@ def explain(error: RuntimeError, world: World, timeout_seconds: int) -> str | No
     text = str(error)
     if world.size == 1:
         return None
-    if "onnection closed" in text or "onnection reset" in text or "roken pipe" in text:
-        return "the connection to another rank broke off; look for what ended that one"
+    if reason := cut_off(error):
+        return reason
     if "imed out" not in text and "pplication timeout" not in text:  # the second one where another call timed out first
         return None
     # Whoever waits comes here, sooner or later; the others are those that were waited for.

@@ -23,6 +23,17 @@ class Preempted(Exception):
     """The ranks have agreed to stop, since one was asked to; the message is for the user."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which asks to end as Ctrl-C does: what is half written goes."""
+
+
+def cut_off(error: Exception) -> str | None:
+    """What it means that a message between ranks was not sent or received; None if it is another error."""
+    if re.search("[Cc]onnection (closed|reset)|[Bb]roken pipe", str(error)):
+        return "the connection to another rank broke off; look for what ended that one"
+    return None
+
+
 def out_of_memory(error: Exception) -> bool:
     """Whether the GPU's memory is used up. Only torch's own allocator raises torch.OutOfMemoryError."""
     own = type(error).__name__ == "OutOfMemoryError"

@@ -87,6 +87,8 @@ def choice(own: Planner, ranks: int, backend: str, fits: bool) -> dict[str, Any]
     seconds, name, size = next(one for one in found if one[0] <= CLEARLY * min(found)[0])
     others = ", ".join(f"{other} {slower:.4g}" for slower, other, _ in sorted(found) if other != name)
     reason = f"{name} takes {seconds:.4g} s a step" + (f" ({others})" if others else "")
+    if seconds > min(found)[0]:
+        reason += f", the simplest of those within {100 * CLEARLY - 100:.0f} % of the fastest"
     reason += f"; forwards of {size} pair(s) fit into {own.device.memory / 1e9:.1f} GB"
     return {"backend": name, "micro_batch": size, "options": options(name, batch, size), "reason": reason,
             "would_fit": would}  # fmt: skip

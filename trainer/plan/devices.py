@@ -43,6 +43,24 @@ class Device(Fields):
     watts: float = option(above=0)
     sharing: list[str] = option(factory=lambda: ["1=1"])
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = [self._shared(text)[0] for text in self.sharing]
+        if counts != sorted({*counts}) or counts[:1] != [1]:
+            raise UserError(f"sharing must begin with 1=1, and its numbers of ranks must ascend, got {self.sharing}")
+
+    @staticmethod
+    def _shared(text: str) -> tuple[int, float]:
+        ranks, _, speed = text.partition("=")
+        try:
+            found = int(ranks), float(speed)
+        except ValueError:
+            found = 0, 0.0
+        if found[0] < 1 or not 0 < found[1] <= 1:
+            raise UserError("sharing must be texts such as 2=0.6, a number of ranks and the speed of each, above 0 and "
+                            f"at most 1, got {text!r}")  # fmt: skip
+        return found
+
     def resident(self, alone: bool) -> tuple[float, float]:
         """`process` and `slack` of one rank alone, or of each of several, which are as one alone where not measured."""
         several = (self.process_of_several, self.slack_of_several)
@@ -55,7 +73,7 @@ class Device(Fields):
         proportion, above them as parts of one whole. A GPU is not shared."""
         if self.kind == "gpu":
             return 1.0
-        known = sorted((int(n), float(s)) for n, _, s in (text.partition("=") for text in self.sharing))
+        known = [self._shared(text) for text in self.sharing]
         last, speed = known[-1]
         if ranks >= last:
             return speed * last / ranks
@@ -94,8 +112,8 @@ def find_device(name: str) -> tuple[Device, dict[str, Any]]:
     entries = _section(name, "devices")
     if len(entries) != 1:
         raise UserError(f"{name}: devices must hold one device, found {len(entries)}")
-    (own,) = entries.values()
-    return _made("devices", name, own, name)
+    ((title, own),) = entries.items()
+    return _made("devices", name, own, title)
 
 
 def find_link(name: str, file: str | None = None) -> Link:
@@ -137,6 +155,8 @@ def _section(name: str, group: str) -> dict[str, Any]:
     if strange := [key for key in values if key not in GROUPS]:
         raise UserError(f"{name}: unknown entry {strange[0]!r}; a file of devices has devices and links")
     found = values.get(group)
+    if group not in values:
+        raise UserError(f"{name} has no {group}, and one is asked for; add it, or say --{group[:-1]} NAME")
     if not isinstance(found, dict) or not all(isinstance(own, dict) for own in found.values()):
         raise UserError(f"{name}: {group} must hold `name: {{field: ...}}` entries")
     return found
@@ -158,4 +178,7 @@ def _made(group: str, place: str, entries: dict[str, Any], name: str) -> tuple[A
     needed = [field for field in kinds(kind) if field not in values and field not in OPTIONAL]
     if needed:
         raise UserError(f"{place}: {name} lacks {', '.join(needed)}")
-    return kind(**values), entries
+    try:
+        return kind(**values), entries
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None

@@ -215,7 +215,7 @@ def device_file(found: dict[int, dict[str, Any]], config: Config) -> dict[str, A
     peaks = dict.fromkeys(("linear_bf16", "linear_tf32", "linear_fp32"), peak)
     process, slack = kept(alone)
     sharing = ["1=1"]
-    sharing += [f"{count}={shared(found[count], rates):.4f}" for count in sorted(found)[1:]]
+    sharing += [f"{count}={min(1.0, shared(found[count], rates)):.4f}" for count in sorted(found)[1:]]
     number = "bf16" if config.bf16 else "fp32"
     source = f"measured here: {config.model_name_or_path}, {number}, {alone['threads']} thread(s) a rank"
     values = peaks | {

@@ -58,7 +58,8 @@ def _memory(plan: dict[str, Any]) -> list[str]:
 
 def _step(plan: dict[str, Any]) -> list[str]:
     own, total = plan["step"], plan["step"]["seconds"]
-    lines = [f"a step: {duration(total)}, {own['flops'] / 1e9:,.0f} GFLOP of products over all ranks"]
+    filled = "" if plan["run"]["step_form"] == "plain" else ", those that fill up shapes included"
+    lines = [f"a step: {duration(total)}, {own['flops'] / 1e9:,.0f} GFLOP of products over all ranks{filled}"]
     lines += [f"  {name:<18}{duration(part):>10}{part / total:7.1%}" for name, part in own["parts"].items() if part > 0]
     if own["sent_bytes"]:
         lines.append(f"  a rank sends {size(own['sent_bytes'])} in {duration(own['sent_seconds'])}, of which the "

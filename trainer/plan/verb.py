@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from trainer.base.errors import UserError
 from trainer.base.log import log, start_log
@@ -32,6 +33,8 @@ def show_plan(config: Config, asked: PlanConfig) -> None:
         raise UserError(f"picture {picture}: its name must end with .svg or .png")
     if picture and not Path(picture).absolute().parent.is_dir():
         raise UserError(f"picture {picture}: no such folder")
+    if config.backend == "single" and (ranks := asked.nodes * asked.gpus_per_node) > 1:
+        raise UserError(f"backend single cannot wire {ranks} ranks; use --backend ddp")
     check(asked if asked.measure is None else dataclasses.replace(asked, device="cpu"))
     if asked.measure is not None:
         measure(config, Path(asked.measure), asked.gpus_per_node)
@@ -45,9 +48,19 @@ def show_plan(config: Config, asked: PlanConfig) -> None:
     if picture:
         draw(plan, Path(picture))
     if not plan["memory"]["fits"]:
-        need, limit = plan["memory"]["total"] / 1e9, plan["memory"]["limit"] / 1e9
-        would = "; or ".join(plan["choice"]["would_fit"])
-        raise UserError(f"a rank needs {need:.1f} GB, and {own.device.title} has {limit:.1f} GB; what fits: {would}")
+        raise UserError(what_lacks(own, plan))
+
+
+def what_lacks(own: Planner, plan: dict[str, Any]) -> str:
+    """In words, with what would fit."""
+    need, limit, would = plan["memory"]["total"], plan["memory"]["limit"], list(plan["choice"]["would_fit"])
+    title, ranks = own.device.title, own.asked.gpus_per_node
+    said = f"a rank needs {need / 1e9:.1f} GB"
+    if own.device.kind == "cpu" and ranks > 1:
+        said = f"{ranks} ranks of a machine need {ranks * need / 1e9:.1f} GB"
+        if fewer := int(limit // need):
+            would = [f"{fewer} ranks a machine, by --gpus_per_node {fewer}"]
+    return f"{said}, and {title} has {limit / 1e9:.1f} GB; what fits: {'; or '.join(would)}"
 
 
 def prepared(config: Config, asked: PlanConfig) -> Planner:
