@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -124,6 +125,12 @@ def small(tmp_path, base="cpu", **changed):
     return str(path)
 
 
+def test_ranks_of_a_cpu_share_its_memory(tmp_path, capsys):
+    assert main(["plan", *DEMO, "--device", small(tmp_path, memory=1.5e9), "--gpus_per_node", "4"]) == 2
+    assert re.search(r"4 ranks of a machine need \d\.\d GB, and .* has 1.5 GB; what fits: 2 ranks a machine, by "
+                     "--gpus_per_node 2", capsys.readouterr().err)  # fmt: skip
+
+
 def test_what_cannot_fit_says_what_would(tmp_path, capsys):
     device = small(tmp_path, "h100", memory=16e6, process=1e6)
     argv = ["plan", *DEMO, "--device", device, "--train_batch_size", "256", "--per_device_train_batch_size", "256"]
@@ -147,6 +154,7 @@ def test_what_cannot_fit_says_what_would(tmp_path, capsys):
         (["--gpus_per_node", "-2"], "gpus_per_node must be above 0, got -2"),
         (["--device", "absent.yaml"], "absent.yaml"),
         (["--nodes", "100000"], "a plan is of at most 65,536"),
+        (["--nodes", "2", "--backend", "single"], "backend single cannot wire 2 ranks; use --backend ddp"),
         (["--picture", "plan.gif", "--json"], "must end with .svg or .png"),
         (["--picture", "nowhere/plan.svg"], "nowhere/plan.svg: no such folder"),
     ],
@@ -162,6 +170,10 @@ def test_files_of_devices_are_checked_field_by_field(tmp_path):
     assert good == dataclasses.replace(find_device("cpu")[0], memory=1e9)
     with pytest.raises(UserError, match="bandwidth must be above 0"):
         find_device(small(tmp_path, bandwidth=-1))
+    for sharing, said in ((["1=1", "x=2"], "got 'x=2'"), (["1=1", "2=-3"], "got '2=-3'"), (["1=1", "2=7"], "got '2=7'"),
+                          (["2=0.5"], "must begin with 1=1"), (["1=1", "4=1", "2=1"], "must ascend")):  # fmt: skip
+        with pytest.raises(UserError, match=f"device.yaml: sharing .*{said}"):
+            find_device(small(tmp_path, sharing=sharing))
     with pytest.raises(UserError, match="unknown entry 'bandwith'"):
         find_device(small(tmp_path, bandwith=1))
     entries = dict(table()["devices"]["cpu"])
@@ -295,3 +307,5 @@ def test_this_machine_is_measured(tmp_path, capsys):
     assert main(argv) == 0
     assert json.loads(capsys.readouterr().out)["step"]["seconds"] > 0
     assert find_device(str(path))[0].kind == "cpu"
+    assert main(["plan", *DEMO, "--device", str(path), "--bf16", "true"]) == 0
+    assert "here.yaml was measured on builtin, fp32, unpadded, and this run is builtin, bf16" in capsys.readouterr().err

@@ -8,13 +8,17 @@ import datetime
 import decimal
 import gzip
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import crossrank
+from conftest import ROOT, crossrank
 
 from trainer import metrics
 from trainer.base.errors import UserError
@@ -258,3 +262,21 @@ def test_one_output_is_a_score(objective, predicted, predictor, monkeypatch):
     rows = predicted([TEXTS] * 3, "csv")
     assert [*rows[0]] == [*TEXTS, "score"]
     assert [float(row["score"]) for row in rows] == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_is_terminated_leaves_nothing(tmp_path, builtin_model):
+    (tmp_path / "in.jsonl").write_text(json.dumps(TEXTS) + "\n")
+    script, out = tmp_path / "slow.py", tmp_path / "out"
+    script.write_text(
+        "import sys, time\nfrom trainer import __main__, predict\n"
+        "predict.Predictor.scored = lambda *_: time.sleep(600)\nsys.exit(__main__.main(sys.argv[1:]))\n"
+    )
+    out.mkdir()
+    command = [sys.executable, script, "predict", builtin_model, "--input", "in.jsonl", "--output", "out/new.jsonl"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, cwd=tmp_path)
+    while not [*out.iterdir()] and process.poll() is None:
+        time.sleep(0.05)
+    process.terminate()
+    assert (process.wait(), process.stderr.read()) == (143, b"crossrank: terminated\n")
+    assert not [*out.iterdir()]

@@ -11,8 +11,8 @@ from trainer.base.fields import Fields, checked, kinds, option
 from trainer.base.yaml_files import read_mapping
 
 TABLE = Path(__file__).parent / "devices.yaml"
-WORDS = ("title", "kind", "link")  # that need no source
-OPTIONAL = ("sharing", "process_of_several", "slack_of_several")
+WORDS = ("title", "kind", "link", "measured_on")  # that need no source
+OPTIONAL = ("sharing", "measured_on", "process_of_several", "slack_of_several")
 BARE = re.compile(r"(\d+(?:\.\d+)?) *([kKMGT]?)(bit|B)(?:/s|ps)?")
 UNITS = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
@@ -24,6 +24,7 @@ class Device(Fields):
     title: str
     kind: Literal["gpu", "cpu"]
     link: str
+    measured_on: str | None = None  # see gauge.measured_on
     memory: float = option(above=0)
     linear_bf16: float = option(above=0)
     linear_tf32: float = option(above=0)

@@ -206,6 +206,12 @@ def count(config: Config, trainer: Trainer, timed: list[np.ndarray], heaviest: l
             "activations": [activation_bytes(c.peak, c.bare, own, backend, forwards) for c in peaks]}  # fmt: skip
 
 
+def measured_on(config: Config) -> str:
+    """What a measurement holds for."""
+    number, form = "bf16" if config.bf16 else "fp32", "unpadded" if config.unpad else "padded"
+    return f"{config.model_name_or_path}, {number}, {form}"
+
+
 def device_file(found: dict[int, dict[str, Any]], config: Config) -> dict[str, Any]:
     """The file's content."""
     alone, most = found[1], max(found)
@@ -230,7 +236,7 @@ def device_file(found: dict[int, dict[str, Any]], config: Config) -> dict[str, A
     device = {name: {"value": float(value), "source": source} for name, value in values.items()}
     device["sharing"] = {"value": sharing, "source": source}
     device["watts"]["source"] = "estimate, not measured"
-    words = {"title": f"this machine, {number}", "kind": "cpu", "link": "loopback"}
+    words = {"title": f"this machine, {number}", "kind": "cpu", "link": "loopback", "measured_on": measured_on(config)}
     links = {"loopback": link_of(found[most], most, source)} if most > 1 else {}
     return {"devices": {"measured": words | device}, "links": links}
 

@@ -15,7 +15,7 @@ from trainer.data.team import alone
 from trainer.data.tokens import Split
 from trainer.plan.answer import make
 from trainer.plan.asked import PlanConfig, check
-from trainer.plan.gauge import measure
+from trainer.plan.gauge import measure, measured_on
 from trainer.plan.plan import Planner, planner
 from trainer.plan.show import draw, table
 from trainer.ranks import ALONE
@@ -40,6 +40,10 @@ def show_plan(config: Config, asked: PlanConfig) -> None:
         measure(config, Path(asked.measure), asked.gpus_per_node)
         asked = dataclasses.replace(asked, device=asked.measure, measure=None)
     own = prepared(config, asked)
+    if (before := own.device.measured_on) not in (None, now := measured_on(config)):
+        log.warning(
+            f"{asked.device} was measured on {before}, and this run is {now}: the plan is a guess; measure anew"
+        )
     try:
         plan = make(own)
     finally:
