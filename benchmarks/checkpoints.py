@@ -29,7 +29,7 @@ def main() -> None:
     steps = chosen.saves * chosen.gap
     run = argparse.Namespace(
         model=common.model_folder(chosen.model, chosen.tokenizer), data=chosen.data, batch=chosen.batch,
-        bf16=chosen.bf16, steps=steps + 2, window=1000, more=["save_total_limit=2"],
+        bf16=chosen.bf16, steps=steps + 2, window=1000, seed=42, more=["save_total_limit=2"],
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         trainer = prepare(crossrank_config(run, Path(folder) / "run"), ranks.start(600))

@@ -145,28 +145,35 @@ def main() -> None:
     bytes_needed = memory(trainer, chosen.batch, chosen.bf16)
     number = torch.bfloat16 if chosen.bf16 and has_bf16(device) else torch.float32
     best = peak(device, number)
+    assert profile is not None
+    result = report(times, statistics.median(flops), best, profile.key_averages(), bytes_needed)
+    name = f"roofline-{chosen.model.split('/')[-1]}-{'bf16' if chosen.bf16 else 'fp32'}"
+    plot(result["seconds"], result["operations"], common.save(name, chosen, result).with_suffix(".png"),
+         100 * result["reached_fraction"])  # fmt: skip
+    folder.cleanup()
+
+
+def report(
+    times: dict[str, list[float]], flops: float, best: float, profiled: Any, bytes_needed: dict[str, float]
+) -> dict[str, Any]:
+    """Prints and returns what was measured: seconds of a step's parts, its FLOPs, the peak's FLOP/s, the profile."""
     parts = {name: statistics.median(seconds) for name, seconds in times.items()}
     whole = sum(parts.values())
-    reached = statistics.median(flops) / whole
-    assert profile is not None
-    rows = sorted(profile.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    reached = flops / whole
+    rows = sorted(profiled, key=lambda row: -row.self_cpu_time_total)
     total = sum(row.self_cpu_time_total for row in rows)
     operations = {row.key: row.self_cpu_time_total / total for row in rows[:20]}
     waits = {row.key: row.count for row in rows if row.key in WAITS}
-    print(f"peak {best / 1e9:.0f} GFLOP/s; a step needs {statistics.median(flops) / 1e9:.0f} GFLOP and takes "
-          f"{whole:.3f} s: {reached / 1e9:.0f} GFLOP/s, {100 * reached / best:.0f} % of the peak")  # fmt: skip
+    print(f"peak {best / 1e9:.0f} GFLOP/s; a step needs {flops / 1e9:.0f} GFLOP and takes {whole:.3f} s: "
+          f"{reached / 1e9:.0f} GFLOP/s, {100 * reached / best:.0f} % of the peak")  # fmt: skip
     for name, own in parts.items():
         print(f"  {name:<10} {1e3 * own:8.1f} ms  {100 * own / whole:5.1f} %")
     for name, share in operations.items():
         print(f"  {name:<40} {100 * share:5.1f} %")
     print(f"calls that make the host wait for the device: {waits or 'none'}")
     print("memory of a step: " + ", ".join(f"{name} {value / 1e9:.2f} GB" for name, value in bytes_needed.items()))
-    result = {"peak_flops_per_second": best, "reached_fraction": reached / best, "seconds": parts,
-              "step_flops": statistics.median(flops), "operations": operations, "waits": waits,
-              "memory_bytes": bytes_needed}  # fmt: skip
-    name = f"roofline-{chosen.model.split('/')[-1]}-{'bf16' if chosen.bf16 else 'fp32'}"
-    plot(parts, operations, common.save(name, chosen, result).with_suffix(".png"), 100 * reached / best)
-    folder.cleanup()
+    return {"peak_flops_per_second": best, "reached_fraction": reached / best, "seconds": parts, "step_flops": flops,
+            "operations": operations, "waits": waits, "memory_bytes": bytes_needed}  # fmt: skip
 
 
 def plot(parts: dict[str, float], operations: dict[str, float], path: Path, percent: float) -> None:

@@ -167,8 +167,12 @@ INTERNAL = {
 }
 
 
-def hide_bars() -> None:
-    """In a log every update of a library's progress bar would stay."""
+def settle_process() -> None:
+    """What holds for this process whatever the verb, and what libraries read when they are loaded."""
+    if sys.stderr is None:  # it was closed; what is said there must not come among the results
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    set_libraries()
+    # In a log every update of a library's progress bar would stay.
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -176,10 +180,7 @@ def hide_bars() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if sys.stderr is None:  # it was closed; what is said there must not come among the results
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    set_libraries()
-    hide_bars()
+    settle_process()
     # DeepSpeed's launcher puts the rank before the verb; it is in the environment, too.
     verb, *rest = [arg for arg in argv if not arg.startswith("--local_rank=")] or ["--help"]
     if verb in ("-h", "--help"):
